@@ -1,0 +1,1 @@
+"""Tensors: what a model is, how it loads, answers and learns. Sync only, no trio, no peer."""

@@ -1,0 +1,1 @@
+"""The node: the only floor that sees all the others; tasks, HTTP, command line, disk."""

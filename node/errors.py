@@ -1,0 +1,96 @@
+"""What a request can end in, other than an answer. node/web/errors.py maps each to an HTTP status.
+
+    RequestError(code, message, retryable)
+    |- BadRequest        the caller's input: say what came, what was wanted, what to do      400
+    |- TooLarge          the input is over a bound with a name                                413
+    |- UnknownModel      no live peer serves it; lists those that are served                  404
+    |- NoRoom            every peer that serves it is full: try later                         503 + Retry-After
+    |- NotReady          starting, loading or draining                                        503 + Retry-After
+    |- DeadlinePassed    the request's own time is over                                       408
+    |- PeerFailed        the serving peer died or broke the protocol; another may do          503
+    `- InternalError     a bug                                                                500
+
+    ConfigError (exit 2), DataDirLocked (exit 75): problems found at start.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class RequestError(Exception):
+    """A request's clear end without an answer. `code` is stable, `param` names the field at fault."""
+
+    code: ClassVar[str] = "error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class BadRequest(RequestError):
+    """The caller's input is wrong."""
+
+    code = "bad_request"
+
+
+class TooLarge(RequestError):
+    """The input is larger than a stated bound."""
+
+    code = "too_large"
+
+
+class UnknownModel(RequestError):
+    """No live peer serves the model."""
+
+    code = "unknown_model"
+
+
+class NoRoom(RequestError):
+    """Every peer that serves the model is full."""
+
+    code = "no_room"
+    retryable = True
+
+
+class NotReady(RequestError):
+    """The node is starting, loading or draining."""
+
+    code = "not_ready"
+    retryable = True
+
+
+class DeadlinePassed(RequestError):
+    """The request's time ran out."""
+
+    code = "deadline"
+
+
+class PeerFailed(RequestError):
+    """The serving peer died, froze or broke the protocol."""
+
+    code = "peer_failed"
+    retryable = True
+
+
+class InternalError(RequestError):
+    """A bug of ours; the log has the traceback under the request id."""
+
+    code = "internal"
+
+
+REQUEST_ERRORS: dict[str, type[RequestError]] = {
+    kind.code: kind
+    for kind in (BadRequest, TooLarge, UnknownModel, NoRoom, NotReady, DeadlinePassed, PeerFailed, InternalError)
+}
+
+
+class ConfigError(Exception):
+    """A flag, environment variable, file or key is wrong: exit 2."""
+
+
+class DataDirLocked(Exception):
+    """Another node holds the data directory: exit 75."""

@@ -1,0 +1,132 @@
+"""One request for inference and its answer, as they travel between web, engine and peers: the wire form is here.
+
+Rules: core. Everything has a bound with a name; unknown fields are refused; a number is finite. An answer is
+Started, then Progress and Piece in any order, then exactly one Finished; every other end is an exception.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+PROMPT_CHARS_MAX = 200_000
+MESSAGES_MAX = 1_000
+TOKENS_MAX = 131_072
+STOPS_MAX = 8
+TEXTS_MAX = 256
+LOGPROBS_MAX = 20
+
+Name = Annotated[str, Meta(min_length=1, max_length=200)]
+RequestId = Annotated[str, Meta(min_length=1, max_length=64)]
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
+TokenIds = Annotated[tuple[TokenId, ...], Meta(max_length=TOKENS_MAX)]
+Text = Annotated[str, Meta(max_length=PROMPT_CHARS_MAX)]
+Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+
+
+class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One message of a chat, rendered by the serving model's own template."""
+
+    role: Annotated[str, Meta(min_length=1, max_length=32)]
+    content: Text
+
+
+class Sampling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to choose tokens. temperature 0 is greedy. logprobs: None = none, n = also the n best alternatives."""
+
+    max_tokens: Annotated[int, Meta(ge=1, le=TOKENS_MAX)] = 256
+    temperature: Annotated[float, Meta(ge=0.0, le=10.0)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=1 << 20)] = 0
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0.0, le=10.0)] = 1.0
+    seed: Annotated[int, Meta(ge=0, lt=1 << 63)] = 0
+    stop: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...], Meta(max_length=STOPS_MAX)] = ()
+    logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
+
+
+class GenerateWork(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="generate"):
+    """A completion to make. Exactly one of messages, text, tokens is the prompt.
+
+    delivered: tokens that another peer already made and the client already has; the answer goes on after them.
+    delivered_chars: characters of their text that the client already has. remaining_ms: time left to the deadline.
+    """
+
+    request_id: RequestId
+    model: Name | None = None  # None: the serving node's own default
+    revision: Name | None = None  # set once a first peer has answered, so that a takeover is the same model
+    messages: Annotated[tuple[Message, ...], Meta(min_length=1, max_length=MESSAGES_MAX)] | None = None
+    text: Text | None = None
+    tokens: TokenIds | None = None
+    sampling: Sampling = Sampling()
+    delivered: TokenIds = ()
+    delivered_chars: Count = 0
+    remaining_ms: Annotated[int, Meta(ge=1, le=86_400_000)] = 120_000
+
+
+class EmbedWork(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="embed"):
+    """Texts (or token lists) to embed, in order."""
+
+    request_id: RequestId
+    model: Name | None = None
+    texts: Annotated[tuple[Text | TokenIds, ...], Meta(min_length=1, max_length=TEXTS_MAX)]
+    remaining_ms: Annotated[int, Meta(ge=1, le=86_400_000)] = 120_000
+
+
+class Started(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="started"):
+    """The request was admitted to an engine."""
+
+    served_by: Name
+    model: Name
+    revision: Name
+    prompt_tokens: Count
+
+
+class Progress(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="progress"):
+    """Evidence of work before the first token: any of these must grow, or the peer counts as frozen."""
+
+    engine_steps: Count
+    prefilled_tokens: Count
+    queue_position: Count
+
+
+class TokenLogprob(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Natural-log probability of a chosen token and of the best alternatives (text, logprob)."""
+
+    text: Text
+    logprob: float
+    top: Annotated[tuple[tuple[str, float], ...], Meta(max_length=LOGPROBS_MAX)] = ()
+
+
+class Piece(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="piece"):
+    """New tokens and the text that became certain with them (may be empty inside a character or a stop string)."""
+
+    tokens: TokenIds
+    text: Text
+    logprobs: Annotated[tuple[TokenLogprob, ...], Meta(max_length=4096)] = ()
+
+
+class Finished(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="finished"):
+    """The one end of a complete answer. reason: stop (end token or stop string) or length."""
+
+    reason: Annotated[str, Meta(pattern="^(stop|length)$")]
+    prompt_tokens: Count
+    completion_tokens: Count
+
+
+class Embedded(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="embedded"):
+    """Vectors in the order of the texts, as little-endian fp32, and which texts were cut to the model's length."""
+
+    served_by: Name
+    model: Name
+    revision: Name
+    dimensions: Annotated[int, Meta(ge=1, le=65_536)]
+    vectors: tuple[bytes, ...]
+    truncated: tuple[bool, ...]
+    prompt_tokens: Count
+
+
+AnswerItem = Started | Progress | Piece | Finished

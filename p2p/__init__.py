@@ -1,0 +1,1 @@
+"""Bytes between peers: transports, frames, calls, addresses. No tensor passes here."""

@@ -1,0 +1,54 @@
+"""What can go wrong between peers.
+
+    P2PError
+    |- LocalProtocolError     we broke our own rules: a bug
+    |- RemoteProtocolError    they broke the rules: drop, lower standing
+    |- Unreachable            nobody answers there: try another
+    |- StreamClosed           the other side ended the stream cleanly
+    |- Refused                policy, theirs or ours: says which and why
+    |- CannotListen           nothing to listen on (exit 69)
+    `- RemoteError            the peer's handler answered with an error; code, retryable
+"""
+
+from __future__ import annotations
+
+
+class P2PError(Exception):
+    """Base of all errors of this package."""
+
+
+class LocalProtocolError(P2PError):
+    """This node used the protocol wrongly: a bug of ours."""
+
+
+class RemoteProtocolError(P2PError):
+    """The peer sent what the protocol forbids."""
+
+
+class Unreachable(P2PError):
+    """The peer cannot be reached, or the connection to it broke."""
+
+
+class StreamClosed(P2PError):
+    """The peer ended the stream in order; no frame was cut."""
+
+
+class Refused(P2PError):
+    """Policy says no: another network, another version, a ban, too many connections."""
+
+
+class CannotListen(P2PError):
+    """No listen address could be bound."""
+
+
+class RemoteError(P2PError):
+    """The peer's handler answered with an error.
+
+    `code` is a short stable word, `retryable` says whether another peer may succeed.
+    """
+
+    def __init__(self, code: str, message: str, *, retryable: bool) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.retryable = retryable
