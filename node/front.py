@@ -1,0 +1,100 @@
+"""What the web and the command line ask of a node: answer, embed, and say how it is.
+
+Rules: core, and no more than an interface: `node/inference.py` implements Front, `node/web/` calls it, and
+`tests/front.py` fakes it. Every error is a RequestError of node/errors.py. Snapshots are frozen; the methods that
+return them never wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
+
+
+class Route(Enum):
+    """Where a request may be answered."""
+
+    AUTO = "auto"  # the best place
+    LOCAL = "local"  # this node's own engine, or an error
+    REMOTE = "remote"  # a peer, even when this node could
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteHint:
+    """What the client asked of the route: headers x-route and x-peer. `peer` pins one peer (no failover)."""
+
+    route: Route = Route.AUTO
+    peer: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRow:
+    """A model that at least one live peer, or this node, serves."""
+
+    id: str
+    revision: str
+    kind: str  # causal | encoder
+    peers: int  # how many serve it, this node counted
+    context_tokens: int
+    local: bool = False  # this node serves it itself
+    embeds: bool = False  # /v1/embeddings accepts it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readiness:
+    """Whether requests are accepted now; `reason` is one sentence for people, empty when ready."""
+
+    ready: bool
+    reason: str = ""
+    loading: bool = False
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontStatistics:
+    """Counts since start of requests that came through this node's door."""
+
+    requests: int = 0
+    errors: dict[str, int] | None = None  # error code -> count
+    cancelled: int = 0
+    running: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    latency_s_sum: float = 0.0  # of finished requests
+
+
+class Front(Protocol):
+    """The node, as seen from its front door."""
+
+    def answer(self, work: GenerateWork, route: RouteHint) -> AbstractAsyncContextManager[AsyncIterator[AnswerItem]]:
+        """Answer a request: Started first (once; a takeover does not repeat it), then Progress and Piece, then Finished.
+
+        Leaving the block early cancels the work wherever it runs, within one engine step. Entering may wait for
+        room or return at once; RequestError is raised on entering or from the iterator, also in mid-answer.
+        """
+
+    async def embed(self, work: EmbedWork, route: RouteHint) -> Embedded:
+        """Embed texts. Raises RequestError. If cancelled, the work is given up wherever it runs."""
+
+    def models(self) -> list[ModelRow]:
+        """What can be asked for now: one row per (id, revision), this node's own first."""
+
+    def default_model(self, kind: str) -> str | None:
+        """The model a request that names none gets, by kind (causal | encoder); None when there is none."""
+
+    def readiness(self) -> Readiness:
+        """Whether requests are accepted now."""
+
+    def status(self) -> dict[str, Any]:
+        """JSON for GET /api/v1/status: keys node, peering, gossip, inference, model, readiness."""
+
+    def peers(self) -> list[dict[str, Any]]:
+        """JSON for GET /api/v1/peers: per peer what it advertises and what was observed."""
+
+    def statistics(self) -> FrontStatistics:
+        """A snapshot of the counters."""
