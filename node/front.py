@@ -72,7 +72,7 @@ class Front(Protocol):
     """The node, as seen from its front door."""
 
     def answer(self, work: GenerateWork, route: RouteHint) -> AbstractAsyncContextManager[AsyncIterator[AnswerItem]]:
-        """Answer a request: Started first (once; a takeover does not repeat it), then Progress and Piece, then Finished.
+        """Answer a request: Started once (a takeover does not repeat it), then Progress and Piece, then Finished.
 
         Leaving the block early cancels the work wherever it runs, within one engine step. Entering may wait for
         room or return at once; RequestError is raised on entering or from the iterator, also in mid-answer.
