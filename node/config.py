@@ -1,0 +1,191 @@
+"""Every setting of a node, once: composed from file, environment and flags, checked, and handed down.
+
+Rules: flags win over environment, environment over file. An unknown or badly typed key is an error that names it.
+The only file that reads the environment. Every key has a reader: tests/test_config.py proves it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import platformdirs
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from node.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "OPENAGI_"
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
+_LISTS = frozenset({"listen", "bootstrap"})
+_NUMBERS = frozenset({"threads", "max_batch", "kv_cache_mb"})
+_FLAGS = frozenset({"mdns", "log_json"})
+
+
+def _path(value: object) -> object:
+    return Path(value).expanduser() if isinstance(value, str) else value
+
+
+FilePath = Annotated[Path, BeforeValidator(_path)]
+
+
+class HttpAddress(BaseModel):
+    """Where the HTTP door listens; port 0 takes any free one."""
+
+    model_config = ConfigDict(frozen=True)
+    host: str
+    port: int = Field(ge=0, le=65535)
+
+
+class NodeConfig(BaseModel):
+    """The settings of one node. Paths are absolute or relative to the working directory; sizes carry their unit."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    data_dir: FilePath = Field(default_factory=lambda: Path(platformdirs.user_data_dir("openagi")))
+    http: str = "127.0.0.1:8765"
+    listen: tuple[str, ...] = ()  # empty: any free TCP port on every real interface and loopback
+    bootstrap: tuple[str, ...] = ()
+    bootstrap_file: FilePath | None = None  # default: bootstrap_peers.json of the checkout, when it is there
+    network: str = Field(default="main", pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")
+    psk_file: FilePath | None = None
+    mdns: bool = True
+    model: str = Field(default="default", min_length=1)  # a name, a path or none
+    embedding_model: str | None = None
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int = Field(default_factory=lambda: max(1, (os.cpu_count() or 2) - 1), ge=1, le=1024)
+    max_batch: int = Field(default=4, ge=1, le=1024)
+    kv_cache_mb: int = Field(default=256, ge=1, le=1 << 20)
+    ready_file: FilePath | None = None
+    open: bool = False  # answer anybody on a bind that is not loopback
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_json: bool = False
+
+    @field_validator("listen", "bootstrap", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("bootstrap")
+    @classmethod
+    def _names_the_peer(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for address in value:
+            if not address.startswith("/") or "/p2p/" not in address:
+                raise ValueError(
+                    f"{address!r} is not a multiaddr with the peer's id, as /ip4/1.2.3.4/tcp/4001/p2p/12D3K…"
+                )
+        return value
+
+    @field_validator("http")
+    @classmethod
+    def _http_parses(cls, value: str) -> str:
+        parse_http(value)
+        return value
+
+    def http_address(self) -> HttpAddress | None:
+        """Host and port of the HTTP door, None when it is off."""
+        return parse_http(self.http)
+
+    def bootstrap_path(self) -> Path | None:
+        """The bootstrap file to read: the one named, else the checkout's own, else none."""
+        if self.bootstrap_file is not None:
+            return self.bootstrap_file
+        own = Path(__file__).parent.parent / "bootstrap_peers.json"
+        return own if own.exists() else None
+
+
+def parse_http(value: str) -> HttpAddress | None:
+    """HOST:PORT, [IPv6]:PORT or off. Raises ValueError that says what was wanted."""
+    if value == "off":
+        return None
+    host, colon, port = value.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{value!r} is not HOST:PORT (as 127.0.0.1:8765, port 0 for any free one) and not off")
+    return HttpAddress(host=host, port=int(port))
+
+
+def load_config(
+    flags: Mapping[str, object], *, environment: Mapping[str, str] | None = None, file: Path | None = None
+) -> NodeConfig:
+    """Compose the settings. Raises ConfigError with one sentence for every bad key.
+
+    flags: only those the user gave. environment: the process's when None. file: app_config.json, or None.
+    """
+    variables = _from_environment(os.environ if environment is None else environment)
+    named = variables.pop("config", None)
+    if file is None and isinstance(named, str):
+        file = Path(named)
+    sources = [("", dict(flags)), ("", variables)]
+    sources.append((f"{file}: ", _from_file(file) if file is not None else {}))
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for where, settings in sources:
+        for key, value in settings.items():
+            if key not in merged:
+                merged[key], origin[key] = value, where
+    try:
+        config = NodeConfig(**merged)
+    except ValidationError as exc:
+        raise ConfigError("; ".join(_sentence(problem, origin) for problem in exc.errors())) from exc
+    _check_exposure(config)
+    return config
+
+
+def _from_file(path: Path) -> dict[str, object]:
+    try:
+        settings = json.loads(path.read_bytes())
+    except OSError as exc:
+        raise ConfigError(f"cannot read the configuration file {path}: {exc.strerror}") from exc
+    except ValueError as exc:
+        raise ConfigError(f"the configuration file {path} is not JSON: {exc}") from exc
+    if not isinstance(settings, dict):
+        raise ConfigError(f"the configuration file {path} holds a {type(settings).__name__}, wanted an object of keys")
+    return settings
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, object]:
+    settings: dict[str, object] = {}
+    for variable, text in environment.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        key = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if key not in NodeConfig.model_fields and key != "config":
+            raise ConfigError(f"{variable} is not a setting of the node; unset it, or see `python -m node run --help`")
+        settings[key] = _typed(variable, key, text)
+    return settings
+
+
+def _typed(variable: str, key: str, text: str) -> object:
+    if key in _LISTS:
+        return tuple(part for part in text.split(",") if part)
+    if key in _NUMBERS:
+        if not text.isdigit():
+            raise ConfigError(f"{variable}={text!r} is not a whole number")
+        return int(text)
+    if key in _FLAGS or key == "open":
+        if text.lower() not in ("1", "0", "true", "false"):
+            raise ConfigError(f"{variable}={text!r} is not true or false")
+        return text.lower() in ("1", "true")
+    return text
+
+
+def _sentence(problem: Any, origin: Mapping[str, str]) -> str:
+    key = str(problem["loc"][0]) if problem["loc"] else "?"
+    where = origin.get(key, "")
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(sorted(NodeConfig.model_fields))
+        return f"{where}unknown key {key!r}; the known keys are {known}"
+    return f"{where}{key} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _check_exposure(config: NodeConfig) -> None:
+    address = config.http_address()
+    if address is not None and address.host not in LOOPBACK_HOSTS and not config.open:
+        raise ConfigError(
+            f"http = {config.http!r} would let anybody who reaches this machine use the node: "
+            "add --open if that is meant, or bind 127.0.0.1"
+        )
