@@ -10,7 +10,7 @@ Source: SECURITY.md P9, P10; NETWORK.md "Our rules".
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, Final, TypedDict, Unpack
 
 from msgspec import Meta, Struct
 
@@ -56,12 +56,30 @@ class _Wire(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_f
     signature: Annotated[bytes, Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 
 
-def seal(
-    identity: Identity, *, domain: str, network: str, sequence: int, time_ms: int, expires_ms: int, body: bytes
-) -> bytes:
+class Statement(TypedDict):
+    """What `seal` signs; the fields mean what they mean in Envelope."""
+
+    domain: str
+    network: str
+    sequence: int
+    time_ms: int
+    expires_ms: int
+    body: bytes
+
+
+def seal(identity: Identity, **statement: Unpack[Statement]) -> bytes:
     """The signed bytes of a statement. Raises BadEncoding when a field, or the whole, is out of bounds."""
-    fields = (VERSION, domain, network, identity.public_key, sequence, time_ms, expires_ms, body)
-    raw = encode((*fields, identity.sign(_signed_bytes(domain, fields))))
+    fields = (
+        VERSION,
+        statement["domain"],
+        statement["network"],
+        identity.public_key,
+        statement["sequence"],
+        statement["time_ms"],
+        statement["expires_ms"],
+        statement["body"],
+    )
+    raw = encode((*fields, identity.sign(_signed_bytes(statement["domain"], fields))))
     _parse(raw)
     return raw
 
