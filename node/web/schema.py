@@ -1,0 +1,329 @@
+"""What clients may send, in OpenAI's shapes, and how it becomes the work of node/work.py.
+
+Rules: core. Unknown fields are refused and named; a field of OpenAI's that we do not offer is taken only with the
+value that asks for nothing. null means absent. Every bound is one of node/work.py's or named here. Every refusal is
+a BadRequest or TooLarge whose `param` is the field.
+
+Source: OpenAI API reference, "Create chat completion", "Create completion", "Create embeddings"; vLLM's extra
+sampling fields (top_k, min_p, repetition_penalty).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from node import work
+from node.errors import BadRequest, TooLarge
+from node.front import Route, RouteHint
+
+CHOICES_MAX = 16  # answers of one request: n times the prompts
+CHAT_TOKENS_DEFAULT = 256
+COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's own
+USER_CHARS_MAX = 512
+DEADLINE_S_DEFAULT = 120.0
+DEADLINE_S_MAX = 86_400.0
+DEFAULT_MODEL_ALIAS = "default"
+DIMENSIONS_MAX = 65_536
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+
+# OpenAI's fields that we do not offer -> the values that ask for nothing
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "safety_identifier": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+
+ModelName = Annotated[str, Field(min_length=1, max_length=200)]
+Asked = TypeVar("Asked", bound="Request")
+
+
+class Request(BaseModel):
+    """Strict: a wrong type is an error and never a guess."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    model: ModelName | None = None
+    user: str | None = Field(default=None, max_length=USER_CHARS_MAX)
+
+    def model_asked(self) -> str | None:
+        """The model by name, None for the default one."""
+        return None if self.model == DEFAULT_MODEL_ALIAS else self.model
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells beside the text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    include_usage: bool = False
+    include_obfuscation: bool = False  # the SDK sends it; we never pad
+
+
+class Generation(Request):
+    """The fields that every route which makes text shares."""
+
+    max_tokens: int | None = Field(default=None, ge=1, le=work.TOKENS_MAX)
+    temperature: float = Field(default=1.0, ge=0.0, le=10.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0, le=1 << 20)
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 64)
+    stop: Any = None
+    n: int = Field(default=1, ge=1, le=CHOICES_MAX)
+
+    def sampling(self, *, index: int, seed: int, tokens_default: int, logprobs: int | None = None) -> work.Sampling:
+        """The sampling of answer `index`: its seed is the request's plus the index, so that answers differ."""
+        first = seed if self.seed is None else self.seed
+        return work.Sampling(
+            max_tokens=self.tokens_max() or tokens_default,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            repetition_penalty=self.repetition_penalty,
+            seed=(first + index) % (1 << 63),
+            stop=stops_of(self.stop),
+            logprobs=logprobs,
+        )
+
+    def tokens_max(self) -> int | None:
+        """The most tokens that the client wants, None when it did not say."""
+        return self.max_tokens
+
+
+class Streamed(Generation):
+    """Routes with OpenAI's streaming."""
+
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    metadata: dict[str, str] | None = Field(default=None, max_length=16)
+
+    def usage_in_stream(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(Streamed):
+    """POST /v1/chat/completions."""
+
+    messages: list[Any] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=work.TOKENS_MAX)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=work.LOGPROBS_MAX)
+
+    def tokens_max(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def logprobs_asked(self) -> int | None:
+        """None for none, else how many alternatives. Raises BadRequest."""
+        if self.top_logprobs and not self.logprobs:
+            raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(Streamed):
+    """POST /v1/completions."""
+
+    prompt: Any
+    logprobs: int | None = Field(default=None, ge=0, le=work.LOGPROBS_MAX)
+
+
+class EmbeddingsRequest(Request):
+    """POST /v1/embeddings."""
+
+    input: Any
+    encoding_format: str = Field(default="float", pattern="^(float|base64)$")
+    dimensions: int | None = Field(default=None, ge=1, le=DIMENSIONS_MAX)
+
+
+class InferenceRequest(Generation):
+    """POST /api/v1/model/inference: text in, text or embeddings out, by the kind of the model."""
+
+    text: Any
+
+
+def parse(body: bytes, kind: type[Asked]) -> Asked:
+    """A request of this kind. Raises BadRequest, TooLarge, each naming the field."""
+    try:
+        raw = pydantic_core.from_json(body, allow_inf_nan=False)
+    except ValueError as exc:
+        raise BadRequest(f"the body is not JSON: {exc}; wanted an object of {_fields(kind)}") from exc
+    if not isinstance(raw, dict):
+        raise BadRequest(f"the body is {_shown(raw)}, wanted a JSON object with {_fields(kind)}")
+    given = {key: value for key, value in raw.items() if value is not None}
+    for key in given.keys() & NEUTRAL.keys() - kind.model_fields.keys():
+        if not any(given[key] == value and type(given[key]) is type(value) for value in NEUTRAL[key]):
+            raise BadRequest(f"the field {key!r} is not supported by this node: leave it out", param=key)
+        del given[key]
+    try:
+        return kind.model_validate(given)
+    except ValidationError as exc:
+        raise _refusal(exc, kind) from exc
+
+
+def _refusal(exc: ValidationError, kind: type[BaseModel]) -> BadRequest:
+    problem = exc.errors(include_url=False, include_context=False)[0]
+    param = ".".join(str(part) for part in problem["loc"])[:200]
+    if problem["type"] == "extra_forbidden":
+        return BadRequest(f"unknown field {param!r}; the fields are {_fields(kind)}", param=param)
+    if problem["type"] == "missing":
+        return BadRequest(f"the field {param!r} is missing", param=param)
+    return BadRequest(f"{param} = {_shown(problem['input'])}: {problem['msg']}", param=param)
+
+
+def _fields(kind: type[BaseModel]) -> str:
+    return ", ".join(sorted(kind.model_fields))
+
+
+def _shown(value: object) -> str:
+    """A short picture of what came, for error messages."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def stops_of(value: object) -> tuple[str, ...]:
+    """Stop strings from OpenAI's string or list. Raises BadRequest."""
+    stops = [value] if isinstance(value, str) else value
+    if stops is None:
+        return ()
+    if not isinstance(stops, list) or len(stops) > work.STOPS_MAX:
+        raise BadRequest(f"stop is {_shown(value)}, wanted a string or up to {work.STOPS_MAX} strings", param="stop")
+    for stop in stops:
+        if not isinstance(stop, str) or not 1 <= len(stop) <= 256:
+            raise BadRequest(f"stop holds {_shown(stop)}, wanted strings of 1 to 256 characters", param="stop")
+    return tuple(stops)
+
+
+def messages_of(values: Sequence[object]) -> tuple[work.Message, ...]:
+    """The messages of a chat. Raises BadRequest, TooLarge."""
+    if len(values) > work.MESSAGES_MAX:
+        raise TooLarge(f"{len(values)} messages came, at most {work.MESSAGES_MAX} are taken", param="messages")
+    messages = tuple(_message(value, f"messages.{index}") for index, value in enumerate(values))
+    _check_chars(sum(len(message.content) for message in messages), "messages")
+    return messages
+
+
+def _message(value: object, param: str) -> work.Message:
+    if not isinstance(value, dict):
+        raise BadRequest(f"{param} is {_shown(value)}, wanted an object with role and content", param=param)
+    for key in value.keys() - {"role", "content", "name", "refusal"}:
+        if value[key] not in (None, []):
+            raise BadRequest(f"{param}.{str(key)[:60]} is not supported by this node: leave it out", param=param)
+    role = value.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadRequest(f"{param}.role is {_shown(role)}, wanted one of {', '.join(ROLES)}", param=f"{param}.role")
+    return work.Message(role=ROLES[role], content=_content(value.get("content"), f"{param}.content"))
+
+
+def _content(value: object, param: str) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise BadRequest(f"{param} is {_shown(value)}, wanted a string or text parts", param=param)
+    parts: list[str] = []
+    for part in value:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise BadRequest(f"{param} holds {_shown(part)}; only text parts are supported", param=param)
+        parts.append(text)
+    return "".join(parts)
+
+
+Prompt = str | tuple[int, ...]
+
+
+def prompts_of(value: object, param: str, *, count_max: int, empty_allowed: bool = False) -> tuple[Prompt, ...]:
+    """Prompts from a string, token ids, or a list of either. Raises BadRequest, TooLarge.
+
+    `empty_allowed`: an empty string asks for text from nothing; an embedding of nothing is an error.
+    """
+    if isinstance(value, str) or _is_tokens(value):
+        values: list[object] = [value]
+    elif isinstance(value, list):
+        values = value
+    else:
+        values = []
+    if not values:
+        wanted = "a string, a list of strings, token ids or a list of lists of token ids"
+        raise BadRequest(f"{param} is {_shown(value)}, wanted {wanted}", param=param)
+    if len(values) > count_max:
+        raise TooLarge(f"{param} holds {len(values)} texts, at most {count_max} are taken at a time", param=param)
+    prompts = tuple(_prompt(one, param, empty_allowed) for one in values)
+    _check_chars(sum(len(prompt) for prompt in prompts if isinstance(prompt, str)), param)
+    return prompts
+
+
+def _prompt(value: object, param: str, empty_allowed: bool) -> Prompt:
+    if isinstance(value, str):
+        if not value and not empty_allowed:
+            raise BadRequest(f"{param} is empty, wanted at least one character", param=param)
+        return value
+    if not _is_tokens(value):
+        raise BadRequest(f"{param} holds {_shown(value)}, wanted a string or a list of token ids", param=param)
+    assert isinstance(value, list)
+    if len(value) > work.TOKENS_MAX:
+        raise TooLarge(f"{param} holds {len(value)} tokens, at most {work.TOKENS_MAX} are taken", param=param)
+    return tuple(value)
+
+
+def _is_tokens(value: object) -> bool:
+    return (
+        isinstance(value, list) and bool(value) and all(type(token) is int and 0 <= token < 1 << 31 for token in value)
+    )
+
+
+def _check_chars(chars: int, param: str) -> None:
+    if chars > work.PROMPT_CHARS_MAX:
+        raise TooLarge(f"{param} has {chars} characters, at most {work.PROMPT_CHARS_MAX} are taken", param=param)
+
+
+_PEER = re.compile(r"[1-9A-HJ-NP-Za-km-z]{8,128}")
+
+
+def route_of(headers: Mapping[str, str]) -> RouteHint:
+    """Where the client wants its answer from: x-route, x-peer. Raises BadRequest."""
+    name, peer = headers.get("x-route", Route.AUTO.value), headers.get("x-peer")
+    routes = {route.value: route for route in Route}
+    if name not in routes:
+        raise BadRequest(f"x-route is {_shown(name)}, wanted one of {', '.join(routes)}", param="x-route")
+    if peer is not None and not _PEER.fullmatch(peer):
+        raise BadRequest(f"x-peer is {_shown(peer)}, wanted a peer id like 12D3KooW...", param="x-peer")
+    return RouteHint(route=routes[name], peer=peer)
+
+
+def deadline_s_of(headers: Mapping[str, str]) -> float:
+    """Seconds that the client gives the answer: x-timeout-s. Raises BadRequest."""
+    text = headers.get("x-timeout-s")
+    if text is None:
+        return DEADLINE_S_DEFAULT
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.001 <= seconds <= DEADLINE_S_MAX:
+        raise BadRequest(f"x-timeout-s is {_shown(text)}, wanted 0.001 to {DEADLINE_S_MAX:.0f}", param="x-timeout-s")
+    return seconds
