@@ -6,9 +6,12 @@ Started, then Progress and Piece in any order, then exactly one Finished; every 
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
+import msgspec
 from msgspec import Meta, Struct
+
+from p2p.errors import RemoteProtocolError
 
 PROMPT_CHARS_MAX = 200_000
 MESSAGES_MAX = 1_000
@@ -130,3 +133,18 @@ class Embedded(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
 
 
 AnswerItem = Started | Progress | Piece | Finished
+
+_T = TypeVar("_T")
+
+
+def to_wire(struct: Struct) -> Any:
+    """A struct as the plain values that an rpc body carries; bytes stay bytes."""
+    return msgspec.to_builtins(struct, builtin_types=(bytes,))
+
+
+def from_wire(value: object, kind: type[_T]) -> _T:
+    """Plain values as a struct of `kind`. Raises RemoteProtocolError that names the field at fault."""
+    try:
+        return msgspec.convert(value, kind, strict=True, builtin_types=(bytes,))
+    except msgspec.ValidationError as exc:
+        raise RemoteProtocolError(f"the peer's message does not fit: {exc}") from exc

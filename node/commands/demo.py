@@ -1,0 +1,212 @@
+"""`python -m node demo`: three nodes as real processes; the one that serves is killed in mid-answer; the answer completes.
+
+Rules: everything happens in a temporary directory and on loopback; every process started here has ended when the
+command ends, however it ends. What is printed was measured in this run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+READY_S_MAX = 120.0
+FOUND_S_MAX = 60.0
+ANSWER_S_MAX = 120.0
+PROMPT = "Once upon a time there was a poor woodcutter"
+KILL_AFTER_PIECES = 8
+
+
+class DemoFailed(Exception):
+    """A step did not do what it should; the sentence says which."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoNode:
+    """One running node process and what its ready file says."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    ready: dict[str, Any]
+
+    @property
+    def peer_id(self) -> str:
+        """Its peer id."""
+        return str(self.ready["peer_id"])
+
+    @property
+    def url(self) -> str:
+        """Its HTTP address."""
+        return f"http://{self.ready['http']}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One streamed answer as a client saw it. Times in seconds."""
+
+    text: str
+    served_by: str
+    first_token_s: float
+    longest_gap_s: float
+    total_s: float
+    finish: str
+
+
+def demo(
+    tokens: Annotated[int, typer.Option(help="Length of the answer that is interrupted.")] = 200,
+    keep_logs: Annotated[bool, typer.Option("--keep-logs", help="Print the nodes' logs at the end.")] = False,
+) -> None:
+    """Three nodes on this machine: ask through one without a model, kill the one that answers, see it complete."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="openagi-demo-") as place:
+        root = Path(place)
+        try:
+            with _three_nodes(root) as nodes:
+                _show(nodes, tokens, began)
+        except DemoFailed as exc:
+            typer.echo(f"demo: {exc}", err=True)
+            _logs(root)
+            raise typer.Exit(1) from exc
+        if keep_logs:
+            _logs(root)
+    typer.echo(f"done in {time.monotonic() - began:.1f} s; all processes ended, nothing is left behind")
+
+
+def _show(nodes: Sequence[DemoNode], tokens: int, began: float) -> None:
+    door, *servers = nodes
+    names = {node.peer_id: node.name for node in nodes}
+    for node in nodes:
+        typer.echo(f"{node.name}: {node.peer_id}  {node.url}  model {node.ready['model'] or 'none'}")
+    model = servers[0].ready["model"]
+    _await_model(door, model, len(servers))
+    typer.echo(f"the door sees {len(servers)} peers that serve {model} ({time.monotonic() - began:.1f} s from the start)")
+
+    calm = _ask(door, model, tokens)
+    typer.echo(f"\nasked the door, which holds no model: answered by {names[calm.served_by]}")
+    typer.echo(f"  first token after {calm.first_token_s * 1000:.0f} ms, {tokens} tokens in {calm.total_s:.2f} s")
+    typer.echo("  " + PROMPT + calm.text[:300].replace("\n", " ") + " ...")
+
+    by_peer = {node.peer_id: node for node in nodes}
+    killed: list[str] = []
+
+    def kill(served_by: str) -> None:
+        by_peer[served_by].process.kill()
+        killed.append(served_by)
+
+    stormy = _ask(door, model, tokens, kill)
+    typer.echo(f"\nasked again; {names[killed[0]]} served and was killed after {KILL_AFTER_PIECES} pieces")
+    typer.echo(f"  the answer went on after {stormy.longest_gap_s * 1000:.0f} ms and ended by {stormy.finish!r}")
+    if stormy.text != calm.text:
+        raise DemoFailed("the interrupted answer differs from the undisturbed one")
+    typer.echo("  it is byte for byte the undisturbed answer")
+
+
+@contextmanager
+def _three_nodes(root: Path) -> Iterator[list[DemoNode]]:
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        first = _start(root, "server-1", (), processes)
+        typer.echo("starting three nodes ...")
+        seed = _wait_ready(root, "server-1", first)
+        join = ("--bootstrap", str(seed.ready["listen"][0]))
+        second = _start(root, "server-2", join, processes)
+        third = _start(root, "door", ("--model", "none", *join), processes)
+        yield [_wait_ready(root, "door", third), seed, _wait_ready(root, "server-2", second)]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in processes:
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _start(
+    root: Path, name: str, flags: Sequence[str], processes: list[subprocess.Popen[bytes]]
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "node", "run", "--data-dir", str(root / name), "--http", "127.0.0.1:0"]
+    command += ["--listen", "/ip4/127.0.0.1/tcp/0", "--no-mdns", "--network", f"demo-{os.getpid()}"]
+    command += ["--ready-file", str(root / f"{name}.ready"), *flags]
+    empty = root / "no_peers.json"
+    empty.write_text("[]")
+    command += ["--bootstrap-file", str(empty)]
+    with (root / f"{name}.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    processes.append(process)
+    return process
+
+
+def _wait_ready(root: Path, name: str, process: subprocess.Popen[bytes]) -> DemoNode:
+    file = root / f"{name}.ready"
+    until = time.monotonic() + READY_S_MAX
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise DemoFailed(f"{name} ended with exit code {process.returncode} before it was ready")
+        if file.exists():
+            return DemoNode(name=name, process=process, ready=json.loads(file.read_text()))
+        time.sleep(0.05)
+    raise DemoFailed(f"{name} was not ready within {READY_S_MAX:.0f} s")
+
+
+def _await_model(door: DemoNode, model: str, servers: int) -> None:
+    import httpx  # noqa: PLC0415  # only when a command needs it
+
+    until = time.monotonic() + FOUND_S_MAX
+    seen = 0
+    while time.monotonic() < until:
+        rows = httpx.get(f"{door.url}/v1/models").json()["data"]
+        seen = max([row["peers"] for row in rows if row["id"] == model], default=0)
+        if seen >= servers:
+            return
+        time.sleep(0.1)
+    raise DemoFailed(f"the door saw {seen} of {servers} peers that serve {model} within {FOUND_S_MAX:.0f} s")
+
+
+def _ask(door: DemoNode, model: str, tokens: int, interrupt: Any = None) -> Answer:
+    import httpx  # noqa: PLC0415  # only when a command needs it
+
+    body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "stream": True}
+    began = last = time.monotonic()
+    text, first, gap, finish, pieces = "", 0.0, 0.0, "", 0
+    with httpx.stream("POST", f"{door.url}/v1/completions", json=body, timeout=ANSWER_S_MAX) as response:
+        if response.status_code != 200:
+            raise DemoFailed(f"the door answered {response.status_code}: {response.read().decode()}")
+        served_by = response.headers["x-served-by"]
+        for line in response.iter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                raise DemoFailed(f"the answer ended in an error: {event['error']['message']}")
+            now = time.monotonic()
+            for choice in event["choices"]:
+                text += choice["text"]
+                finish = choice["finish_reason"] or finish
+            first = first or now - began
+            gap, last, pieces = max(gap, now - last) if pieces else 0.0, now, pieces + 1
+            if interrupt is not None and pieces == KILL_AFTER_PIECES:
+                interrupt(served_by)
+    if not finish:
+        raise DemoFailed("the stream ended without a finish reason")
+    return Answer(
+        text=text, served_by=served_by, first_token_s=first, longest_gap_s=gap, total_s=last - began, finish=finish
+    )
+
+
+def _logs(root: Path) -> None:
+    for log in sorted(root.glob("*.log")):
+        typer.echo(f"--- {log.stem}\n{log.read_text(errors='replace')[-4000:]}", err=True)

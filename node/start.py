@@ -1,0 +1,126 @@
+"""From settings to a running process: reads the configuration, holds the data directory, maps failures to exit codes.
+
+Rules: one sentence on stderr for what a user can mend, a traceback only for a bug. The lock is an OS lock on an open
+file, so a killed node never leaves the directory locked.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from crypto.errors import UnsafePermissions
+from model.errors import ModelError
+from node.config import NodeConfig, load_config
+from node.errors import ConfigError, DataDirLocked
+from p2p.errors import CannotListen
+
+EXIT_OK, EXIT_USAGE, EXIT_NO_LISTEN, EXIT_LOCKED, EXIT_UNSAFE_KEY = 0, 2, 69, 75, 78
+
+
+def start(flags: Mapping[str, object], file: Path | None) -> int:
+    """Run a node until it is told to stop; returns the exit code."""
+    try:
+        config = load_config(flags, file=file)
+        _set_up_log(config)
+        with locked(config.data_dir):
+            from node.run import run_node  # noqa: PLC0415  # imports libp2p: not before the settings are good
+
+            trio.run(partial(run_node, config), strict_exception_groups=True)
+    except* ConfigError as group:
+        return _say(group, EXIT_USAGE)
+    except* ModelError as group:
+        return _say(group, EXIT_USAGE)
+    except* DataDirLocked as group:
+        return _say(group, EXIT_LOCKED)
+    except* CannotListen as group:
+        return _say(group, EXIT_NO_LISTEN)
+    except* UnsafePermissions as group:
+        return _say(group, EXIT_UNSAFE_KEY)
+    return EXIT_OK
+
+
+def _say(group: BaseExceptionGroup[Exception], code: int) -> int:
+    for problem in leaves(group):
+        print(f"node: {problem}", file=sys.stderr)
+    return code
+
+
+def leaves(group: BaseExceptionGroup[Exception]) -> Iterator[BaseException]:
+    """The single exceptions inside nested groups."""
+    for inner in group.exceptions:
+        if isinstance(inner, BaseExceptionGroup):
+            yield from leaves(inner)
+        else:
+            yield inner
+
+
+@contextmanager
+def locked(data_dir: Path) -> Iterator[None]:
+    """Hold the data directory, made if absent. Raises DataDirLocked with the holder's pid, ConfigError."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = (data_dir / "lock").open("a+")
+    except OSError as exc:
+        raise ConfigError(f"cannot use the data directory {data_dir}: {exc.strerror}; choose one by --data-dir") from exc
+    with file:
+        if not _try_lock(file.fileno()):
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise DataDirLocked(
+                f"the data directory {data_dir} is in use by another node (pid {holder}): "
+                "stop that one, or give this one its own --data-dir"
+            )
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt  # noqa: PLC0415  # Windows only
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl  # noqa: PLC0415  # not on Windows
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, where, message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname.lower(),
+            "where": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def _set_up_log(config: NodeConfig) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        _JsonLines() if config.log_json else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    )
+    logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
+    for noisy in ("libp2p", "hypercorn.access", "httpx", "httpcore", "multiaddr", "zeroconf"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
