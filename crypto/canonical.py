@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from struct import Struct as Layout
 from typing import Any, Final, TypeVar
 
 import msgpack
@@ -45,6 +44,10 @@ class Limits:
     str_max: int = 65_536
     bin_max: int = 65_536
     items_max: int = 8_192  # all elements of all arrays, plus keys and values of all maps
+
+    def __post_init__(self) -> None:
+        """What is decoded can be encoded again."""
+        assert 0 <= self.depth_max <= ENCODE_DEPTH_MAX, "deeper than `encode` goes"
 
 
 CONTROL: Final = Limits()
@@ -148,7 +151,6 @@ def _ordered_map(value: Mapping[object, object], depth_left: int) -> object:
 # --- reading ---
 
 _ARRAY, _MAP, _STR, _BIN, _FLOAT = 1, 2, 3, 4, 5
-_FLOAT32, _FLOAT64 = Layout(">f"), Layout(">d")
 
 
 def _fixed_sizes() -> bytes:
@@ -201,12 +203,12 @@ def _header(raw: bytes, pos: int, tag: int) -> tuple[int, int, int]:
 
 
 def _check_float(raw: bytes, pos: int, width: int) -> None:
-    field = raw[pos : pos + width]
-    if len(field) < width:
+    """IEEE 754: a float whose exponent bits are all ones is an infinity or no number."""
+    if len(raw) < pos + width:
         raise BadEncoding(f"cut off inside a float at byte {pos}")
-    (number,) = (_FLOAT32 if width == 4 else _FLOAT64).unpack(field)
-    if not math.isfinite(number):
-        raise BadEncoding(f"the float at byte {pos} is {number}, only finite ones are allowed")
+    exponent_low = 0x80 if width == 4 else 0xF0
+    if raw[pos] & 0x7F == 0x7F and raw[pos + 1] & exponent_low == exponent_low:
+        raise BadEncoding(f"the float at byte {pos} is not finite")
 
 
 def _scan(raw: bytes, limits: Limits) -> None:

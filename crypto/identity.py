@@ -67,8 +67,12 @@ def public_key_of(peer_id: str) -> bytes:
 
 
 def verify(peer_id: str, message: bytes, signature: bytes) -> None:
-    """Return when `signature` is this peer's over this message. Raises BadSignature, BadKey (no such id)."""
-    verify_key(public_key_of(peer_id), message, signature)
+    """Return when `signature` is this peer's over this message. Raises BadSignature (also: no such peer id)."""
+    try:
+        public_key = public_key_of(peer_id)
+    except BadKey as exc:
+        raise BadSignature(f"nobody can sign as this peer: {exc}") from exc
+    verify_key(public_key, message, signature)
 
 
 def verify_key(public_key: bytes, message: bytes, signature: bytes) -> None:
@@ -144,6 +148,9 @@ class Identity:
         text = f"{_MAGIC}\n{self.seed.hex()}\n{self.peer_id}\n".encode()
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as exc:
+            raise BadKey(f"cannot make the folder {path.parent} for the key file: {exc.strerror}") from exc
+        try:
             _write_once(path, text)
         except FileExistsError as exc:
             raise BadKey(f"{path} exists already and was not overwritten; move it away to make a new identity") from exc
@@ -158,8 +165,8 @@ class Identity:
             raise BadKey(damaged)
         try:
             identity = cls(bytes.fromhex(lines[1]))
-        except (ValueError, BadKey) as exc:
-            raise BadKey(damaged) from exc.__cause__  # never the text of the seed
+        except (ValueError, BadKey):
+            raise BadKey(damaged) from None  # nothing that could quote the seed
         if identity.peer_id != lines[2]:
             raise BadKey(f"{damaged}: its key and its peer id do not belong together")
         return identity

@@ -43,7 +43,8 @@ class FrameReader:
     def feed(self, chunk: bytes | bytearray | memoryview) -> list[bytes]:
         """Take the next bytes of the stream, give the frames they complete, in order.
 
-        Raises RemoteProtocolError when a length is over the bound, at this and every later call.
+        Raises RemoteProtocolError when a length is over the bound, at this and every later call; frames that the
+        same chunk completed are dropped with it, since the peer is dropped too.
         """
         if self._failure is not None:
             raise RemoteProtocolError(self._failure)
@@ -60,7 +61,8 @@ class FrameReader:
             end = start + LENGTH_BYTES + size
             if len(buffer) < end:
                 break
-            frames.append(bytes(memoryview(buffer)[start + LENGTH_BYTES : end]))
+            with memoryview(buffer) as view:  # one copy, not two
+                frames.append(bytes(view[start + LENGTH_BYTES : end]))
             start = end
         del buffer[:start]
         return frames
