@@ -1,0 +1,346 @@
+"""Who offers what: the newest signed advert of each peer, until it expires.
+
+Rules: core. A higher sequence wins; the same sequence with other bytes is equivocation, and both are kept as evidence.
+An advert lives ADVERT_LIFE_S after its receipt by our monotonic clock (less if its sender said so) and a copy of it
+does not prolong it. The wall clock serves only to refuse what is too old or from the future. A peer's sequence is
+remembered after its advert ended, until no replay of it could pass as fresh. Nothing here can be made to grow: see
+ADVERTS_MAX. Who is at fault for a refused advert: the publisher for its form, the sender for its content.
+Source: NETWORK.md "Protocols"; SECURITY.md P7, P9, P10, P12.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import islice
+
+from crypto.digest import Digest, digest
+from crypto.envelope import Envelope, open_envelope
+from crypto.errors import BadEncoding, BadSignature, WrongNetwork
+from crypto.identity import PeerId
+from gossip.errors import RemoteProtocolError
+from gossip.messages import ADVERT_DOMAIN, ADVERT_LIFE_MS, Advert, Capacity, ModelKind, advert_of
+from p2p.transport import GOSSIP_BYTES_MAX
+
+ADVERT_LIFE_S = ADVERT_LIFE_MS / 1000
+ADVERTS_MAX = 4096  # at most 20 MB, whoever sends them
+SKEW_MS = 60_000  # clocks of honest machines differ by seconds; this is generous
+FLOOR_KEEP_S = (ADVERT_LIFE_MS + 2 * SKEW_MS) / 1000 + 30.0  # after that any replay has expired by its own time
+EVIDENCE_MAX = 64  # pairs of contradicting adverts, newest kept
+_ANY_TIME_MS = 1 << 63  # the times are checked here, after the signature, so that we know whose clock is off
+
+
+class Outcome(StrEnum):
+    """What became of a received advert."""
+
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"  # the same bytes again: gossip does that
+    STALE = "stale"  # an older sequence than one already seen, or a replay
+    EXPIRED = "expired"
+    FUTURE = "future"  # the sender's clock is ahead of ours by more than SKEW_MS
+    MALFORMED = "malformed"
+    BAD_SIGNATURE = "bad_signature"
+    WRONG_NETWORK = "wrong_network"
+    WRONG_SENDER = "wrong_sender"  # published by another peer than the one that signed it
+    EQUIVOCATION = "equivocation"  # two statements under one sequence by one process
+    TWO_INSTANCES = "two_instances"  # two statements under one sequence by two processes: a copied identity
+    OWN = "own"  # our own words came back
+    DUPLICATE_IDENTITY = "duplicate_identity"  # another process speaks with our key
+    FULL = "full"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """The outcome, whose advert it was (None when that is not certain), and one sentence for the log."""
+
+    outcome: Outcome
+    peer: PeerId | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A live advert. received_s and expires_s are monotonic seconds of this node."""
+
+    peer: PeerId
+    sequence: int
+    advert: Advert
+    received_s: float
+    expires_s: float
+
+    @property
+    def capacity(self) -> Capacity:
+        """What the peer says it can do."""
+        return self.advert.capacity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A model as the network serves it: context_tokens is the longest that any of `peers` peers offers."""
+
+    name: str
+    revision: str
+    kind: ModelKind
+    peers: int
+    context_tokens: int
+    embeds: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """Two signed adverts of one peer that contradict each other; anybody can check them."""
+
+    peer: PeerId
+    first: bytes
+    second: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectoryStatistics:
+    """Counts since start: outcomes by name, offers evicted to make room; live offers and known sequences now."""
+
+    outcomes: dict[str, int]
+    evicted: int
+    offers: int
+    peers_known: int
+    clock_offset_ms: int | None  # median of peers' clocks minus ours; None without peers
+
+
+@dataclass(slots=True)
+class _Entry:
+    sequence: int
+    instance: str
+    content_id: Digest | None  # None: only the sequence is known, from before a restart
+    raw: bytes
+    offer: Offer | None
+    touched_s: float
+    offset_ms: int
+
+
+class Directory:
+    """The adverts of a network as one node knows them. `protected` peers are never evicted."""
+
+    def __init__(
+        self,
+        *,
+        own_peer: PeerId,
+        own_instance: str,
+        own_first_sequence: int,
+        network: str,
+        protected: Callable[[PeerId], bool] = lambda _peer: False,
+        adverts_max: int = ADVERTS_MAX,
+    ) -> None:
+        """own_first_sequence: what this process said first, so that echoes from before a restart are known as such."""
+        assert adverts_max > 0
+        self._own_peer = own_peer
+        self._own_instance = own_instance
+        self._own_first_sequence = own_first_sequence
+        self._network = network
+        self._protected = protected
+        self._adverts_max = adverts_max
+        self._entries: dict[PeerId, _Entry] = {}  # in the order of first receipt: the eviction order
+        self._evidence: list[Evidence] = []
+        self._outcomes: Counter[Outcome] = Counter()
+        self._evicted = 0
+
+    # --- in ---
+
+    def receive(self, raw: bytes, *, publisher: PeerId | None, now: float, now_ms: int) -> Receipt:
+        """Take in an advert as it came from the network; never raises, whatever the bytes.
+
+        publisher: the peer that the transport says published it; None for one handed on by a third peer on request.
+        """
+        receipt = self._receive(raw, publisher, now, now_ms)
+        self._outcomes[receipt.outcome] += 1
+        return receipt
+
+    def _receive(self, raw: bytes, publisher: PeerId | None, now: float, now_ms: int) -> Receipt:
+        if len(raw) > GOSSIP_BYTES_MAX:
+            return Receipt(outcome=Outcome.MALFORMED, detail=f"{len(raw)} bytes, at most {GOSSIP_BYTES_MAX}")
+        try:
+            envelope = open_envelope(
+                raw, domain=ADVERT_DOMAIN, network=self._network, now_ms=now_ms, skew_ms=_ANY_TIME_MS
+            )
+        except BadEncoding as exc:
+            return Receipt(outcome=Outcome.MALFORMED, detail=str(exc))
+        except BadSignature as exc:
+            return Receipt(outcome=Outcome.BAD_SIGNATURE, detail=str(exc))
+        except WrongNetwork as exc:
+            return Receipt(outcome=Outcome.WRONG_NETWORK, detail=str(exc))
+        sender = envelope.sender
+        if publisher is not None and publisher != sender:
+            return Receipt(outcome=Outcome.WRONG_SENDER, detail=f"{publisher} published an advert signed by {sender}")
+        try:
+            advert = advert_of(envelope)
+        except RemoteProtocolError as exc:
+            return Receipt(outcome=Outcome.MALFORMED, peer=sender, detail=str(exc))
+        if sender == self._own_peer:
+            return self._own(envelope, advert)
+        refused = _refuse_by_time(envelope, now_ms)
+        if refused is not None:
+            return refused
+        return self._newest(raw, envelope, advert, now, now_ms)
+
+    def _own(self, envelope: Envelope, advert: Advert) -> Receipt:
+        if advert.instance == self._own_instance or envelope.sequence < self._own_first_sequence:
+            return Receipt(outcome=Outcome.OWN, peer=self._own_peer)
+        return Receipt(
+            outcome=Outcome.DUPLICATE_IDENTITY,
+            peer=self._own_peer,
+            detail=f"another process (instance {advert.instance}, at {', '.join(advert.addresses) or 'no address'}) "
+            "speaks with this node's identity: stop one of the two, and give it a data directory of its own",
+        )
+
+    def _newest(self, raw: bytes, envelope: Envelope, advert: Advert, now: float, now_ms: int) -> Receipt:
+        sender, content_id = envelope.sender, digest(raw)
+        entry = self._entries.get(sender)
+        if entry is not None and envelope.sequence <= entry.sequence:
+            if envelope.sequence < entry.sequence or entry.content_id is None:
+                return Receipt(outcome=Outcome.STALE, peer=sender)
+            if content_id == entry.content_id:
+                return Receipt(outcome=Outcome.DUPLICATE, peer=sender)
+            return self._contradiction(entry, sender, raw, advert)
+        if entry is None and not self._make_room(now):
+            return Receipt(outcome=Outcome.FULL, peer=sender, detail=f"{self._adverts_max} peers are known already")
+        life_s = min(ADVERT_LIFE_MS, envelope.expires_ms - envelope.time_ms) / 1000
+        offer = Offer(peer=sender, sequence=envelope.sequence, advert=advert, received_s=now, expires_s=now + life_s)
+        self._entries[sender] = _Entry(
+            sequence=envelope.sequence,
+            instance=advert.instance,
+            content_id=content_id,
+            raw=raw,
+            offer=None if advert.is_goodbye else offer,
+            touched_s=now,
+            offset_ms=envelope.time_ms - now_ms,
+        )
+        return Receipt(outcome=Outcome.ACCEPTED, peer=sender)
+
+    def _contradiction(self, entry: _Entry, sender: PeerId, raw: bytes, advert: Advert) -> Receipt:
+        self._evidence.append(Evidence(peer=sender, first=entry.raw, second=raw))
+        del self._evidence[:-EVIDENCE_MAX]
+        one_process = entry.instance == advert.instance
+        return Receipt(
+            outcome=Outcome.EQUIVOCATION if one_process else Outcome.TWO_INSTANCES,
+            peer=sender,
+            detail=f"{sender} signed two different adverts with sequence {entry.sequence}"
+            + ("" if one_process else f" from two processes ({entry.instance} and {advert.instance})"),
+        )
+
+    def _make_room(self, now: float) -> bool:
+        """Whether there is room for one more peer, after the first in line without protection had to go."""
+        if len(self._entries) < self._adverts_max:
+            return True
+        self.tick(now)
+        if len(self._entries) < self._adverts_max:
+            return True
+        for peer in self._entries:
+            if not self._protected(peer):
+                del self._entries[peer]
+                self._evicted += 1
+                return True
+        return False
+
+    def forget(self, peer: PeerId) -> None:
+        """Drop a peer's offer (it is banned, say); its sequence stays known."""
+        if (entry := self._entries.get(peer)) is not None:
+            entry.offer = None
+
+    def tick(self, now: float) -> tuple[PeerId, ...]:
+        """End what expired; returns the peers whose offers ended."""
+        gone = [peer for peer, entry in self._entries.items() if entry.offer and entry.offer.expires_s <= now]
+        for peer in gone:
+            self._entries[peer].offer = None
+        for peer in [peer for peer, entry in self._entries.items() if entry.touched_s + FLOOR_KEEP_S <= now]:
+            del self._entries[peer]
+        return tuple(gone)
+
+    def deadline(self, now: float) -> float:
+        """When the next offer expires; a life from now when there is none."""
+        return min((offer.expires_s for offer in self._live(now)), default=now + ADVERT_LIFE_S)
+
+    # --- out ---
+
+    def offers(self, now: float, *, model: str | None = None, kind: ModelKind | None = None) -> tuple[Offer, ...]:
+        """Live offers, of a model and of a kind if asked; full or broken peers are among them."""
+        return tuple(offer for offer in self._live(now) if _offers_it(offer, model, kind))
+
+    def offer_of(self, peer: PeerId, now: float) -> Offer | None:
+        """A peer's live offer."""
+        entry = self._entries.get(peer)
+        return entry.offer if entry and entry.offer and entry.offer.expires_s > now else None
+
+    def models(self, now: float) -> tuple[ServedModel, ...]:
+        """What the network serves: one row for each (name, revision, kind), by name."""
+        rows: dict[tuple[str, str, ModelKind], ServedModel] = {}
+        for offer in self._live(now):
+            for model in {(m.name, m.revision, m.kind): m for m in offer.capacity.models}.values():
+                key = (model.name, model.revision, model.kind)
+                row = rows.get(key)
+                rows[key] = ServedModel(
+                    name=model.name,
+                    revision=model.revision,
+                    kind=model.kind,
+                    peers=1 + (row.peers if row else 0),
+                    context_tokens=max(model.context_tokens, row.context_tokens if row else 0),
+                    embeds=model.embeds or (row is not None and row.embeds),
+                )
+        return tuple(rows[key] for key in sorted(rows))
+
+    def recent(self, now: float, limit: int) -> list[bytes]:
+        """The signed bytes of at most `limit` live adverts, latest first, for a peer that has just joined."""
+        live = ((entry.touched_s, entry.raw) for entry in self._entries.values() if self._is_live(entry, now))
+        return [raw for _, raw in islice(sorted(live, key=lambda pair: -pair[0]), limit)]
+
+    def evidence(self) -> tuple[Evidence, ...]:
+        """Contradictions seen, oldest first."""
+        return tuple(self._evidence)
+
+    def floors(self) -> dict[PeerId, int]:
+        """The highest sequence seen of each peer, to be kept over a restart."""
+        return {peer: entry.sequence for peer, entry in self._entries.items()}
+
+    def restore(self, floors: Mapping[PeerId, int], now: float) -> None:
+        """Take back what `floors` gave before a restart, so that nothing older is believed again."""
+        for peer, sequence in islice(floors.items(), self._adverts_max):
+            if peer not in self._entries:
+                self._entries[peer] = _Entry(sequence, "", None, b"", None, now, 0)
+
+    def statistics(self, now: float) -> DirectoryStatistics:
+        """A snapshot of the counters."""
+        offsets = sorted(entry.offset_ms for entry in self._entries.values() if self._is_live(entry, now))
+        return DirectoryStatistics(
+            outcomes={outcome.value: count for outcome, count in self._outcomes.items()},
+            evicted=self._evicted,
+            offers=len(offsets),
+            peers_known=len(self._entries),
+            clock_offset_ms=offsets[len(offsets) // 2] if offsets else None,
+        )
+
+    @staticmethod
+    def _is_live(entry: _Entry, now: float) -> bool:
+        return entry.offer is not None and entry.offer.expires_s > now
+
+    def _live(self, now: float) -> list[Offer]:
+        return [entry.offer for entry in self._entries.values() if entry.offer and entry.offer.expires_s > now]
+
+
+def _refuse_by_time(envelope: Envelope, now_ms: int) -> Receipt | None:
+    """A refusal when the statement's own time is over or not yet come, by our wall clock give or take SKEW_MS."""
+    ahead_ms = envelope.time_ms - now_ms
+    if ahead_ms > SKEW_MS:
+        detail = f"{envelope.sender}'s clock is {ahead_ms // 1000} s ahead of ours: one of the two is wrong"
+        return Receipt(outcome=Outcome.FUTURE, peer=envelope.sender, detail=detail)
+    ends_ms = min(envelope.expires_ms, envelope.time_ms + ADVERT_LIFE_MS)
+    if ends_ms + SKEW_MS < now_ms:
+        detail = f"{envelope.sender}'s advert ended {(now_ms - ends_ms) // 1000} s ago by our clock"
+        return Receipt(outcome=Outcome.EXPIRED, peer=envelope.sender, detail=detail)
+    return None
+
+
+def _offers_it(offer: Offer, model: str | None, kind: ModelKind | None) -> bool:
+    return any(
+        (model is None or served.name == model) and (kind is None or served.can(kind))
+        for served in offer.capacity.models
+    )

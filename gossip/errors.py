@@ -1,0 +1,20 @@
+"""What can go wrong when peers tell each other things.
+
+GossipError
+|- LocalProtocolError     we tried to say what the protocol forbids: a bug or a wrong setting of ours
+`- RemoteProtocolError    a peer said what the protocol forbids: drop it, lower its standing
+"""
+
+from __future__ import annotations
+
+
+class GossipError(Exception):
+    """Base of all errors of this package."""
+
+
+class LocalProtocolError(GossipError):
+    """This node tried to send what no peer would accept."""
+
+
+class RemoteProtocolError(GossipError):
+    """A peer's message breaks the protocol."""
