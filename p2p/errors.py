@@ -7,6 +7,8 @@
     |- StreamClosed           the other side ended the stream cleanly
     |- Refused                policy, theirs or ours: says which and why
     |- CannotListen           nothing to listen on (exit 69)
+    |- BadAddress             an address that cannot be dialled: says what is wrong with it
+    |- BadFile                a bootstrap file or address book that cannot be read: says where and why
     `- RemoteError            the peer's handler answered with an error; code, retryable
 """
 
@@ -39,6 +41,14 @@ class Refused(P2PError):
 
 class CannotListen(P2PError):
     """No listen address could be bound."""
+
+
+class BadAddress(P2PError):
+    """A multiaddr is malformed, names no peer, or cannot be dialled."""
+
+
+class BadFile(P2PError):
+    """A bootstrap file or an address book cannot be used; names the file, the entry and the reason."""
 
 
 class RemoteError(P2PError):
