@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import msgpack
 import msgspec
@@ -104,7 +104,8 @@ def decode_struct(raw: bytes, kind: type[T], limits: Limits = CONTROL) -> T:
 def convert(value: Any, kind: type[T]) -> T:
     """A decoded value to a checked struct, without coercion. Raises BadEncoding that names the field."""
     try:
-        return msgspec.convert(value, kind, strict=True)
+        # Without builtin_types msgspec takes a str for bytes and reads it as base64.
+        return msgspec.convert(value, kind, strict=True, builtin_types=(bytes,))
     except msgspec.ValidationError as exc:
         raise BadEncoding(f"not a {getattr(kind, '__name__', 'message')}: {str(exc)[:200]}") from exc
 
@@ -127,10 +128,10 @@ def _ordered(value: object, depth_left: int) -> object:
         return value
     if depth_left == 0:
         raise BadEncoding(f"a value nested over {ENCODE_DEPTH_MAX} deep, or inside itself")
-    if isinstance(value, list | tuple):
-        return _ordered_array(value, depth_left - 1)
-    if isinstance(value, dict):
-        return _ordered_map(value, depth_left - 1)
+    if kind is list or kind is tuple:  # a named tuple (msgpack's ExtType is one) is no array
+        return _ordered_array(cast(Sequence[object], value), depth_left - 1)
+    if kind is dict:
+        return _ordered_map(cast(dict[object, object], value), depth_left - 1)
     raise BadEncoding(f"a {kind.__name__} came; wanted None, bool, int, float, str, bytes, list or dict")
 
 
