@@ -1,0 +1,125 @@
+"""Texts -> vectors: the mean of a model's last hidden states over a text's own tokens, of length 1.
+
+Rules: a vector depends on its text alone, whatever else is in the batch. Texts over the model's length are cut and
+reported. Without an encoder the causal model's own states serve: usable for rough likeness, and said so.
+Legend: N texts, T tokens, D dimensions.
+Source: Sentence-BERT (arXiv 1908.10084) for mean pooling; sentence-transformers `models/Pooling.py` for its files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from model.checkpoint import CONFIG_BYTES_MAX, read_json
+from model.errors import FOREIGN, BadInput, BadModel, ComputeFailed, first_line
+from model.load import Loaded
+
+BATCH_TOKENS_MAX = 2_048  # padded tokens in one forward pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embeddings:
+    """Vectors in the order of the texts as little-endian fp32, which texts were cut, and tokens read in all."""
+
+    dimensions: int
+    vectors: tuple[bytes, ...]
+    truncated: tuple[bool, ...]
+    tokens: int
+
+
+class Embedder:
+    """Vectors from one loaded model, causal or encoder."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        """Raises BadModel for a pooling other than mean or first token."""
+        self._loaded = loaded
+        self._body = loaded.model if loaded.facts.kind == "encoder" else loaded.model.base_model
+        self._length_max = min(loaded.facts.context_tokens, _stated_length(loaded))
+        self._first = _pools_first_token(loaded)
+        self._takes_types = "token_type_ids" in self._body.forward.__code__.co_varnames
+
+    def embed(self, texts: Sequence[str | Sequence[int]]) -> Embeddings:
+        """Texts or token lists -> vectors of length 1. Raises BadInput, ComputeFailed."""
+        rows = [self._row(text) for text in texts]
+        cut = [row if len(row) <= self._length_max else self._shorten(row) for row in rows]
+        vectors: list[bytes] = [b""] * len(cut)
+        order = sorted(range(len(cut)), key=lambda at: len(cut[at]))
+        batch: list[int] = []
+        for at in order:  # ascending length: the newest is the longest of its batch
+            if batch and len(cut[at]) * (len(batch) + 1) > BATCH_TOKENS_MAX:
+                self._fill(vectors, batch, cut)
+                batch = []
+            batch.append(at)
+        if batch:
+            self._fill(vectors, batch, cut)
+        return Embeddings(
+            dimensions=len(vectors[0]) // 4 if vectors else 0,
+            vectors=tuple(vectors),
+            truncated=tuple(len(row) > self._length_max for row in rows),
+            tokens=sum(len(row) for row in cut),
+        )
+
+    def _row(self, text: str | Sequence[int]) -> tuple[int, ...]:
+        row = self._loaded.tokens.encode(text) if isinstance(text, str) else tuple(text)
+        if not row:
+            raise BadInput("a text to embed has no tokens; give at least one character")
+        if min(row) < 0 or max(row) >= self._loaded.facts.vocabulary:
+            raise BadInput(f"token ids must be from 0 to {self._loaded.facts.vocabulary - 1:,}")
+        return row
+
+    def _shorten(self, row: tuple[int, ...]) -> tuple[int, ...]:
+        """Cuts the end, but an encoder's closing special token stays."""
+        if self._loaded.facts.kind == "encoder" and self._length_max > 1:
+            return (*row[: self._length_max - 1], row[-1])
+        return row[: self._length_max]
+
+    def _fill(self, vectors: list[bytes], batch: list[int], rows: list[tuple[int, ...]]) -> None:
+        try:
+            mean_ND = self._vectors([rows[at] for at in batch])
+        except FOREIGN as exc:
+            raise ComputeFailed(f"the model failed on this text ({type(exc).__name__}: {first_line(exc)})") from exc
+        if not bool(torch.isfinite(mean_ND).all()):
+            raise ComputeFailed("the model made numbers that are not finite for this text")
+        for at, vector_D in zip(batch, mean_ND.numpy().astype("<f4"), strict=True):
+            vectors[at] = vector_D.tobytes()
+
+    @torch.inference_mode()
+    def _vectors(self, rows: list[tuple[int, ...]]) -> torch.Tensor:
+        length = max(len(row) for row in rows)
+        device = self._loaded.device
+        ids_NT = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
+        mask_NT = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
+        extra: dict[str, Any] = {"token_type_ids": torch.zeros_like(ids_NT)} if self._takes_types else {}
+        if self._loaded.facts.kind == "causal":
+            extra["use_cache"] = False
+        states_NTD = self._body(input_ids=ids_NT, attention_mask=mask_NT, **extra).last_hidden_state.float()
+        if self._first:
+            pooled_ND = states_NTD[:, 0]
+        else:
+            weights_NT1 = mask_NT.unsqueeze(-1).float()
+            pooled_ND = (states_NTD * weights_NT1).sum(1) / weights_NT1.sum(1)
+        return torch.nn.functional.normalize(pooled_ND, dim=1).cpu()
+
+
+def _stated_length(loaded: Loaded) -> int:
+    """The length that a sentence encoder was trained for, else no bound."""
+    file = loaded.path / "sentence_bert_config.json"
+    length = read_json(file, CONFIG_BYTES_MAX).get("max_seq_length") if file.is_file() else None
+    return length if isinstance(length, int) and length > 0 else 1 << 30
+
+
+def _pools_first_token(loaded: Loaded) -> bool:
+    """Whether the model's own pooling is its first token's state. Raises BadModel for what is neither that nor mean."""
+    file = loaded.path / "1_Pooling" / "config.json"
+    modes = read_json(file, CONFIG_BYTES_MAX) if file.is_file() else {}
+    chosen = sorted(key for key, value in modes.items() if key.startswith("pooling_mode_") and value is True)
+    match chosen:
+        case [] | ["pooling_mode_mean_tokens"]:
+            return False
+        case ["pooling_mode_cls_token"]:
+            return True
+    raise BadModel(f"{file} asks for {', '.join(chosen)}; only mean and cls pooling are supported")

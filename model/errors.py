@@ -1,0 +1,64 @@
+"""What can be wrong with a model, its files or a request to it.
+
+    ModelError
+    |- NotFound       no model of that name here, nor on the hub
+    |- BadModel       the files are corrupt, do not fit together, are not supported or are not safe to open
+    |- OutOfMemory    the machine has too little memory for the model, or for this request
+    |- BadInput       the request's fault: too long, unknown token ids, a message the template refuses
+    |- EngineFull     the queue is full: try later or elsewhere
+    `- ComputeFailed  the forward pass failed for this request; others go on
+
+Rules: each message says what came, what was wanted and what to do. FOREIGN names what torch, transformers and the
+template engine raise for bad files or bad input, so that their errors are mapped at the door; anything else is a bug.
+"""
+
+from __future__ import annotations
+
+
+class ModelError(Exception):
+    """The base of all errors of model/."""
+
+
+class NotFound(ModelError):
+    """There is no such model."""
+
+
+class BadModel(ModelError):
+    """The model's files cannot or must not be used."""
+
+
+class OutOfMemory(ModelError):
+    """Not enough memory on the device."""
+
+
+class BadInput(ModelError):
+    """The request cannot be served by this model, now or later."""
+
+
+class EngineFull(ModelError):
+    """The queue is at its bound."""
+
+
+class ComputeFailed(ModelError):
+    """A forward pass raised or made numbers that are not finite."""
+
+
+FOREIGN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    BufferError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def first_line(exc: BaseException, chars_max: int = 300) -> str:
+    """The start of a foreign error's text, for use inside one of our sentences."""
+    lines = str(exc).strip().splitlines()
+    return (lines[0] if lines else type(exc).__name__)[:chars_max]

@@ -1,0 +1,109 @@
+"""What the node sees of a model: load, render, add, step, cancel, embed, statistics. Everything here is sync.
+
+Rules: load() and all that touches the engine belong to one worker thread; facts and statistics() may be read from
+any. An encoder serves vectors only; without an encoder the causal model's own states serve as vectors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its OpenMP spins at barriers otherwise
+
+import torch
+
+from model.config import ModelFacts, RuntimeConfig
+from model.embed import Embedder, Embeddings
+from model.engine import Engine
+from model.errors import BadInput
+from model.load import Loaded, device_free_bytes, load, resolve
+from model.requests import EngineStatistics, GenerationRequest, Output, Progress
+
+
+class Runtime:
+    """One node's models: one that generates or embeds, and maybe a second that embeds."""
+
+    def __init__(self, loaded: Loaded, encoder: Loaded | None, config: RuntimeConfig) -> None:
+        """Use load(). Raises BadModel for a pooling that is not supported."""
+        self._loaded = loaded
+        self._encoder = encoder or loaded
+        self._engine = Engine(loaded, config.engine) if loaded.facts.kind == "causal" else None
+        self._embedder = Embedder(self._encoder)
+
+    @classmethod
+    def load(cls, name: str, config: RuntimeConfig | None = None) -> Runtime:
+        """Loads the model, and the embedding model if one is named. Seconds of work: use a worker thread.
+
+        Raises NotFound, BadModel, OutOfMemory; nothing stays allocated then.
+        """
+        config = config or RuntimeConfig()
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        loaded = load(resolve(name), device=config.device, dtype=config.dtype)
+        encoder = None
+        if config.embedding_name and config.embedding_name != name:
+            encoder = load(resolve(config.embedding_name), device=config.device, dtype=config.dtype)
+        return cls(loaded, encoder, config)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """The main model."""
+        return self._loaded.facts
+
+    @property
+    def embedding_facts(self) -> ModelFacts:
+        """The model that embed() uses; the main one when there is no other."""
+        return self._encoder.facts
+
+    @property
+    def has_work(self) -> bool:
+        """Whether step() would do anything."""
+        return self._engine is not None and self._engine.has_work
+
+    def render(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        """(role, content) pairs -> prompt ids by the model's chat template. Raises BadInput."""
+        return self._loaded.tokens.render(messages)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Plain text -> prompt ids. Raises BadInput."""
+        return self._loaded.tokens.encode(text)
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queues a request. Raises BadInput, EngineFull."""
+        self._generating().add(request)
+
+    def step(self) -> list[Output]:
+        """One step of the engine: at most one new token for each request, and one chunk of prompt."""
+        return self._generating().step()
+
+    def cancel(self, request_id: str) -> None:
+        """Frees a request's room at once; an unknown id is no error."""
+        if self._engine is not None:
+            self._engine.cancel(request_id)
+
+    def progress(self, request_id: str) -> Progress:
+        """Place in the queue and tokens prefilled. Raises BadInput for an unknown id."""
+        return self._generating().progress(request_id)
+
+    def embed(self, texts: Sequence[str | Sequence[int]]) -> Embeddings:
+        """Vectors of length 1. Many or long texts take long: give a few at a call. Raises BadInput, ComputeFailed."""
+        return self._embedder.embed(texts)
+
+    def statistics(self) -> EngineStatistics | None:
+        """The engine's numbers; None for an encoder. Costs microseconds."""
+        return None if self._engine is None else self._engine.statistics()
+
+    def device_free_bytes(self) -> int:
+        """Memory that is free on the model's device."""
+        return device_free_bytes(self._loaded.device)
+
+    @property
+    def device(self) -> str:
+        """Where the model is: cpu, cuda:0, mps."""
+        return str(self._loaded.device)
+
+    def _generating(self) -> Engine:
+        if self._engine is None:
+            raise BadInput(f"{self.facts.name} is an encoder: it makes vectors, not text; ask another model")
+        return self._engine

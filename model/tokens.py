@@ -1,0 +1,112 @@
+"""Text <-> token ids for one model: its chat template, encoding without stalls, decoding for the stream.
+
+Rules: encode goes through encode_batch, which lets other threads run (tokenizer.encode of 1 MB held the interpreter
+for 0.8 s); a template comes from the model, so its size, its work and its output are bounded (model/template.py).
+Source: SERVING.md "Threads"; transformers `tokenization_utils_tokenizers.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from model.errors import FOREIGN, BadInput, BadModel, first_line
+from model.template import ChatTemplate
+from model.text import TextStream
+
+ENCODE_CHARS_MAX = 1 << 20
+
+
+class Tokens:
+    """The tokenizer of one model."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """`tokenizer` is a transformers tokenizer. Raises BadModel for a chat template that cannot be used."""
+        self._tokenizer = tokenizer
+        self._fast = getattr(tokenizer, "_tokenizer", None)
+        if not hasattr(self._fast, "encode_batch_fast"):
+            self._fast = None
+        if self._fast is not None:
+            self._fast.no_truncation()
+            self._fast.no_padding()
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        self._template = ChatTemplate(template, dict(tokenizer.special_tokens_map)) if template else None
+
+    @classmethod
+    def load(cls, path: Path) -> Tokens:
+        """The tokenizer in a model's directory, with no code of the model's own. Raises BadModel."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+        except FOREIGN as exc:
+            raise BadModel(f"{path}: the tokenizer cannot be loaded ({first_line(exc)}); fetch it again") from exc
+        return cls(tokenizer)
+
+    @property
+    def size(self) -> int:
+        """Token ids are below this."""
+        return len(self._tokenizer)
+
+    @property
+    def end_token(self) -> int | None:
+        """The id of the tokenizer's own end-of-text token."""
+        token = self._tokenizer.eos_token_id
+        return token if isinstance(token, int) else None
+
+    @property
+    def length_max(self) -> int | None:
+        """How many tokens the tokenizer says that its model takes, if it says so."""
+        length = self._tokenizer.model_max_length
+        return length if isinstance(length, int) and 0 < length < 1 << 31 else None
+
+    def render(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        """A chat of (role, content) -> prompt ids, ready for the assistant's answer.
+
+        A model without a chat template gets the contents, each followed by a blank line. Raises BadInput.
+        """
+        if self._template is None:
+            text = "".join(f"{content}\n\n" for _, content in messages)
+            return self._encode(text, special=True)
+        return self._encode(self._template.render(messages), special=False)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Plain text -> prompt ids, with the special tokens that the model wants around a text. Raises BadInput."""
+        return self._encode(text, special=True)
+
+    def encode_texts(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Several texts at once, each as by encode(). Raises BadInput."""
+        return [self._encode(text, special=True) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens left out."""
+        if self._fast is not None:
+            return str(self._fast.decode(ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def decode_token(self, token: int) -> str:
+        """One token's own text, special ones spelled out: for lists of log probabilities."""
+        if self._fast is not None:
+            return str(self._fast.decode([token], skip_special_tokens=False))
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+
+    def stream(self, prompt: Sequence[int], stop: tuple[str, ...] = (), skip_chars: int = 0) -> TextStream:
+        """The incremental text of an answer to `prompt`."""
+        return TextStream(self.decode, prompt, stop, skip_chars)
+
+    def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
+        if len(text) > ENCODE_CHARS_MAX:
+            raise BadInput(f"the text has {len(text):,} characters; at most {ENCODE_CHARS_MAX:,} are taken")
+        try:
+            if self._fast is not None:
+                ids = self._fast.encode_batch_fast([text], add_special_tokens=special)[0].ids
+            else:
+                ids = self._tokenizer.encode(text, add_special_tokens=special)
+        except FOREIGN as exc:
+            raise BadInput(f"the text cannot be turned into tokens ({first_line(exc)})") from exc
+        if not ids and isinstance(begin := self._tokenizer.bos_token_id, int):
+            ids = [begin]
+        return tuple(ids)
