@@ -1,0 +1,188 @@
+"""What keeps one bad frame, one bad handler and one noisy library from ending the node: reads and exceptions.
+
+Rules: every workaround for libp2p 0.8.1 stands in p2p/guard*.py, says what it works around, and has a test in
+tests/test_guard.py that is red without it. Subclasses where libp2p allows; `install()` replaces two functions where
+it does not. Here is the one `except Exception` around what a peer can make fail: count, log, go on.
+
+Source: SECURITY.md F1-F3, F19; NETWORK.md sections 0 and 4.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import libp2p.identity.identify_push.identify_push
+import libp2p.io.msgio
+import libp2p.io.utils
+import libp2p.network.connection.swarm_connection
+import libp2p.protocol_muxer.multiselect_communicator
+import libp2p.stream_muxer.yamux.yamux
+import libp2p.utils
+import libp2p.utils.varint
+import trio
+from libp2p.exceptions import ParseError
+from libp2p.io.exceptions import IncompleteReadError
+from libp2p.tools.anyio_service import LifecycleError
+
+MULTISTREAM_BYTES_MAX = 1024  # one line of protocol negotiation; ours are under 64 bytes
+RESET_S = 1.0  # to tell a peer that its stream is over
+DAEMON_RESTART_S = 1.0  # before a failed background loop starts again
+
+log = logging.getLogger("p2p.guard")
+
+
+class Drops:
+    """Counts of what was dropped or contained, by reason, and the one place where a peer's failures are caught."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def count(self, reason: str) -> None:
+        """One more of `reason`."""
+        self.counts[reason] += 1
+
+    async def contain(self, reason: str, run: Callable[..., Awaitable[object]], *args: object) -> bool:
+        """Run and say whether it ended well; an exception is counted under `reason` and goes no further."""
+        try:
+            await run(*args)
+        except Exception as exc:  # the guard: a peer chose what happened in there
+            self.counts[reason] += 1
+            log.info("%s: %s", reason, _brief(exc), exc_info=log.isEnabledFor(logging.DEBUG))
+            return False
+        return True
+
+
+def _brief(exc: BaseException) -> str:
+    """Kind and first words of an exception; a group's first member. What peers send is not repeated at length."""
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
+    return f"{type(exc).__name__}: {str(exc)[:200]!r}"
+
+
+def guarded_stream_handler(
+    inner: Callable[[Any], Awaitable[None]], drops: Drops, streams_per_peer_max: int
+) -> Callable[[Any], Awaitable[None]]:
+    """The host's handler of inbound streams, with the peer's share of streams and with an end to its exceptions.
+
+    Around: an exception in any handler ends SwarmConn's nursery, the swarm service and the process.
+    """
+    held: Counter[Any] = Counter()
+
+    async def handle(net_stream: Any) -> None:
+        peer = net_stream.muxed_conn.peer_id
+        if held[peer] >= streams_per_peer_max:
+            drops.count("streams_per_peer")
+            await reset_quietly(net_stream, drops)
+            return
+        held[peer] += 1
+        try:
+            if not await drops.contain("handler_failed", inner, net_stream):
+                await reset_quietly(net_stream, drops)
+        finally:
+            held[peer] -= 1
+            if not held[peer]:
+                del held[peer]
+
+    return handle
+
+
+async def reset_quietly(net_stream: Any, drops: Drops) -> None:
+    """Reset a stream; whatever goes wrong with that is counted, and it takes RESET_S at most."""
+    with trio.move_on_after(RESET_S, shield=True):
+        await drops.contain("reset_failed", net_stream.reset)
+
+
+class ContainedTasks:
+    """A libp2p service manager whose tasks cannot end the service.
+
+    Around: `run_task` lets an exception of one message or one connection cancel the whole service, and with it the
+    host; a raising background loop does the same. Loops start again after DAEMON_RESTART_S.
+    """
+
+    def __init__(self, manager: Any, drops: Drops) -> None:
+        self._manager = manager
+        self._drops = drops
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+    def run_task(self, run: Callable[..., Awaitable[object]], *args: object, name: str | None = None) -> None:
+        """Start a contained task; silently not when the service is stopping, which callers do not expect."""
+        try:
+            self._manager.run_task(self._drops.contain, "task_failed", run, *args, name=name or _name(run))
+        except LifecycleError:
+            self._drops.count("task_after_stop")
+
+    def run_daemon_task(self, run: Callable[..., Awaitable[object]], *args: object, name: str | None = None) -> None:
+        """Start a background loop that starts again when it fails."""
+        self._manager.run_daemon_task(self._again, run, *args, name=name or _name(run))
+
+    async def _again(self, run: Callable[..., Awaitable[object]], *args: object) -> None:
+        while not await self._drops.contain("daemon_failed", run, *args):
+            await trio.sleep(DAEMON_RESTART_S)
+        if self._manager.is_running:
+            await self._manager.wait_finished()  # a daemon that returns is a crash to its service
+
+
+def _name(run: Callable[..., Awaitable[object]]) -> str:
+    return str(getattr(run, "__qualname__", run))
+
+
+async def read_exactly(reader: Any, n: int, retry_count: int = 0) -> bytes:
+    """n bytes of a reader, however many pieces they come in. Raises IncompleteReadError at its end.
+
+    Around: libp2p gives up after 101 pieces, so a large frame over a slow link breaks the connection.
+    """
+    buffer = bytearray()
+    while len(buffer) < n:
+        piece = await reader.read(n - len(buffer))
+        if not piece:
+            raise IncompleteReadError(
+                f"the other side ended after {len(buffer)} of {n} bytes", expected_bytes=n, received_bytes=len(buffer)
+            )
+        buffer += piece
+    return bytes(buffer)
+
+
+async def read_delim(reader: Any) -> bytes:
+    """One line of protocol negotiation, without its newline. Raises ParseError, IOException kinds.
+
+    Around: libp2p takes as many bytes as an unauthenticated length says, and repeats them in its error.
+    """
+    line = await libp2p.utils.varint.read_varint_prefixed_bytes_limited(reader, MULTISTREAM_BYTES_MAX)
+    if not line.endswith(b"\n"):
+        raise ParseError("a line of protocol negotiation without its newline")
+    return bytes(line[:-1])
+
+
+_READ_DELIM_HOLDERS = (libp2p.utils, libp2p.utils.varint, libp2p.protocol_muxer.multiselect_communicator)
+_READ_EXACTLY_HOLDERS = (
+    libp2p.io.utils,
+    libp2p.io.msgio,
+    libp2p.utils.varint,
+    libp2p.stream_muxer.yamux.yamux,
+)
+
+
+def install() -> None:
+    """Put our two readers where libp2p looks its own up, and silence its logs. Once more is the same as once."""
+    for holder in _READ_DELIM_HOLDERS:
+        assert hasattr(holder, "read_delim"), f"{holder.__name__} changed: look at this workaround again"
+        holder.read_delim = read_delim
+    for holder in _READ_EXACTLY_HOLDERS:
+        assert hasattr(holder, "read_exactly"), f"{holder.__name__} changed: look at this workaround again"
+        holder.read_exactly = read_exactly
+    quiet()
+
+
+def quiet() -> None:
+    """Keep libp2p's log lines out of ours: peers choose many of them.
+
+    Around: one file logs through the root logger, whose module functions also install a handler for everybody.
+    """
+    logger = logging.getLogger("libp2p")
+    logger.setLevel(logging.CRITICAL)
+    libp2p.network.connection.swarm_connection.logging = logging.getLogger("libp2p.network.swarm_connection")

@@ -1,0 +1,72 @@
+"""Gossipsub that outlives what peers publish.
+
+Rules: `/meshsub/1.1.0` only, one beat a second, no adaptation, no scores: standing is ours (gossip/standing.py).
+A message reaches its receiver once, in the validator, after its signature; nothing is queued for us here.
+
+Source: NETWORK.md section 3; SECURITY.md F1, F2, F8, F11.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
+from libp2p.pubsub.pubsub import Pubsub
+
+from p2p.guard import ContainedTasks, Drops
+
+RPC_BYTES_MAX = 65_536  # one inbound pubsub frame
+SUBSCRIPTIONS_MAX = 32  # topics of one peer
+HEARTBEAT_S = 1
+
+
+class GuardedGossipSub(GossipSub):  # type: ignore[misc]  # libp2p's types are not followed
+    """The router, with contained tasks and the settings of Rules."""
+
+    def __init__(self, drops: Drops) -> None:
+        self._drops = drops
+        super().__init__(
+            [PROTOCOL_ID_V11],
+            degree=6,
+            degree_low=4,
+            degree_high=12,
+            heartbeat_interval=HEARTBEAT_S,
+            adaptive_gossip_enabled=False,
+            spam_protection_enabled=False,
+            eclipse_protection_enabled=False,
+        )
+
+    @property
+    def manager(self) -> Any:
+        """The service's manager, whose tasks are contained."""
+        return ContainedTasks(super().manager, self._drops)
+
+
+class GuardedPubsub(Pubsub):  # type: ignore[misc]  # libp2p's types are not followed
+    """Pubsub whose tasks are contained.
+
+    Around: a frame or a key that does not decode, or a validator that raises, ends the service and the process.
+    """
+
+    def __init__(self, host: Any, router: GuardedGossipSub, topics: frozenset[str], drops: Drops) -> None:
+        self._drops = drops
+        super().__init__(
+            host,
+            router,
+            strict_signing=True,
+            max_subscriptions_per_rpc=SUBSCRIPTIONS_MAX,
+            max_subscriptions_per_peer=SUBSCRIPTIONS_MAX,
+            max_inbound_rpc_size=RPC_BYTES_MAX,
+            allowed_topics=topics,
+        )
+        # Message ids are peer and counter: from nanoseconds, so that a restart never repeats one.
+        self.counter = time.time_ns()
+
+    @property
+    def manager(self) -> Any:
+        """The service's manager, whose tasks are contained."""
+        return ContainedTasks(super().manager, self._drops)
+
+    def notify_subscriptions(self, publish_message: Any) -> None:
+        """Nothing: the validator has delivered it; libp2p's queue of 32 would only fill and complain."""

@@ -1,0 +1,425 @@
+"""The door to libp2p: a Transport over TCP, Noise and yamux, with gossipsub.
+
+Rules: libp2p is imported in this file and in p2p/guard*.py only, and this file only after the command line is parsed
+(it costs a second). Its exceptions end here, mapped. Nothing is dialled but by dial(). Only concrete addresses of real
+interfaces are told to others.
+
+Source: NETWORK.md "Our rules" 1-3, 5; libp2p specs.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import psutil
+import trio
+from libp2p.abc import INotifee
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_new_noise_pair
+from libp2p.custom_types import TProtocol
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.host.basic_host import BasicHost
+from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore
+from libp2p.protocol_muxer.exceptions import ProtocolNotSupportedError
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
+from libp2p.stream_muxer.yamux.yamux import Yamux
+from libp2p.tools.anyio_service import background_trio_service
+from libp2p.transport.upgrader import TransportUpgrader
+from multiaddr import Multiaddr
+
+from crypto.errors import BadKey
+from crypto.identity import Identity, PeerId, public_key_of
+from p2p.errors import CannotListen, LocalProtocolError, Refused, Unreachable
+from p2p.guard import Drops, guarded_stream_handler, install, reset_quietly
+from p2p.guard_gossip import GuardedGossipSub, GuardedPubsub
+from p2p.guard_socket import GuardedTcp
+from p2p.guard_stream import Libp2pStream, Traffic
+from p2p.guard_swarm import GuardedSwarm, close_connection, socket_of
+from p2p.host_config import HostConfig
+from p2p.interfaces import InterfaceAddress, is_wildcard, multiaddr_text, usable
+from p2p.transport import (
+    GOSSIP_BYTES_MAX,
+    GossipReceiver,
+    PeerChange,
+    PeerWatcher,
+    Stream,
+    StreamHandler,
+    TransportStatistics,
+)
+
+STOP_S = 2.0  # to close all connections in order
+
+
+@asynccontextmanager
+async def open_host(identity: Identity, config: HostConfig) -> AsyncIterator[Libp2pTransport]:
+    """Opens its own nursery: a listening host, until the block is left; then all its connections are closed.
+
+    Raises CannotListen. The block's own exception comes out as it is, not inside an ExceptionGroup.
+    """
+    install()
+    drops = Drops()
+    tcp = GuardedTcp(drops)
+    host = _make_host(identity, config, tcp, drops)
+    failure: BaseException | None = None
+    try:
+        async with host.run([Multiaddr(each) for each in config.listen or _automatic_addresses(config.port)]):
+            _check_listening(tcp.listen_errors)
+            router = GuardedGossipSub(drops)
+            pubsub = GuardedPubsub(host, router, config.topics, drops)
+            async with background_trio_service(pubsub), background_trio_service(router), trio.open_nursery() as nursery:
+                await pubsub.wait_until_ready()
+                nursery.start_soon(host.get_network().watch_health, config.health_interval_s)
+                transport = Libp2pTransport(identity.peer_id, config, host, pubsub, nursery)
+                try:
+                    yield transport
+                except BaseException as exc:
+                    failure = exc
+                    raise
+                finally:
+                    await transport._stop()
+                    nursery.cancel_scope.cancel()
+    except CannotListen as exc:
+        failure = exc
+        raise
+    except BaseExceptionGroup as group:
+        if (only := _only_leaf(group)) is not None and (only is failure or isinstance(only, CannotListen)):
+            raise only from only.__cause__
+        raise
+
+
+def _only_leaf(group: BaseException) -> BaseException | None:
+    """The one exception in nested groups of one; None when there are more."""
+    while isinstance(group, BaseExceptionGroup):
+        if len(group.exceptions) != 1:
+            return None
+        group = group.exceptions[0]
+    return group
+
+
+def _make_host(identity: Identity, config: HostConfig, tcp: GuardedTcp, drops: Drops) -> BasicHost:
+    """libp2p's host with Noise, yamux and TCP only, and everything that acts by itself turned off."""
+    key_pair = create_new_key_pair(identity.seed)
+    peer_id = ID.from_pubkey(key_pair.public_key)
+    peerstore = PeerStore()
+    peerstore.add_key_pair(peer_id, key_pair)
+    swarm = GuardedSwarm(
+        peer_id,
+        peerstore,
+        TransportUpgrader(
+            {NOISE_ID: NoiseTransport(key_pair, noise_privkey=create_new_noise_pair().private_key)},
+            {TProtocol(YAMUX_ID): Yamux},
+            negotiate_timeout=max(1, round(config.negotiate_s)),
+        ),
+        transports=[tcp],
+        retry_config=RetryConfig(max_retries=0),
+        connection_config=ConnectionConfig(
+            max_connections=config.connections_max,
+            high_watermark=config.connections_max,
+            low_watermark=0,
+            min_connections=0,
+            inbound_upgrade_timeout=config.upgrade_s,
+            outbound_upgrade_timeout=config.upgrade_s,
+            inbound_stream_protocol_negotiation_timeout=max(1.0, config.negotiate_s),
+            outbound_stream_protocol_negotiation_timeout=max(1.0, config.negotiate_s),
+        ),
+        psk=None if config.psk is None else config.psk.hex(),
+        config=config,
+        drops=drops,
+    )
+    host = BasicHost(
+        network=swarm,
+        negotiate_timeout=max(1, round(config.negotiate_s)),
+        addrs_factory=partial(_advertised, config.announce),
+        disable_identify_address_discovery=True,
+    )
+    inner = host._swarm_stream_handler
+    swarm.set_stream_handler(guarded_stream_handler(inner, drops, config.streams_per_peer_max))
+    return host
+
+
+def _real_addresses() -> tuple[str, ...]:
+    up = {name: state.isup for name, state in psutil.net_if_stats().items()}
+    return usable(
+        InterfaceAddress(name=name, address=each.address, up=up.get(name, True))
+        for name, addresses in psutil.net_if_addrs().items()
+        for each in addresses
+    )
+
+
+def _automatic_addresses(port: int) -> list[str]:
+    return [multiaddr_text(ip, port) for ip in _real_addresses()] or [multiaddr_text("127.0.0.1", port)]
+
+
+def _advertised(announce: Sequence[str], bound: Sequence[Multiaddr]) -> list[Multiaddr]:
+    """What others are told: what the operator announces, then what is bound; a wildcard becomes real addresses."""
+    told = list(announce)
+    for address in map(str, bound):
+        if is_wildcard(address):
+            port = int(address.rpartition("/")[2])
+            same = (ip for ip in _real_addresses() if (":" in ip) == address.startswith("/ip6/"))
+            told += [multiaddr_text(ip, port) for ip in same]
+        else:
+            told.append(address)
+    return [Multiaddr(each) for each in dict.fromkeys(told)]
+
+
+def _check_listening(errors: dict[str, OSError]) -> None:
+    """Raises CannotListen when any wanted address could not be bound."""
+    for address, exc in errors.items():
+        if exc.errno == errno.EADDRINUSE:
+            raise CannotListen(
+                f"cannot listen on {address}: the port is taken by another program; choose another port, or 0 for a"
+                " free one"
+            ) from exc
+        raise CannotListen(f"cannot listen on {address}: {exc.strerror or exc}") from exc
+
+
+class Libp2pTransport:
+    """p2p.transport.Transport over libp2p. Made by open_host."""
+
+    def __init__(
+        self, peer_id: PeerId, config: HostConfig, host: BasicHost, pubsub: GuardedPubsub, nursery: trio.Nursery
+    ) -> None:
+        self._peer_id = peer_id
+        self._config = config
+        self._host = host
+        self._swarm: GuardedSwarm = host.get_network()
+        self._drops: Drops = self._swarm.drops
+        self._pubsub = pubsub
+        self._nursery = nursery
+        self._traffic = Traffic()
+        self._connections: dict[PeerId, set[Any]] = {}
+        self._watchers: list[PeerWatcher] = []
+        self._dialing: dict[PeerId, trio.Event] = {}
+        self._swarm.register_notifee(_Notifee(self))
+        for conn in self._swarm.get_connections():
+            self._connected(conn)
+
+    @property
+    def peer_id(self) -> PeerId:
+        """Who we are."""
+        return self._peer_id
+
+    def addresses(self) -> tuple[str, ...]:
+        """Where others can dial us: concrete multiaddrs, each ending in /p2p/<our id>."""
+        return tuple(str(each) for each in self._host.get_addrs())
+
+    def peers(self) -> frozenset[PeerId]:
+        """Peers with a live connection."""
+        return frozenset(self._connections)
+
+    def remote_address(self, peer: PeerId) -> str | None:
+        """The multiaddr a connected peer is seen at, without /p2p/; None when not connected."""
+        for conn in self._connections.get(peer, ()):
+            if (remote := socket_of(conn).get_remote_address()) is not None:
+                return multiaddr_text(*remote)
+        return None
+
+    def watch(self, watcher: PeerWatcher) -> None:
+        """Call `watcher` (sync) at every PeerChange from now on. If it raises, the host ends."""
+        self._watchers.append(watcher)
+
+    def serve(self, protocol: str, handler: StreamHandler) -> None:
+        """Run `handler` for each inbound stream of `protocol`; its exceptions reset that stream and no more."""
+
+        async def run(net: Any) -> None:
+            stream = self._wrap(net)
+            if await self._drops.contain("handler_failed", handler, stream):
+                await stream.finish()
+            else:
+                await stream.reset()
+
+        self._host.set_stream_handler(TProtocol(protocol), run)
+
+    async def dial(self, address: str) -> PeerId:
+        """See Transport.dial. Cancelled: no connection is left half made."""
+        target, peer = _parse_address(address)
+        if peer == self._peer_id:
+            raise Refused(f"{address} is this node itself")
+        while peer not in self._connections:
+            if (other := self._dialing.get(peer)) is not None:
+                await other.wait()  # if that one fails, ours may do: the address can be another
+            else:
+                await self._dial_now(target, peer, address)
+        await trio.lowlevel.checkpoint()
+        return peer
+
+    async def _dial_now(self, target: Multiaddr, peer: PeerId, address: str) -> None:
+        done = self._dialing[peer] = trio.Event()
+        try:
+            with trio.fail_after(self._config.dial_s):
+                await self._swarm.dial_addr(target, ID.from_base58(peer))
+        except trio.TooSlowError as exc:
+            raise Unreachable(f"{address} did not answer within {self._config.dial_s:g} s") from exc
+        except BaseLibp2pError as exc:
+            raise Unreachable(f"cannot connect to {address}: {_why(exc)}") from exc
+        finally:
+            del self._dialing[peer]
+            done.set()
+        if peer not in self._connections:
+            raise Unreachable(f"the connection to {address} was lost at once")
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
+        """See Transport.open_stream. Cancelled: the stream is reset."""
+        if peer not in self._connections:
+            await trio.lowlevel.checkpoint()
+            raise Unreachable(f"not connected to {peer}")
+        net = None
+        opened = False
+        try:
+            with trio.fail_after(self._config.negotiate_s):
+                net = await self._swarm.new_stream(ID.from_base58(peer))
+                communicator = MultiselectCommunicator(net)
+                await self._host.multiselect_client.handshake(communicator)
+                await self._host.multiselect_client.try_select(communicator, TProtocol(protocol))
+            net.set_protocol(TProtocol(protocol))
+            opened = True
+        except trio.TooSlowError as exc:
+            raise Unreachable(f"{peer} did not open {protocol} within {self._config.negotiate_s:g} s") from exc
+        except ProtocolNotSupportedError as exc:
+            raise Refused(f"{peer} does not serve {protocol}") from exc
+        except BaseLibp2pError as exc:
+            raise Unreachable(f"cannot open {protocol} to {peer}: {_why(exc)}") from exc
+        finally:
+            if net is not None and not opened:
+                await reset_quietly(net, self._drops)
+        return self._wrap(net)
+
+    def _wrap(self, net: Any) -> Libp2pStream:
+        peer = PeerId(net.muxed_conn.peer_id.to_base58())
+        return Libp2pStream(net, peer, self._traffic, self._drops, socket_of(net.swarm_conn).abort)
+
+    async def disconnect(self, peer: PeerId) -> None:
+        """See Transport.disconnect. Takes about a second at most; not cut short by a cancellation."""
+        async with trio.open_nursery() as nursery:
+            for conn in self._swarm.get_connections(ID.from_base58(peer)):
+                nursery.start_soon(close_connection, conn)
+
+    async def subscribe(self, topic: str, receiver: GossipReceiver) -> None:
+        """See Transport.subscribe. Raises LocalProtocolError for a topic that HostConfig.topics does not name."""
+        if topic not in self._config.topics:
+            raise LocalProtocolError(f"topic {topic!r} is not in HostConfig.topics: {sorted(self._config.topics)}")
+        own = ID.from_base58(self._peer_id)
+
+        def validate(forwarder: ID, message: Any) -> bool:
+            if forwarder == own:
+                return True  # ours, on its way out
+            if len(message.data) > GOSSIP_BYTES_MAX or list(message.topicIDs) != [topic]:
+                self._drops.count("gossip_form")
+                return False
+            return receiver(PeerId(ID(message.from_id).to_base58()), message.data)
+
+        self._pubsub.set_topic_validator(topic, validate, False)
+        await self._pubsub.subscribe(topic)
+
+    async def publish(self, topic: str, payload: bytes) -> None:
+        """See Transport.publish."""
+        if len(payload) > GOSSIP_BYTES_MAX:
+            raise LocalProtocolError(
+                f"a gossip message of {len(payload)} bytes, at most {GOSSIP_BYTES_MAX} may be sent"
+            )
+        await self._drops.contain("publish_failed", self._pubsub.publish, topic, payload)
+
+    def statistics(self) -> TransportStatistics:
+        """A snapshot of the counters."""
+        traffic = self._traffic
+        return TransportStatistics(
+            peers=len(self._connections),
+            streams_open=traffic.streams_open,
+            frames_in=traffic.frames_in,
+            frames_out=traffic.frames_out,
+            bytes_in=traffic.bytes_in,
+            bytes_out=traffic.bytes_out,
+            drops=dict(self._drops.counts),
+        )
+
+    def _connected(self, conn: Any) -> None:
+        peer = PeerId(conn.muxed_conn.peer_id.to_base58())
+        if conn.is_closed:
+            return
+        held = self._connections.setdefault(peer, set())
+        held.add(conn)
+        if len(held) == 1:
+            self._tell(PeerChange(peer=peer, connected=True))
+
+    def _disconnected(self, conn: Any) -> None:
+        peer = PeerId(conn.muxed_conn.peer_id.to_base58())
+        held = self._connections.get(peer, set())
+        if conn in held:
+            held.discard(conn)
+            if not held:
+                del self._connections[peer]
+                self._tell(PeerChange(peer=peer, connected=False))
+
+    def _tell(self, change: PeerChange) -> None:
+        for watcher in self._watchers:
+            try:
+                watcher(change)
+            except BaseException as exc:
+                self._nursery.start_soon(_raise, exc)  # libp2p would swallow our bug; the host must end with it
+                raise
+
+    async def _stop(self) -> None:
+        """Close every connection at once, in order if that takes less than STOP_S."""
+        with trio.move_on_after(STOP_S, shield=True):
+            async with trio.open_nursery() as nursery:
+                for conn in self._swarm.get_connections():
+                    nursery.start_soon(close_connection, conn)
+        for scope in tuple(self._host._identify_tasks):
+            scope.cancel()  # system tasks, which nobody else ends
+
+
+class _Notifee(INotifee):  # type: ignore[misc]  # libp2p's types are not followed
+    """Passes on the two events that matter."""
+
+    def __init__(self, transport: Libp2pTransport) -> None:
+        self._transport = transport
+
+    async def connected(self, network: Any, conn: Any) -> None:
+        self._transport._connected(conn)
+
+    async def disconnected(self, network: Any, conn: Any) -> None:
+        self._transport._disconnected(conn)
+
+    async def opened_stream(self, network: Any, stream: Any) -> None:
+        pass
+
+    async def closed_stream(self, network: Any, stream: Any) -> None:
+        pass
+
+    async def listen(self, network: Any, multiaddr: Any) -> None:
+        pass
+
+    async def listen_close(self, network: Any, multiaddr: Any) -> None:
+        pass
+
+
+async def _raise(exc: BaseException) -> None:
+    raise exc
+
+
+def _parse_address(address: str) -> tuple[Multiaddr, PeerId]:
+    """A dialable multiaddr and whom it names. Raises Unreachable for anything else."""
+    head, _, peer = address.rpartition("/p2p/")
+    try:
+        public_key_of(peer)
+        target = Multiaddr(head)
+    except (ValueError, BadKey) as exc:
+        raise Unreachable(f"{address!a} is not a multiaddr like /ip4/1.2.3.4/tcp/4001/p2p/12D3Koo...: {exc}") from exc
+    return target, PeerId(peer)
+
+
+def _why(exc: BaseException) -> str:
+    """The innermost reason of a chain of libp2p errors, which is the one that helps."""
+    while exc.__cause__ is not None:
+        exc = exc.__cause__
+    return str(exc)[:300] or type(exc).__name__
