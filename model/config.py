@@ -14,7 +14,8 @@ KINDS = ("causal", "encoder")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """One loaded model. kind: "causal" makes text, "encoder" only vectors. parameters and vocabulary are counts."""
+    """One loaded model. kind: "causal" makes text, "encoder" only vectors. embeds: embed() uses this model.
+    parameters and vocabulary are counts; kv_token_bytes is what one token takes in the KV cache."""
 
     name: str
     revision: str
@@ -23,6 +24,8 @@ class ModelFacts:
     dtype: str
     parameters: int
     vocabulary: int
+    kv_token_bytes: int = 0
+    embeds: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,19 +45,31 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeConfig:
-    """How a node runs its models. threads 0: leave torch's choice. embedding_name: "" for the model's own states."""
+    """How a node runs its models. threads 0: torch's choice. embedding_name "": vectors from the main model's states.
+    kv_tokens 0: as many as kv_cache_mb (10**6 bytes each) holds for this model."""
 
     device: str = "auto"
     dtype: str = "auto"
     threads: int = 0
     embedding_name: str = ""
-    engine: EngineConfig = EngineConfig()
+    slots: int = 4
+    kv_cache_mb: int = 256
+    kv_tokens: int = 0
+    queue_max: int = 64
+    prefill_chunk: int = 256
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a device or dtype that there is not."""
+        """Raises ValueError for a device or dtype that there is not, or a number below its bound."""
         if self.device not in DEVICES:
             raise ValueError(f"device must be one of {', '.join(DEVICES)}, not {self.device!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        if self.threads < 0:
-            raise ValueError(f"threads must be 0 (automatic) or more, not {self.threads}")
+        if min(self.threads, self.kv_tokens) < 0 or self.kv_cache_mb < 1:
+            raise ValueError(f"threads and kv_tokens must be 0 or more, kv_cache_mb 1 or more, not {self}")
+
+    def engine(self, kv_token_bytes: int) -> EngineConfig:
+        """The engine's bounds for a model whose KV cache takes `kv_token_bytes` a token."""
+        kv_tokens = self.kv_tokens or max(1, self.kv_cache_mb * 1_000_000 // max(1, kv_token_bytes))
+        return EngineConfig(
+            slots=self.slots, kv_tokens=kv_tokens, prefill_chunk=self.prefill_chunk, queue_max=self.queue_max
+        )

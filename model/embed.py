@@ -9,7 +9,6 @@ Source: Sentence-BERT (arXiv 1908.10084) for mean pooling; sentence-transformers
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,18 +16,9 @@ import torch
 from model.checkpoint import CONFIG_BYTES_MAX, read_json
 from model.errors import FOREIGN, BadInput, BadModel, ComputeFailed, first_line
 from model.load import Loaded
+from model.requests import Embeddings
 
 BATCH_TOKENS_MAX = 2_048  # padded tokens in one forward pass
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Embeddings:
-    """Vectors in the order of the texts as little-endian fp32, which texts were cut, and tokens read in all."""
-
-    dimensions: int
-    vectors: tuple[bytes, ...]
-    truncated: tuple[bool, ...]
-    tokens: int
 
 
 class Embedder:
@@ -57,6 +47,7 @@ class Embedder:
         if batch:
             self._fill(vectors, batch, cut)
         return Embeddings(
+            facts=self._loaded.facts,
             dimensions=len(vectors[0]) // 4 if vectors else 0,
             vectors=tuple(vectors),
             truncated=tuple(len(row) > self._length_max for row in rows),

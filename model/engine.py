@@ -92,7 +92,7 @@ class Engine:
     def add(self, request: GenerationRequest) -> None:
         """Takes a request in; it runs when there is room. Raises BadInput, EngineFull, and then holds nothing of it."""
         self._check(request)
-        self._schedule.add(request.request_id, len(request.prompt) + request.max_tokens)
+        self._schedule.add(request.request_id, len(request.prompt) + request.sampling.max_tokens)
         self._requests[request.request_id] = request
 
     def cancel(self, request_id: str) -> None:
@@ -146,17 +146,19 @@ class Engine:
         facts = self._loaded.facts
         if not request.prompt:
             raise BadInput("the prompt has no tokens; give at least one")
-        if request.max_tokens < 1:
-            raise BadInput(f"max_tokens must be at least 1, not {request.max_tokens}")
-        wanted = len(request.prompt) + request.max_tokens
+        max_tokens = request.sampling.max_tokens
+        if max_tokens < 1:
+            raise BadInput(f"max_tokens must be at least 1, not {max_tokens}", param="max_tokens")
+        wanted = len(request.prompt) + max_tokens
         if wanted > facts.context_tokens:
             raise BadInput(
-                f"the prompt has {len(request.prompt):,} tokens and max_tokens is {request.max_tokens:,}: together "
-                f"{wanted:,}, more than the {facts.context_tokens:,} of {facts.name}; shorten one of them"
+                f"the prompt has {len(request.prompt):,} tokens and max_tokens is {max_tokens:,}: together "
+                f"{wanted:,}, more than the {facts.context_tokens:,} of {facts.name}; shorten one of them",
+                param="max_tokens",
             )
-        if len(request.delivered) > request.max_tokens:
+        if len(request.delivered) > max_tokens:
             raise BadInput(
-                f"{len(request.delivered):,} tokens are delivered already, more than max_tokens {request.max_tokens:,}"
+                f"{len(request.delivered):,} tokens are delivered already, more than max_tokens {max_tokens:,}"
             )
         ids = (*request.prompt, *request.delivered)
         if min(ids) < 0 or max(ids) >= facts.vocabulary:
@@ -168,7 +170,7 @@ class Engine:
     def _start(self, request: GenerationRequest) -> None:
         self._running[request.request_id] = _Sequence(
             request=request,
-            text=self._loaded.tokens.stream(request.prompt, request.stop, request.delivered_chars),
+            text=self._loaded.tokens.stream(request.prompt, request.sampling.stop, request.delivered_chars),
             kv=self._forward.new_kv(),
             prompt_set=frozenset(request.prompt),
             tokens=list(request.prompt),
@@ -250,9 +252,9 @@ class Engine:
         sequence.cached += count
         if logits_V is None:
             return None
-        request = sequence.request
-        token = choose(logits_V, request.sampling, sequence.answer_length, sequence.generated, sequence.prompt_set)
-        logprobs = () if request.logprobs is None else (self._logprob(logits_V, token, request.logprobs),)
+        request, sampling = sequence.request, sequence.request.sampling
+        token = choose(logits_V, sampling, sequence.answer_length, sequence.generated, sequence.prompt_set)
+        logprobs = () if sampling.logprobs is None else (self._logprob(logits_V, token, sampling.logprobs),)
         text, finish = self._take(sequence, token)
         text, sequence.carry = sequence.carry + text, ""
         return Output(request_id=request.request_id, tokens=(token,), text=text, logprobs=logprobs, finish=finish)
@@ -267,7 +269,7 @@ class Engine:
         text = sequence.text.push(token)
         if sequence.text.stopped:
             return text, "stop"
-        if sequence.answer_length >= sequence.request.max_tokens:
+        if sequence.answer_length >= sequence.request.sampling.max_tokens:
             text += sequence.text.finish()
             return text, "stop" if sequence.text.stopped else "length"
         return text, None

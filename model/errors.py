@@ -16,7 +16,11 @@ from __future__ import annotations
 
 
 class ModelError(Exception):
-    """The base of all errors of model/."""
+    """The base of all errors of model/. `param` names the field of a request at fault, if one is."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class NotFound(ModelError):

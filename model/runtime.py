@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its OpenMP spins at barriers otherwise
 
 import torch
 
 from model.config import ModelFacts, RuntimeConfig
-from model.embed import Embedder, Embeddings
+from model.embed import Embedder
 from model.engine import Engine
 from model.errors import BadInput
 from model.load import Loaded, device_free_bytes, load, resolve
-from model.requests import EngineStatistics, GenerationRequest, Output, Progress
+from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress
 
 
 class Runtime:
@@ -26,9 +27,11 @@ class Runtime:
 
     def __init__(self, loaded: Loaded, encoder: Loaded | None, config: RuntimeConfig) -> None:
         """Use load(). Raises BadModel for a pooling that is not supported."""
-        self._loaded = loaded
-        self._encoder = encoder or loaded
-        self._engine = Engine(loaded, config.engine) if loaded.facts.kind == "causal" else None
+        embedding = replace((encoder or loaded).facts, embeds=True)
+        self._encoder = replace(encoder or loaded, facts=embedding)
+        self._loaded = loaded if encoder is not None else self._encoder
+        engine = config.engine(loaded.facts.kv_token_bytes)
+        self._engine = Engine(self._loaded, engine) if loaded.facts.kind == "causal" else None
         self._embedder = Embedder(self._encoder)
 
     @classmethod
@@ -55,6 +58,10 @@ class Runtime:
     def embedding_facts(self) -> ModelFacts:
         """The model that embed() uses; the main one when there is no other."""
         return self._encoder.facts
+
+    def all_facts(self) -> tuple[ModelFacts, ...]:
+        """Every model here: the main one, then a second one that embeds."""
+        return (self.facts,) if self._encoder is self._loaded else (self.facts, self.embedding_facts)
 
     @property
     def has_work(self) -> bool:
@@ -90,9 +97,9 @@ class Runtime:
         """Vectors of length 1. Many or long texts take long: give a few at a call. Raises BadInput, ComputeFailed."""
         return self._embedder.embed(texts)
 
-    def statistics(self) -> EngineStatistics | None:
-        """The engine's numbers; None for an encoder. Costs microseconds."""
-        return None if self._engine is None else self._engine.statistics()
+    def statistics(self) -> EngineStatistics:
+        """The engine's numbers, with no slots for an encoder. Costs microseconds."""
+        return EngineStatistics() if self._engine is None else self._engine.statistics()
 
     def device_free_bytes(self) -> int:
         """Memory that is free on the model's device."""

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from model.errors import ComputeFailed
-from model.requests import SamplingParams
+from model.requests import SamplingParameters
 
 TOP_P_PREFIX = 1_024  # tokens sorted at first: the nucleus is nearly always within them
 
 
 def choose(
     logits_V: torch.Tensor,
-    params: SamplingParams,
+    params: SamplingParameters,
     position: int,
     generated: Counter[int],
     prompt: Collection[int] = (),
@@ -48,7 +48,7 @@ def choose(
 
 
 def penalize(
-    logits_V: torch.Tensor, params: SamplingParams, generated: Counter[int], prompt: Collection[int]
+    logits_V: torch.Tensor, params: SamplingParameters, generated: Counter[int], prompt: Collection[int]
 ) -> torch.Tensor:
     """Logits after the penalties; the input is left as it is. Repetition looks at prompt and answer, the others at
     the answer alone."""
@@ -66,7 +66,7 @@ def penalize(
     return logits_V
 
 
-def keep(logits_V: torch.Tensor, params: SamplingParams) -> tuple[np.ndarray, torch.Tensor]:
+def keep(logits_V: torch.Tensor, params: SamplingParameters) -> tuple[np.ndarray, torch.Tensor]:
     """The token ids that top-k, then top-p, then min-p leave, and their logits. At least one is left."""
     size = logits_V.shape[0]
     top_k = min(params.top_k or size, size)

@@ -1,0 +1,62 @@
+"""The face of a runtime, for those who drive one or stand in for one: what node/ needs, with no torch imported.
+
+Rules: model/runtime.py has the real one; a test checks that it keeps to this face.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from model.config import ModelFacts
+from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress
+
+
+class Runtime(Protocol):
+    """Generation and vectors from this machine's models. Sync; one thread at a time."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """The main model."""
+
+    @property
+    def embedding_facts(self) -> ModelFacts:
+        """The model that embed() uses."""
+
+    @property
+    def device(self) -> str:
+        """Where the model is: cpu, cuda:0, mps."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether step() would do anything."""
+
+    def all_facts(self) -> tuple[ModelFacts, ...]:
+        """Every model here."""
+
+    def render(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        """(role, content) pairs -> prompt ids. Raises BadInput."""
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Plain text -> prompt ids. Raises BadInput."""
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queues a request. Raises BadInput, EngineFull."""
+
+    def step(self) -> list[Output]:
+        """At most one new token for each request, and one chunk of prompt."""
+
+    def cancel(self, request_id: str) -> None:
+        """Frees a request's room at once; an unknown id is no error."""
+
+    def progress(self, request_id: str) -> Progress:
+        """Place in the queue and tokens prefilled. Raises BadInput for an unknown id."""
+
+    def embed(self, texts: Sequence[str | Sequence[int]]) -> Embeddings:
+        """Vectors of length 1. Raises BadInput, ComputeFailed."""
+
+    def statistics(self) -> EngineStatistics:
+        """The engine's numbers."""
+
+    def device_free_bytes(self) -> int:
+        """Memory that is free on the model's device."""
