@@ -1,0 +1,176 @@
+"""The routes: which path does what, and what every failure of theirs becomes.
+
+Rules: a route parses, asks the Front, and shapes what came; it decides nothing else. Errors reach the client in one
+shape through the table of errors.py; an exception of another kind is a bug, answered 500 and logged in full.
+
+Source: INTERFACES.md, "HTTP".
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from random import Random
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from node.errors import InternalError, NotReady, RequestError, UnknownModel
+from node.front import Front, ModelRow
+from node.web.answers import ClientGone
+from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, DoorConfig
+from node.web.embeddings import Embeddings
+from node.web.errors import MethodNotAllowed, NotFound, error_answer
+from node.web.generation import Generations
+
+log = logging.getLogger("node.web")
+
+
+def build_app(front: Front, rng: Random, config: DoorConfig | None = None) -> Door:
+    """The application of a node. `rng` draws the seeds of requests that name none."""
+    embeddings = Embeddings(front)
+    generations = Generations(front, rng, embeddings)
+    facts = Facts(front)
+
+    def get(path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
+        return Route(path, endpoint, methods=["GET"])
+
+    def post(path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
+        return Route(path, endpoint, methods=["POST"])
+
+    routes = [
+        post("/v1/chat/completions", generations.chat),
+        post("/v1/completions", generations.completions),
+        post("/v1/embeddings", embeddings.embeddings),
+        post("/api/v1/model/inference", generations.inference),
+        get("/v1/models", facts.models),
+        get("/v1/models/{model:path}", facts.model),
+        get("/healthz", facts.healthz),
+        get("/readyz", facts.readyz),
+        get("/api/v1/status", facts.status),
+        get("/api/v1/peers", facts.peers),
+    ]
+    handlers: Any = {
+        RequestError: _on_request_error,
+        ClientGone: _on_client_gone,
+        HTTPException: _on_http_exception,
+        Exception: _on_bug,
+    }
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    return Door(app, config or DoorConfig())
+
+
+class Facts:
+    """The routes that only tell."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+        self._started_s = int(time.time())
+
+    async def models(self, request: Request) -> Response:
+        rows = merged(self._front.models())
+        return json_response({"object": "list", "data": [self._model(same) for same in rows.values()]})
+
+    async def model(self, request: Request) -> Response:
+        rows, wanted = merged(self._front.models()), request.path_params["model"]
+        if wanted not in rows:
+            raise UnknownModel(
+                f"no live peer serves the model {wanted[:200]!r}; served are: {', '.join(rows) or 'none'}",
+                param="model",
+            )
+        return json_response(self._model(rows[wanted]))
+
+    def _model(self, same: list[ModelRow]) -> dict[str, object]:
+        first = same[0]
+        return {
+            "id": first.id,
+            "object": "model",
+            "created": self._started_s,
+            "owned_by": "openagi",
+            "revision": first.revision,
+            "kind": first.kind,
+            "peers": sum(row.peers for row in same),
+            "context_tokens": first.context_tokens,
+            "local": any(row.local for row in same),
+            "embeds": any(row.embeds for row in same),
+            "revisions": [{"revision": row.revision, "peers": row.peers} for row in same],
+        }
+
+    async def healthz(self, request: Request) -> Response:
+        return json_response({"status": "ok"})
+
+    async def readyz(self, request: Request) -> Response:
+        readiness = self._front.readiness()
+        told = {"ready": readiness.ready, "reason": readiness.reason, "loading": readiness.loading}
+        if readiness.ready:
+            return json_response(told)
+        error = NotReady(readiness.reason, retry_after_s=readiness.retry_after_s)
+        status, headers, body = error_answer(error, request.scope[REQUEST_ID_KEY])
+        return json_response({**told, **msgspec.json.decode(body)}, status=status, headers=headers)
+
+    async def status(self, request: Request) -> Response:
+        counts = request.scope[COUNTS_KEY]
+        web = {"requests": counts.requests, "connections": counts.connections, "drops": dict(counts.drops)}
+        return json_response({**self._front.status(), "web": web})
+
+    async def peers(self, request: Request) -> Response:
+        return json_response({"peers": self._front.peers()})
+
+
+def merged(rows: list[ModelRow]) -> dict[str, list[ModelRow]]:
+    """Rows by model id, in the order in which the ids first come."""
+    by_id: dict[str, list[ModelRow]] = {}
+    for row in rows:
+        by_id.setdefault(row.id, []).append(row)
+    return by_id
+
+
+def json_response(value: object, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A response with a JSON body."""
+    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
+
+
+class _NoResponse(Response):
+    """For a client that has gone."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pass
+
+
+def _refused(request: Request, error: RequestError, **more: str) -> Response:
+    status, headers, body = error_answer(error, request.scope[REQUEST_ID_KEY])
+    return Response(body, status, {**headers, **more})
+
+
+async def _on_request_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return _refused(request, error)
+
+
+async def _on_client_gone(request: Request, error: Exception) -> Response:
+    return _NoResponse()
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        message = f"{request.method[:20]} is not for {request.url.path[:200]}; it takes {allowed}"
+        return _refused(request, MethodNotAllowed(message), allow=allowed)
+    return _refused(request, NotFound(f"there is no route {request.url.path[:200]!r}"))
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    """Starlette raises the exception again after this response, and Hypercorn logs its traceback."""
+    log.error("%s %s ended in a bug: %r", request.scope[REQUEST_ID_KEY], request.url.path, error)
+    return _refused(
+        request, InternalError(f"a bug ended this request; the log has it as {request.scope[REQUEST_ID_KEY]}")
+    )

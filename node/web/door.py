@@ -1,0 +1,204 @@
+"""The outermost ASGI application: who may ask, how large and slow a body may be, and a request id for all.
+
+Rules: it stands before routing, so that nothing is parsed for a foreign page. A Host that is a name, and not one of
+ours, is DNS rebinding; an Origin that is not the Host is another site's script. A body is counted before it is kept,
+and has one deadline from first to last byte. A response that leaves a body unread is followed by a short drain:
+closing with bytes unread would reset the connection and take our own error message with it.
+
+Source: SECURITY.md C4, F12, F13; RFC 9112 section 9.6 (lingering close); WHATWG Fetch, "Origin header".
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import secrets
+from collections import Counter
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import trio
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from node.errors import BadRequest, RequestError, TooLarge
+from node.web.answers import ClientGone
+from node.web.errors import Forbidden, SlowBody, error_answer
+
+BODY_BYTES_MAX = 1 << 20
+BODY_S_MAX = 20.0  # 1 MiB in 20 s is 50 kB/s: slower than any line that could use the answer
+DRAIN_BYTES_MAX = 8 << 20
+DRAIN_S_MAX = 2.0
+REQUEST_ID_KEY = "openagi.request_id"
+COUNTS_KEY = "openagi.counts"
+
+log = logging.getLogger("node.web")
+
+
+@dataclass(slots=True)
+class WebCounts:
+    """Counts since start; every refusal has a reason."""
+
+    requests: int = 0
+    connections: int = 0  # open now
+    drops: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoorConfig:
+    """Names and pages that may ask beside loopback and IP addresses (which no DNS answer can rebind)."""
+
+    hosts: frozenset[str] = frozenset()  # host names, lower case, without port
+    origins: frozenset[str] = frozenset()  # as https://chat.example, exact
+
+
+def host_allowed(host: str | None, names: frozenset[str]) -> bool:
+    """Whether a Host header names us: an address, localhost, or one of `names`. No header: not a browser."""
+    if host is None:
+        return True
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
+    if name == "localhost" or name.endswith(".localhost") or name in names:
+        return True
+    try:
+        ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
+def origin_allowed(origin: str | None, host: str | None, origins: frozenset[str]) -> bool:
+    """Whether a page may ask: our own (its Origin is our Host), or one that the operator named."""
+    if origin is None or origin in origins:
+        return True
+    try:
+        parts = urlsplit(origin)
+    except ValueError:
+        return False
+    return host is not None and parts.scheme in ("http", "https") and parts.netloc.lower() == host.lower()
+
+
+def headers_of(scope: Scope) -> dict[str, str]:
+    """Header names in lower case; of a repeated header the first counts."""
+    headers: dict[str, str] = {}
+    for name, value in scope["headers"]:
+        headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
+    return headers
+
+
+async def read_body(scope: Scope, receive: Receive) -> bytes:
+    """The whole body. Raises TooLarge, SlowBody, BadRequest (encoded), ClientGone. Cancelled: the rest is unread."""
+    headers = headers_of(scope)
+    if headers.get("content-encoding", "identity") != "identity":
+        raise BadRequest("a compressed body came; send it as plain JSON", param="content-encoding")
+    declared = headers.get("content-length", "0")
+    if not declared.isdecimal() or int(declared[:20]) > BODY_BYTES_MAX:
+        raise too_large(scope)
+    body = bytearray()
+    with trio.move_on_after(BODY_S_MAX):
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            body += message.get("body", b"")
+            if len(body) > BODY_BYTES_MAX:
+                raise too_large(scope)
+            if not message.get("more_body", False):
+                return bytes(body)
+    scope[COUNTS_KEY].drops["slow_body"] += 1
+    raise SlowBody(f"the body did not arrive within {BODY_S_MAX:.0f} s; {len(body)} bytes came")
+
+
+def too_large(scope: Scope) -> TooLarge:
+    scope[COUNTS_KEY].drops["body_too_large"] += 1
+    return TooLarge(f"the body is over {BODY_BYTES_MAX} bytes (BODY_BYTES_MAX); send less at a time")
+
+
+class Door:
+    """See the module. `counts` is shared with `serve`."""
+
+    def __init__(self, app: ASGIApp, config: DoorConfig) -> None:
+        self.counts = WebCounts()
+        self._app = app
+        self._config = config
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            self.counts.drops["websocket"] += 1
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        assert scope["type"] == "http", "serve.py starts no lifespan"
+        self.counts.requests += 1
+        scope[REQUEST_ID_KEY] = f"req-{secrets.token_hex(12)}"
+        scope[COUNTS_KEY] = self.counts
+        exchange = _Exchange(scope, receive, send)
+        refusal = self._refusal(headers_of(scope))
+        if refusal is not None:
+            status, headers, body = error_answer(refusal, scope[REQUEST_ID_KEY])
+            headers["content-length"] = str(len(body))
+            pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+            await exchange.send({"type": "http.response.start", "status": status, "headers": pairs})
+            await exchange.send({"type": "http.response.body", "body": body})
+        else:
+            await self._app(scope, exchange.receive, exchange.send)
+        if not exchange.ended:
+            self.counts.drops["client_gone"] += 1
+        log.debug("%s %s %s -> %s", scope[REQUEST_ID_KEY], scope["method"], scope["path"], exchange.status or "gone")
+
+    def _refusal(self, headers: dict[str, str]) -> RequestError | None:
+        host, origin = headers.get("host"), headers.get("origin")
+        if not host_allowed(host, self._config.hosts):
+            self.counts.drops["foreign_host"] += 1
+            return Forbidden(
+                f"the Host {_short(host)} is not this node; use its address, or allow the name", param="host"
+            )
+        if not origin_allowed(origin, host, self._config.origins):
+            self.counts.drops["foreign_origin"] += 1
+            message = f"pages of {_short(origin)} may not use this node; allow that origin"
+            return Forbidden(message, param="origin")
+        return None
+
+
+class _Exchange:
+    """One request and its response, as they pass the door."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.status: int | None = None
+        self.ended = False
+        self._request_id: str = scope[REQUEST_ID_KEY]
+        self._receive = receive
+        self._send = send
+        headers = headers_of(scope)
+        self._body_read = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            self._body_read = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            added = [(b"x-request-id", self._request_id.encode()), (b"x-content-type-options", b"nosniff")]
+            if not self._body_read:
+                added.append((b"connection", b"close"))
+            message = {**message, "headers": [*message.get("headers", ()), *added]}
+        ending = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if ending and not self._body_read:
+            await self._send({**message, "more_body": True})
+            await self._drain()
+            message = {"type": "http.response.body", "body": b""}
+        await self._send(message)
+        self.ended = self.ended or ending
+
+    async def _drain(self) -> None:
+        drained = 0
+        with trio.move_on_after(DRAIN_S_MAX):
+            while not self._body_read and drained < DRAIN_BYTES_MAX:
+                drained += len((await self.receive()).get("body", b""))
+
+
+def _short(text: str | None) -> str:
+    return repr((text or "")[:100])

@@ -1,0 +1,175 @@
+"""The routes that make text: /v1/chat/completions, /v1/completions, /api/v1/model/inference.
+
+Rules: one GenerateWork per answer; answer i of a request has its seed plus i, so that the whole can be made again.
+A request that names no seed draws one. A request that names no token limit gets the default, but at most half of
+the model's context, so that a small model does not refuse what nobody asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from node.errors import BadRequest
+from node.front import Front
+from node.web.answers import gather, unless_gone
+from node.web.door import REQUEST_ID_KEY, headers_of, read_body
+from node.web.embeddings import Embeddings
+from node.web.schema import (
+    CHAT_TOKENS_DEFAULT,
+    CHOICES_MAX,
+    COMPLETION_TOKENS_DEFAULT,
+    ChatRequest,
+    CompletionRequest,
+    Generation,
+    InferenceRequest,
+    Prompt,
+    Streamed,
+    deadline_s_of,
+    messages_of,
+    parse,
+    prompts_of,
+    route_of,
+)
+from node.web.shapes import Answer, ChatShape, CompletionShape, Head, Shape, usage_of
+from node.web.sse import EventStream, StreamRequest, served_headers
+from node.work import TEXTS_MAX, GenerateWork
+
+
+class Generations:
+    """See the module."""
+
+    def __init__(self, front: Front, rng: Random, embeddings: Embeddings) -> None:
+        self._front = front
+        self._rng = rng
+        self._embeddings = embeddings
+
+    async def chat(self, request: Request) -> Response:
+        asked = parse(await read_body(request.scope, request.receive), ChatRequest)
+        logprobs = asked.logprobs_asked()
+        prompts = [{"messages": messages_of(asked.messages)}]
+        works = self._works(request, asked, prompts, tokens_default=CHAT_TOKENS_DEFAULT, logprobs=logprobs)
+        return await self._answer(request, asked, works, ChatShape(logprobs=asked.logprobs, n=asked.n))
+
+    async def completions(self, request: Request) -> Response:
+        asked = parse(await read_body(request.scope, request.receive), CompletionRequest)
+        texts = prompts_of(asked.prompt, "prompt", count_max=CHOICES_MAX, empty_allowed=True)
+        prompts = [_prompt_field(text) for text in texts]
+        works = self._works(request, asked, prompts, tokens_default=COMPLETION_TOKENS_DEFAULT, logprobs=asked.logprobs)
+        shape = CompletionShape(logprobs=asked.logprobs is not None, n=asked.n)
+        return await self._answer(request, asked, works, shape)
+
+    async def inference(self, request: Request) -> Response:
+        """Text or embeddings, by the kind of the model."""
+        began_s = time.monotonic()
+        asked = parse(await read_body(request.scope, request.receive), InferenceRequest)
+        several = isinstance(asked.text, list)
+        texts = prompts_of(asked.text, "text", count_max=TEXTS_MAX)
+        if self._kind(asked.model_asked()) == "encoder":
+            told, headers = await self._embeddings.inference(request, asked.model_asked(), texts, several=several)
+        else:
+            told, headers = await self._inference_text(request, asked, texts, several=several)
+        told["latency_ms"] = round((time.monotonic() - began_s) * 1000, 3)
+        return Response(msgspec.json.encode(told), 200, headers, media_type="application/json")
+
+    async def _inference_text(
+        self, request: Request, asked: InferenceRequest, texts: Sequence[Prompt], *, several: bool
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        if asked.n > 1:
+            raise BadRequest("n is not offered here; send the text several times", param="n")
+        works = self._works(
+            request, asked, [_prompt_field(text) for text in texts], tokens_default=CHAT_TOKENS_DEFAULT, logprobs=None
+        )
+        answers = await self._gather(request, works)
+        started = answers[0].started
+        made = ["".join(answer.text) for answer in answers]
+        reasons = [answer.finished.reason if answer.finished else None for answer in answers]
+        told = {
+            "model": started.model if started else None,
+            "revision": started.revision if started else None,
+            "model_type": "causal",
+            "text": made if several else made[0],
+            "finish_reason": reasons if several else reasons[0],
+            "truncated": [False] * len(answers) if several else False,  # a prompt that does not fit is an error
+            "usage": usage_of(answers),
+            "served_by": ", ".join(dict.fromkeys(one.started.served_by for one in answers if one.started)),
+        }
+        return told, served_headers(answers)
+
+    async def _answer(self, request: Request, asked: Streamed, works: Sequence[GenerateWork], shape: Shape) -> Response:
+        request_id = request.scope[REQUEST_ID_KEY]
+        if asked.stream:
+            headers = headers_of(request.scope)
+            stream = StreamRequest(
+                request_id=request_id,
+                works=works,
+                hint=route_of(headers),
+                shape=shape,
+                include_usage=asked.usage_in_stream(),
+                deadline_s=deadline_s_of(headers),
+            )
+            return EventStream(self._front, stream)
+        answers = await self._gather(request, works)
+        started = answers[0].started
+        assert started is not None, "the node told of an answer before Started"
+        head = Head(request_id=request_id, created_s=int(time.time()), model=started.model, revision=started.revision)
+        body = msgspec.json.encode(shape.whole(head, answers))
+        return Response(body, 200, served_headers(answers), media_type="application/json")
+
+    async def _gather(self, request: Request, works: Sequence[GenerateWork]) -> list[Answer]:
+        headers = headers_of(request.scope)
+        hint = route_of(headers)
+        return await unless_gone(
+            request.receive, lambda: gather(self._front, works, hint), deadline_s=deadline_s_of(headers)
+        )
+
+    def _works(
+        self,
+        request: Request,
+        asked: Generation,
+        prompts: Sequence[dict[str, Any]],
+        *,
+        tokens_default: int,
+        logprobs: int | None,
+    ) -> list[GenerateWork]:
+        count = len(prompts) * asked.n
+        if count > CHOICES_MAX:
+            raise BadRequest(
+                f"{len(prompts)} prompts with n = {asked.n} make {count} answers, at most {CHOICES_MAX} at a time",
+                param="n",
+            )
+        route_of(headers_of(request.scope))  # a bad header is found before any work is made
+        remaining_ms = max(1, int(deadline_s_of(headers_of(request.scope)) * 1000))
+        request_id, seed = request.scope[REQUEST_ID_KEY], self._rng.getrandbits(62)
+        tokens = self._tokens_default(asked.model_asked(), tokens_default)
+        return [
+            GenerateWork(
+                request_id=request_id if count == 1 else f"{request_id}-{index}",
+                model=asked.model_asked(),
+                sampling=asked.sampling(index=index, seed=seed, tokens_default=tokens, logprobs=logprobs),
+                remaining_ms=remaining_ms,
+                **prompts[index // asked.n],
+            )
+            for index in range(count)
+        ]
+
+    def _tokens_default(self, model: str | None, wanted: int) -> int:
+        name = model or self._front.default_model("causal")
+        contexts = [row.context_tokens for row in self._front.models() if row.id == name and row.context_tokens > 0]
+        return max(1, min(wanted, *(context // 2 for context in contexts))) if contexts else wanted
+
+    def _kind(self, model: str | None) -> str:
+        """What a model does; of one that nobody serves, causal, so that its error comes from the node."""
+        if model is None:
+            return "encoder" if self._front.default_model("causal") is None else "causal"
+        return next((row.kind for row in self._front.models() if row.id == model), "causal")
+
+
+def _prompt_field(prompt: Prompt) -> dict[str, Any]:
+    return {"text": prompt} if isinstance(prompt, str) else {"tokens": prompt}

@@ -1,0 +1,246 @@
+"""Serves the application over HTTP/1.1 with Hypercorn's Trio worker, inside a nursery of ours.
+
+Rules: Hypercorn parses and frames; what it leaves unbounded is bounded here: connections in all and of one address,
+writes to a client that does not read, and the harm of one connection's failure. HTTP/1.1 only: neither h2c nor
+prior-knowledge HTTP/2. Hypercorn shields its writes from cancellation, so a connection is ended by closing its
+socket. Slow heads end with the keep-alive time, slow bodies in door.py.
+
+Source: Hypercorn 0.18 hypercorn/trio/run.py, tcp_server.py, hypercorn/protocol/h11.py; SECURITY.md F12.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import h11
+import trio
+from hypercorn.config import Config
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.trio.task_group import TaskGroup
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState
+from hypercorn.utils import parse_socket_addr, wrap_app
+
+from node.web.door import Door
+from p2p.errors import CannotListen
+
+HEAD_BYTES_MAX = 16 << 10  # a request line and its headers
+BACKLOG = 256
+
+log = logging.getLogger("node.web")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeLimits:
+    """What clients may take. Times in seconds."""
+
+    connections_max: int = 512
+    connections_per_address_max: int = 256  # many clients may stand behind one proxy
+    idle_s_max: float = 10.0  # between requests, and for a whole head; above the 5 s of httpx, so clients close first
+    write_s_max: float = 30.0  # one write to a client that reads nothing
+    drain_s_max: float = 30.0  # after `stop`: for requests in flight
+
+
+async def serve(
+    app: Door,
+    host: str,
+    port: int,
+    *,
+    limits: ServeLimits | None = None,
+    stop: trio.Event | None = None,
+    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until `stop` is set (requests in flight then have drain_s_max) or cancelled (they are cut).
+
+    Started with the port that is really bound. Raises CannotListen.
+    """
+    listeners = await _listen(host, port)
+    server = _Server(app, limits or ServeLimits())
+    async with trio.open_nursery() as connections:
+        async with trio.open_nursery() as accepting:
+            accept = partial(trio.serve_listeners, server.serve, listeners, handler_nursery=connections)
+            await accepting.start(accept)
+            task_status.started(listeners[0].socket.getsockname()[1])
+            await (stop or trio.Event()).wait()
+            accepting.cancel_scope.cancel()
+        await server.context.terminated.set()  # idle connections close, busy ones after their response
+        connections.cancel_scope.deadline = trio.current_time() + server.limits.drain_s_max
+
+
+async def _listen(host: str, port: int) -> list[trio.SocketListener]:
+    try:
+        listeners = list(await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG))
+    except OSError as exc:
+        if _is_taken(exc):
+            raise CannotListen(
+                f"the HTTP address {host}:{port} is taken by another program (another node?): "
+                "stop it, or choose another by --http HOST:PORT (port 0 takes any free one)"
+            ) from exc
+        raise CannotListen(f"cannot serve HTTP on {host}:{port}: {exc.strerror or exc}; choose another --http") from exc
+    if port == 0:  # a name with several addresses would get several ports
+        for listener in listeners[1:]:
+            listener.socket.close()
+        del listeners[1:]
+    return listeners
+
+
+def _is_taken(exc: BaseException) -> bool:
+    """trio wraps the error of each address of a name in a group."""
+    if isinstance(exc, BaseExceptionGroup):
+        return any(_is_taken(inner) for inner in exc.exceptions)
+    if isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE:
+        return True
+    return exc.__cause__ is not None and _is_taken(exc.__cause__)
+
+
+class _Server:
+    """What all connections share."""
+
+    def __init__(self, app: Door, limits: ServeLimits) -> None:
+        self.limits = limits
+        self.context = WorkerContext(None)
+        self.config = _hypercorn_config(limits)
+        self._counts = app.counts
+        self._wrapped = wrap_app(cast(Any, app), self.config.wsgi_max_body_size, "asgi")
+        self._of_address: Counter[str] = Counter()
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """Serve one connection to its end. Never raises but for cancellation."""
+        connection = _BoundedStream(stream, self.limits.write_s_max)
+        try:
+            address = str(stream.socket.getpeername()[0])
+        except OSError:  # gone already
+            connection.abort()
+            return
+        if not self._has_room(address):
+            self._counts.drops["connections_full"] += 1
+            connection.abort()
+            return
+        self._counts.connections += 1
+        self._of_address[address] += 1
+        try:
+            await self._guarded(connection)
+        finally:
+            connection.abort()
+            self._counts.connections -= 1
+            self._of_address[address] -= 1
+            if not self._of_address[address]:
+                del self._of_address[address]
+
+    def _has_room(self, address: str) -> bool:
+        return (
+            self._counts.connections < self.limits.connections_max
+            and self._of_address[address] < self.limits.connections_per_address_max
+        )
+
+    async def _guarded(self, connection: _BoundedStream) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_abort_when_cancelled, connection)
+                await _Connection(self._wrapped, self.config, self.context, ConnectionState({}), connection).run()
+                nursery.cancel_scope.cancel()
+        except* Exception:  # a guard: whatever one client's bytes do to Hypercorn, the node goes on
+            self._counts.drops["connection_failed"] += 1
+            log.exception("an HTTP connection failed and was closed")
+
+
+async def _abort_when_cancelled(connection: _BoundedStream) -> None:
+    """Hypercorn's writes are shielded: only a closed socket ends one that the client does not read."""
+    try:
+        await trio.sleep_forever()
+    finally:
+        connection.abort()
+
+
+class _BoundedStream:
+    """A socket stream whose writes end: in order, by the bound, or by `abort`."""
+
+    def __init__(self, stream: trio.SocketStream, write_s_max: float) -> None:
+        self.socket = stream.socket
+        self._stream = stream
+        self._write_s_max = write_s_max
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        return await self._stream.receive_some(max_bytes)
+
+    async def send_all(self, content: bytes) -> None:
+        """Raises BrokenResourceError, also when the client took nothing for too long (it then is cut off)."""
+        with trio.move_on_after(self._write_s_max) as limit:
+            await self._stream.send_all(content)
+        if limit.cancelled_caught:
+            self.abort()
+            raise trio.BrokenResourceError(f"the client read nothing for {self._write_s_max} s")
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def abort(self) -> None:
+        """Close the socket now; whoever waits on it gets ClosedResourceError."""
+        self.socket.close()
+
+
+class _Http11Only(H11Protocol):
+    """Hypercorn's HTTP/1.1 without its ways into HTTP/2."""
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        pass
+
+
+class _Connection(TCPServer):
+    """Hypercorn's connection, speaking HTTP/1.1 over our bounded stream."""
+
+    def __init__(
+        self, app: Any, config: Config, context: WorkerContext, state: ConnectionState, stream: _BoundedStream
+    ) -> None:
+        super().__init__(app, config, context, state, cast(Any, stream))
+
+    async def run(self) -> None:
+        """As TCPServer.run without TLS and without HTTP/2."""
+        socket = cast(Any, self.stream).socket
+        try:
+            client = parse_socket_addr(socket.family, socket.getpeername())
+            server = parse_socket_addr(socket.family, socket.getsockname())
+            async with TaskGroup() as task_group:
+                self._task_group = task_group
+                make = cast(Callable[..., H11Protocol], _Http11Only)
+                self.protocol = cast(
+                    Any,
+                    make(
+                        self.app,
+                        self.config,
+                        self.context,
+                        task_group,
+                        ConnectionState(self.state),
+                        False,
+                        client,
+                        server,
+                        self.protocol_send,
+                    ),
+                )
+                await self.protocol.initiate()
+                await self.idle_task.restart(task_group, self._idle_timeout)
+                await self._read_data()
+        except OSError:
+            pass
+        finally:
+            await self._close()
+
+
+def _hypercorn_config(limits: ServeLimits) -> Config:
+    config = Config()
+    config.errorlog = logging.getLogger("node.web.hypercorn")
+    config.accesslog = None
+    config.include_server_header = False
+    config.h11_max_incomplete_size = HEAD_BYTES_MAX
+    config.keep_alive_timeout = cast(int, limits.idle_s_max)
+    return config
