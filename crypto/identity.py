@@ -26,7 +26,7 @@ PeerId = NewType("PeerId", str)
 
 KEY_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
-KEY_FILE_BYTES_MAX: Final = 512  # ours is under 160; whatever is larger is some other file
+KEY_FILE_BYTES_MAX: Final = 512  # ours has 137; whatever is larger is some other file
 PEER_ID_CHARS_MAX: Final = 64  # ours are 52; checked before the quadratic base58 arithmetic
 _MAGIC: Final = "openagi identity 1"
 # identity multihash (0x00, 36 bytes) of the protobuf PublicKey {type: Ed25519 (1), data: 32 bytes}
@@ -142,7 +142,8 @@ class Identity:
     def save(self, path: Path) -> None:
         """Write the key file once, for the owner alone; after this returns, it survives a power loss.
 
-        A kill leaves the whole file or none at `path`, and at worst a private `.tmp-` file beside it.
+        A kill leaves the whole file or none at `path`, and at worst a private `.tmp-` file beside it, which `load`
+        removes when it is the same key.
         Raises BadKey when something stands at `path` (it is left as it was) or the disk refuses.
         """
         text = f"{_MAGIC}\n{self.seed.hex()}\n{self.peer_id}\n".encode()
@@ -179,15 +180,28 @@ def _read_private(path: Path) -> bytes:
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         handle = os.open(path, flags)
+        try:
+            found = os.fstat(handle)
+            _check_private(path, found)
+            content = os.read(handle, KEY_FILE_BYTES_MAX)
+        finally:
+            os.close(handle)
+        if found.st_nlink > 1:
+            _sweep(path, found)
     except FileNotFoundError:
         raise
     except OSError as exc:
         if exc.errno == errno.ELOOP:
             raise UnsafePermissions(f"the key file {path} is a symbolic link; put the file itself there") from exc
         raise BadKey(f"cannot read the key file {path}: {exc.strerror}") from exc
-    with os.fdopen(handle, "rb") as file:
-        _check_private(path, os.fstat(handle))
-        return file.read(KEY_FILE_BYTES_MAX + 1)
+    return content
+
+
+def _sweep(path: Path, found: os.stat_result) -> None:
+    """Remove the second name of this file that a kill inside `_write_once` left, so that the key has one place."""
+    for beside in path.parent.iterdir():
+        if beside.name.startswith(f".{path.name}.tmp-") and os.path.samestat(beside.lstat(), found):
+            beside.unlink(missing_ok=True)
 
 
 def _check_private(path: Path, found: os.stat_result) -> None:
