@@ -64,7 +64,7 @@ class ModelOffer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def can(self, kind: ModelKind) -> bool:
         """Whether work of this kind can be asked of the model."""
-        return self.kind is kind or (kind is ModelKind.ENCODER and self.embeds)
+        return self.kind == kind or (kind is ModelKind.ENCODER and self.embeds)
 
 
 class Capacity(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

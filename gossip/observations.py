@@ -1,0 +1,201 @@
+"""What this node itself measured of each peer: round trips, first tokens, speed, success, its own requests there.
+
+Rules: core. Only what happened to our own requests counts; nothing a peer says enters here. Averages follow the last
+dozen samples, success the last ten minutes. The load of a peer is what it claims, corrected by our own requests that
+its last advert cannot have counted yet, so that many requests within one advert's life do not herd.
+Source: SERVING.md "Routing"; Jacobson's mean and deviation for lateness (RFC 6298).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from crypto.identity import PeerId
+from gossip.breaker import Breaker, State
+
+PEERS_MAX = 4096
+ENDED_MAX = 256  # ended requests remembered of each peer: more cannot end within one advert's life of a slow engine
+SAMPLE_WEIGHT = 0.2  # of the newest sample
+SUCCESS_HALF_LIFE_S = 300.0
+SEEN_LAG_S = 0.2  # an advert counts the requests that reached its sender before it was made, about so long ago
+FULL_S_MIN = 0.5  # a peer that refused is left alone so long, twice as long at each refusal in a row
+FULL_S_MAX = 10.0
+FIRST_TOKEN_LATE_S_DEFAULT = 5.0  # before anything was measured
+FIRST_TOKEN_LATE_S_MIN, FIRST_TOKEN_LATE_S_MAX = 0.25, 60.0
+FULL_REASONS = frozenset({"no_room", "busy", "not_ready"})  # the peer is well and says no
+NEUTRAL_REASONS = frozenset({"deadline", "bad_request", "too_large", "cancelled"})  # the request's own fault
+UNREACHABLE = "unreachable"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """What was measured of a peer; None = never. success: 0..1, of recent requests, 1 for none."""
+
+    state: State
+    proven: bool
+    in_flight: int
+    rtt_s: float | None
+    first_token_s: float | None
+    tok_s: float | None
+    success: float
+    refusing: bool  # it said no room a moment ago
+    connected: bool | None
+
+
+@dataclass(slots=True)
+class _Record:
+    breaker: Breaker = field(default_factory=Breaker)
+    rtt_s: float | None = None
+    first_token_s: float | None = None
+    first_token_deviation_s: float = 0.0
+    tok_s: float | None = None
+    worked: float = 0.0  # requests, fading
+    failed: float = 0.0
+    faded_s: float = 0.0
+    starts: list[float] = field(default_factory=list)  # of requests under way, oldest first
+    ended: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=ENDED_MAX))  # (start, end)
+    full_until_s: float = 0.0
+    refusals: int = 0  # in a row
+    connected: bool | None = None
+
+    def fade(self, now: float) -> None:
+        keep = 0.5 ** (max(0.0, now - self.faded_s) / SUCCESS_HALF_LIFE_S)
+        self.worked, self.failed, self.faded_s = self.worked * keep, self.failed * keep, now
+
+
+class Observations:
+    """The measurements of one node, fed by whoever sends requests. Times are monotonic seconds.
+
+    For each request: started once, then first_token, finished, failed or refused as they come, then ended once.
+    """
+
+    def __init__(self, *, peers_max: int = PEERS_MAX) -> None:
+        self._records: dict[PeerId, _Record] = {}  # least recently used first
+        self._peers_max = peers_max
+
+    # --- in ---
+
+    def started(self, peer: PeerId, now: float) -> None:
+        """A request goes to the peer."""
+        record = self._record(peer)
+        record.breaker.started(now)
+        record.starts.append(now)
+
+    def first_token(self, peer: PeerId, seconds: float) -> None:
+        """The first token of a request came `seconds` after it was sent."""
+        record = self._record(peer)
+        if record.first_token_s is None:
+            record.first_token_s, record.first_token_deviation_s = seconds, seconds / 2
+            return
+        off_s = abs(seconds - record.first_token_s)
+        record.first_token_deviation_s += SAMPLE_WEIGHT * (off_s - record.first_token_deviation_s)
+        record.first_token_s += SAMPLE_WEIGHT * (seconds - record.first_token_s)
+
+    def finished(self, peer: PeerId, tokens: int, seconds: float, now: float) -> None:
+        """A request was answered in full: `tokens` in `seconds` from first to last (0 tokens: an embedding)."""
+        record = self._record(peer)
+        record.breaker.worked(now)
+        record.fade(now)
+        record.worked += 1.0
+        record.refusals, record.full_until_s = 0, 0.0
+        if tokens > 1 and seconds > 0.0:
+            record.tok_s = _mixed(record.tok_s, tokens / seconds)
+
+    def failed(self, peer: PeerId, reason: str, now: float) -> None:
+        """A request ended otherwise. reason: a stable code; FULL_REASONS and NEUTRAL_REASONS are no failures."""
+        if reason in NEUTRAL_REASONS:
+            return
+        if reason in FULL_REASONS:
+            self.refused(peer, now)
+            return
+        record = self._record(peer)
+        record.breaker.failed(now, unreachable=reason == UNREACHABLE)
+        record.fade(now)
+        record.failed += 1.0
+
+    def refused(self, peer: PeerId, now: float) -> None:
+        """The peer has no room, whatever its advert says."""
+        record = self._record(peer)
+        record.full_until_s = now + min(FULL_S_MAX, FULL_S_MIN * 2.0**record.refusals)
+        record.refusals = min(record.refusals + 1, 16)
+
+    def ended(self, peer: PeerId, now: float) -> None:
+        """A request is no longer under way, however it ended."""
+        record = self._record(peer)
+        assert record.starts, "ended without started"
+        record.ended.append((record.starts.pop(0), now))
+        if not record.starts:
+            record.breaker.released(now)
+
+    def rtt(self, peer: PeerId, seconds: float) -> None:
+        """A round trip was measured."""
+        record = self._record(peer)
+        record.rtt_s = _mixed(record.rtt_s, seconds)
+
+    def connected(self, peer: PeerId, connected: bool, now: float) -> None:
+        """The connection to the peer came up or went down."""
+        record = self._record(peer)
+        record.connected = connected
+        if connected:
+            record.breaker.reconnected(now)
+
+    def _record(self, peer: PeerId) -> _Record:
+        record = self._records.pop(peer, None) or _Record()
+        self._records[peer] = record  # now the most recent
+        if len(self._records) > self._peers_max:
+            idle = (other for other, kept in self._records.items() if not kept.starts and other != peer)
+            if (oldest := next(idle, None)) is not None:
+                del self._records[oldest]
+        return record
+
+    # --- out ---
+
+    def observed(self, peer: PeerId, now: float) -> Observed:
+        """What is known of a peer."""
+        record = self._records.get(peer)
+        if record is None:
+            record = _Record()
+        keep = 0.5 ** (max(0.0, now - record.faded_s) / SUCCESS_HALF_LIFE_S)
+        return Observed(
+            state=record.breaker.state(now),
+            proven=record.breaker.proven,
+            in_flight=len(record.starts),
+            rtt_s=record.rtt_s,
+            first_token_s=record.first_token_s,
+            tok_s=record.tok_s,
+            success=(1.0 + record.worked * keep) / (1.0 + (record.worked + record.failed) * keep),
+            refusing=now < record.full_until_s,
+            connected=record.connected,
+        )
+
+    def load(self, peer: PeerId, claimed: int, advert_s: float) -> int:
+        """Requests at the peer: `claimed` busy and queued by its advert received at `advert_s`, corrected by ours."""
+        record = self._records.get(peer)
+        if record is None:
+            return claimed
+        seen_until_s = advert_s - SEEN_LAG_S
+        unseen = sum(start > seen_until_s for start in record.starts)
+        over = sum(start <= seen_until_s and end > advert_s for start, end in record.ended)
+        return max(claimed - over, len(record.starts) - unseen) + unseen
+
+    def retry_in_s(self, peer: PeerId, now: float) -> float:
+        """Seconds until a request may be sent to the peer again, as far as breaker and refusals say."""
+        record = self._records.get(peer)
+        return max(record.breaker.retry_in_s(now), record.full_until_s - now, 0.0) if record else 0.0
+
+    def first_token_late_s(self, peer: PeerId) -> float:
+        """After how long without a first token a request is late there, so that a second one elsewhere is worth it."""
+        record = self._records.get(peer)
+        if record is None or record.first_token_s is None:
+            return FIRST_TOKEN_LATE_S_DEFAULT
+        late_s = record.first_token_s + 4 * record.first_token_deviation_s
+        return min(FIRST_TOKEN_LATE_S_MAX, max(FIRST_TOKEN_LATE_S_MIN, late_s))
+
+    def peers(self) -> tuple[PeerId, ...]:
+        """The peers that anything is known of."""
+        return tuple(self._records)
+
+
+def _mixed(mean: float | None, sample: float) -> float:
+    return sample if mean is None else mean + SAMPLE_WEIGHT * (sample - mean)

@@ -1,0 +1,237 @@
+"""Which peers to ask, best first: a pure function of what is needed, offered and observed.
+
+Rules: core, without state; chance is an argument. A peer is judged by the seconds an answer would take: what was
+measured counts in full, what is only claimed is capped. Peers are drawn by chance in proportion to their slots and the
+better of two drawn goes first (many clients with the same view must not all take the same best peer); a small part
+of the draws skips the comparison, so that a bad first sample is not for ever. A peer that never finished a request
+for us gets one at a time while a proven one has room. Withdrawn, expired, excluded and cut-off peers are never chosen.
+Source: SERVING.md "Routing"; M. Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing" (2001);
+P. Efraimidis, P. Spirakis, "Weighted random sampling with a reservoir" (2006).
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from crypto.identity import PeerId
+from gossip.breaker import State
+from gossip.directory import Offer
+from gossip.messages import ModelKind, ModelOffer
+from gossip.observations import Observations, Observed
+
+CANDIDATES_MAX = 8  # no request tries more peers than that
+EXPLORE_SHARE = 0.05  # of draws that skip the comparison
+QUEUE_PER_SLOT = 2  # SECURITY.md 5: a queue longer than that is no room
+ANSWER_TOKENS = 64.0  # a typical answer, to turn tokens a second into seconds
+RTT_S_DEFAULT = 0.05
+DIAL_S = 0.3  # what a missing connection costs first
+FIRST_TOKEN_S_DEFAULT = 0.5
+CLAIMED_TOK_S = (5.0, 50.0)  # claims beyond these are not believed before they are measured
+CLAIMED_SLOTS_MAX = 8  # of a peer that never finished a request for us
+UNPROVEN_S = 0.3  # the handicap of such a peer
+FAILURE_S = 10.0  # what a failed attempt costs: noticing and asking another
+STICKY_FACTOR = 2.0  # a peer that holds the conversation's prefix may be so much slower
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """What a request needs. model None: any of the kind. tokens: prompt and answer together, 0 = not known.
+
+    exclude: peers that already failed this request. sticky: the peer that holds the conversation's prefix.
+    only: the one peer that the user wants, cut off or not.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    kind: str = ModelKind.CAUSAL
+    tokens: int = 0
+    exclude: frozenset[PeerId] = frozenset()
+    sticky: PeerId | None = None
+    only: PeerId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A peer to ask, for which model, and the seconds an answer is expected to take."""
+
+    offer: Offer
+    model: ModelOffer
+    cost_s: float
+    slots: int  # as believed; how often it is drawn
+    in_doubt: bool  # unproven, and already trying a request of ours
+
+    @property
+    def peer(self) -> PeerId:
+        """Whom to ask."""
+        return self.offer.peer
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where it says it can be dialled."""
+        return self.offer.advert.addresses
+
+
+class Why(StrEnum):
+    """Why nobody can be asked."""
+
+    NONE_SERVES = "none_serves"
+    TOO_LONG = "too_long"  # longer than the context of all that serve it
+    ALL_FULL = "all_full"
+    ALL_BROKEN = "all_broken"  # cut off, or already failed this request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WhyNot:
+    """Why the ranking is empty. serving: live peers that serve the model at all, the counts beside it are of these."""
+
+    why: Why
+    serving: int = 0
+    too_short: int = 0
+    full: int = 0
+    broken: int = 0
+    context_tokens_max: int = 0
+    retry_after_s: float | None = None
+
+    @classmethod
+    def none_serves(cls) -> WhyNot:
+        """Nobody serves it."""
+        return cls(why=Why.NONE_SERVES)
+
+    def __str__(self) -> str:
+        match self.why:
+            case Why.NONE_SERVES:
+                return "no live peer serves it"
+            case Why.TOO_LONG:
+                return (
+                    f"longer than the {self.context_tokens_max} tokens that the {self.serving} peers serving it allow"
+                )
+            case Why.ALL_FULL | Why.ALL_BROKEN:
+                return f"of {self.serving} peers serving it {self.full} are full and {self.broken} failing"
+
+
+def rank(
+    need: Need, offers: Iterable[Offer], observations: Observations, now: float, rng: random.Random
+) -> tuple[Candidate, ...] | WhyNot:
+    """At most CANDIDATES_MAX peers to try in this order, or why there is none. now: monotonic seconds."""
+    serving = [(offer, model) for offer in offers if (model := _served(need, offer, now)) is not None]
+    fitting = [(offer, model) for offer, model in serving if need.tokens <= model.context_tokens]
+    candidates: list[Candidate] = []
+    full, broken, waits_s = 0, 0, []
+    for offer, model in fitting:
+        seen = observations.observed(offer.peer, now)
+        load = observations.load(offer.peer, _claimed_load(offer), offer.received_s)
+        if offer.peer in need.exclude or (seen.state in (State.OPEN, State.PROBING) and need.only is None):
+            broken += 1
+        elif _is_full(offer, seen, load):
+            full += 1
+        else:
+            candidates.append(_candidate(need, offer, model, seen, load))
+            continue
+        if offer.peer not in need.exclude:
+            waits_s.append(observations.retry_in_s(offer.peer, now))
+    if candidates:
+        return _ordered(candidates, need.sticky, rng)
+    return WhyNot(
+        why=_why(len(serving), len(fitting), full),
+        serving=len(serving),
+        too_short=len(serving) - len(fitting),
+        full=full,
+        broken=broken,
+        context_tokens_max=max((model.context_tokens for _, model in serving), default=0),
+        retry_after_s=max(1.0, min(waits_s)) if waits_s else None,
+    )
+
+
+def _why(serving: int, fitting: int, full: int) -> Why:
+    if not serving:
+        return Why.NONE_SERVES
+    if not fitting:
+        return Why.TOO_LONG
+    return Why.ALL_FULL if full else Why.ALL_BROKEN
+
+
+def _served(need: Need, offer: Offer, now: float) -> ModelOffer | None:
+    """The model of this offer that meets the need, the longest context first."""
+    if offer.expires_s <= now or offer.advert.is_goodbye or need.only not in (None, offer.peer):
+        return None
+    fits = [
+        model
+        for model in offer.capacity.models
+        if (need.model is None or model.name == need.model)
+        and (need.revision is None or model.revision == need.revision)
+        and model.can(ModelKind(need.kind))
+    ]
+    return max(fits, key=lambda model: (model.kind == need.kind, model.context_tokens), default=None)
+
+
+def _claimed_load(offer: Offer) -> int:
+    capacity = offer.capacity
+    return capacity.slots_total - capacity.slots_free + capacity.queue_length
+
+
+def _believed_slots(offer: Offer, seen: Observed) -> int:
+    slots = offer.capacity.slots_total
+    return slots if seen.proven else min(slots, CLAIMED_SLOTS_MAX)
+
+
+def _is_full(offer: Offer, seen: Observed, load: int) -> bool:
+    room = offer.capacity.slots_total * (1 + QUEUE_PER_SLOT)
+    return not offer.capacity.accepting or seen.refusing or load >= room
+
+
+def _candidate(need: Need, offer: Offer, model: ModelOffer, seen: Observed, load: int) -> Candidate:
+    """Judge one peer: the seconds of network, waiting, first token, typical answer, and likely failure."""
+    capacity, slots = offer.capacity, _believed_slots(offer, seen)
+    if seen.tok_s is not None:
+        tok_s = seen.tok_s
+    else:
+        tok_s = min(max(capacity.decode_tok_s, CLAIMED_TOK_S[0]), CLAIMED_TOK_S[1])
+    answer_s = 0.0 if need.kind == ModelKind.ENCODER else ANSWER_TOKENS / max(tok_s, 0.1)
+    first_s = seen.first_token_s if seen.first_token_s is not None else FIRST_TOKEN_S_DEFAULT
+    work_s = first_s + answer_s * (1.0 + min(load, slots) / slots)  # a full batch halves each one's share
+    waiting = max(0, load + 1 - slots)
+    if model.kind == ModelKind.CAUSAL and need.tokens > capacity.kv_tokens_free:
+        waiting = max(waiting, 1)  # somebody must finish first
+    cost_s = (
+        (seen.rtt_s if seen.rtt_s is not None else RTT_S_DEFAULT)
+        + (DIAL_S if seen.connected is False else 0.0)
+        + work_s
+        + work_s * waiting / slots
+        + FAILURE_S * (1.0 - seen.success)
+        + (0.0 if seen.proven else UNPROVEN_S + load / slots)
+    )
+    return Candidate(
+        offer=offer,
+        model=model,
+        cost_s=cost_s,
+        slots=slots,
+        in_doubt=not seen.proven and seen.in_flight > 0,
+    )
+
+
+def _ordered(candidates: Sequence[Candidate], sticky: PeerId | None, rng: random.Random) -> tuple[Candidate, ...]:
+    """Two choices, then two choices among the rest, and so on; peers in doubt behind the others."""
+    sure = [candidate for candidate in candidates if not candidate.in_doubt]
+    doubt = [candidate for candidate in candidates if candidate.in_doubt]
+    order = [*_two_choices(sure, rng), *_two_choices(doubt, rng)][:CANDIDATES_MAX]
+    for held in candidates:
+        if held.peer == sticky and held.cost_s <= STICKY_FACTOR * order[0].cost_s:
+            rest = [candidate for candidate in order if candidate.peer != sticky]
+            return (held, *rest)[:CANDIDATES_MAX]
+    return tuple(order)
+
+
+def _two_choices(candidates: Sequence[Candidate], rng: random.Random) -> list[Candidate]:
+    """Draw without replacement, by size; of the two in hand the cheaper goes first, then the next is drawn."""
+    keyed = ((rng.expovariate(1.0) / c.slots, n, c) for n, c in enumerate(candidates))
+    drawn = [candidate for _, _, candidate in heapq.nsmallest(CANDIDATES_MAX + 1, keyed)]
+    order: list[Candidate] = []
+    while len(drawn) > 1:
+        first, second = drawn[0], drawn[1]
+        swap = second.cost_s < first.cost_s and rng.random() >= EXPLORE_SHARE
+        order.append(drawn.pop(1 if swap else 0))
+    return order + drawn
