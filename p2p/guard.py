@@ -91,7 +91,8 @@ def guarded_stream_handler(
 
 async def reset_quietly(net_stream: Any, drops: Drops) -> None:
     """Reset a stream; whatever goes wrong with that is counted, and it takes RESET_S at most."""
-    with trio.move_on_after(RESET_S, shield=True):
+    with trio.move_on_after(RESET_S) as scope:
+        scope.shield = True
         await drops.contain("reset_failed", net_stream.reset)
 
 
@@ -121,7 +122,7 @@ class ContainedTasks:
         self._manager.run_daemon_task(self._again, run, *args, name=name or _name(run))
 
     async def _again(self, run: Callable[..., Awaitable[object]], *args: object) -> None:
-        while not await self._drops.contain("daemon_failed", run, *args):
+        while not await self._drops.contain("daemon_failed", run, *args):  # noqa: ASYNC110  # a pause, not polling
             await trio.sleep(DAEMON_RESTART_S)
         if self._manager.is_running:
             await self._manager.wait_finished()  # a daemon that returns is a crash to its service

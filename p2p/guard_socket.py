@@ -45,13 +45,14 @@ class GuardedSocket(ReadWriteCloser):  # type: ignore[misc]  # libp2p's types ar
         self._buffer = bytearray()
         self._write_lock = trio.Lock()  # two writers at once would mix records
         try:
-            self._remote: tuple[str, int] | None = tuple(stream.socket.getpeername()[:2])  # type: ignore[assignment]
+            self._remote: tuple[str, int] | None = tuple(stream.socket.getpeername()[:2])
         except OSError:
             self._remote = None  # gone already: the first read will say so
 
     async def write(self, data: bytes) -> None:
         """Send all of `data`, even when cancelled meanwhile. Raises ConnectionClosedError (gone, or stalled)."""
-        with trio.move_on_after(WRITE_STALL_S, shield=True) as stall:  # no checkpoint before this line
+        with trio.move_on_after(WRITE_STALL_S) as stall:
+            stall.shield = True  # no checkpoint before this line
             try:
                 async with self._write_lock:
                     await self._stream.send_all(data)
@@ -138,7 +139,7 @@ class GuardedListener(IListener):  # type: ignore[misc]  # libp2p's types are no
         """Bind and accept from now on. Raises OSError, which `listen_errors` also keeps."""
         ip, port = _ip_and_port(maddr)
         try:
-            self._listeners = await trio.open_tcp_listeners(port, host=ip, backlog=LISTEN_BACKLOG)
+            self._listeners = list(await trio.open_tcp_listeners(port, host=ip, backlog=LISTEN_BACKLOG))
         except OSError as exc:
             self._errors[str(maddr)] = exc
             raise

@@ -158,7 +158,8 @@ class Libp2pStream:
         self._uncount()
         if self._broken is None:
             self._broken = "the stream was reset here"
-        with trio.move_on_after(RESET_S, shield=True) as scope:
+        with trio.move_on_after(RESET_S) as scope:
+            scope.shield = True
             await self._drops.contain("reset_failed", self._net.reset)
         if scope.cancelled_caught:
             self._drops.count("reset_stalled")

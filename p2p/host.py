@@ -9,43 +9,32 @@ Source: NETWORK.md "Our rules" 1-3, 5; libp2p specs.
 
 from __future__ import annotations
 
-import errno
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
-import psutil
 import trio
 from libp2p.abc import INotifee
-from libp2p.crypto.ed25519 import create_new_key_pair
-from libp2p.crypto.x25519 import create_new_key_pair as create_new_noise_pair
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.host.basic_host import BasicHost
-from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
-from libp2p.peer.peerstore import PeerStore
 from libp2p.protocol_muxer.exceptions import ProtocolNotSupportedError
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
-from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
-from libp2p.security.noise.transport import Transport as NoiseTransport
-from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
-from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.tools.anyio_service import background_trio_service
-from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from crypto.errors import BadKey
 from crypto.identity import Identity, PeerId, public_key_of
 from p2p.errors import CannotListen, LocalProtocolError, Refused, Unreachable
-from p2p.guard import Drops, guarded_stream_handler, install, reset_quietly
+from p2p.guard import Drops, install, reset_quietly
 from p2p.guard_gossip import GuardedGossipSub, GuardedPubsub
+from p2p.guard_host import automatic_addresses, check_listening, make_host
 from p2p.guard_socket import GuardedTcp
 from p2p.guard_stream import Libp2pStream, Traffic
 from p2p.guard_swarm import GuardedSwarm, close_connection, socket_of
 from p2p.host_config import HostConfig
-from p2p.interfaces import InterfaceAddress, is_wildcard, multiaddr_text, usable
+from p2p.interfaces import multiaddr_text
 from p2p.transport import (
     GOSSIP_BYTES_MAX,
     GossipReceiver,
@@ -68,11 +57,11 @@ async def open_host(identity: Identity, config: HostConfig) -> AsyncIterator[Lib
     install()
     drops = Drops()
     tcp = GuardedTcp(drops)
-    host = _make_host(identity, config, tcp, drops)
+    host = make_host(identity, config, tcp, drops)
     failure: BaseException | None = None
     try:
-        async with host.run([Multiaddr(each) for each in config.listen or _automatic_addresses(config.port)]):
-            _check_listening(tcp.listen_errors)
+        async with host.run([Multiaddr(each) for each in config.listen or automatic_addresses(config.port)]):
+            check_listening(tcp.listen_errors)
             router = GuardedGossipSub(drops)
             pubsub = GuardedPubsub(host, router, config.topics, drops)
             async with background_trio_service(pubsub), background_trio_service(router), trio.open_nursery() as nursery:
@@ -103,84 +92,6 @@ def _only_leaf(group: BaseException) -> BaseException | None:
             return None
         group = group.exceptions[0]
     return group
-
-
-def _make_host(identity: Identity, config: HostConfig, tcp: GuardedTcp, drops: Drops) -> BasicHost:
-    """libp2p's host with Noise, yamux and TCP only, and everything that acts by itself turned off."""
-    key_pair = create_new_key_pair(identity.seed)
-    peer_id = ID.from_pubkey(key_pair.public_key)
-    peerstore = PeerStore()
-    peerstore.add_key_pair(peer_id, key_pair)
-    swarm = GuardedSwarm(
-        peer_id,
-        peerstore,
-        TransportUpgrader(
-            {NOISE_ID: NoiseTransport(key_pair, noise_privkey=create_new_noise_pair().private_key)},
-            {TProtocol(YAMUX_ID): Yamux},
-            negotiate_timeout=max(1, round(config.negotiate_s)),
-        ),
-        transports=[tcp],
-        retry_config=RetryConfig(max_retries=0),
-        connection_config=ConnectionConfig(
-            max_connections=config.connections_max,
-            high_watermark=config.connections_max,
-            low_watermark=0,
-            min_connections=0,
-            inbound_upgrade_timeout=config.upgrade_s,
-            outbound_upgrade_timeout=config.upgrade_s,
-            inbound_stream_protocol_negotiation_timeout=max(1.0, config.negotiate_s),
-            outbound_stream_protocol_negotiation_timeout=max(1.0, config.negotiate_s),
-        ),
-        psk=None if config.psk is None else config.psk.hex(),
-        config=config,
-        drops=drops,
-    )
-    host = BasicHost(
-        network=swarm,
-        negotiate_timeout=max(1, round(config.negotiate_s)),
-        addrs_factory=partial(_advertised, config.announce),
-        disable_identify_address_discovery=True,
-    )
-    inner = host._swarm_stream_handler
-    swarm.set_stream_handler(guarded_stream_handler(inner, drops, config.streams_per_peer_max))
-    return host
-
-
-def _real_addresses() -> tuple[str, ...]:
-    up = {name: state.isup for name, state in psutil.net_if_stats().items()}
-    return usable(
-        InterfaceAddress(name=name, address=each.address, up=up.get(name, True))
-        for name, addresses in psutil.net_if_addrs().items()
-        for each in addresses
-    )
-
-
-def _automatic_addresses(port: int) -> list[str]:
-    return [multiaddr_text(ip, port) for ip in _real_addresses()] or [multiaddr_text("127.0.0.1", port)]
-
-
-def _advertised(announce: Sequence[str], bound: Sequence[Multiaddr]) -> list[Multiaddr]:
-    """What others are told: what the operator announces, then what is bound; a wildcard becomes real addresses."""
-    told = list(announce)
-    for address in map(str, bound):
-        if is_wildcard(address):
-            port = int(address.rpartition("/")[2])
-            same = (ip for ip in _real_addresses() if (":" in ip) == address.startswith("/ip6/"))
-            told += [multiaddr_text(ip, port) for ip in same]
-        else:
-            told.append(address)
-    return [Multiaddr(each) for each in dict.fromkeys(told)]
-
-
-def _check_listening(errors: dict[str, OSError]) -> None:
-    """Raises CannotListen when any wanted address could not be bound."""
-    for address, exc in errors.items():
-        if exc.errno == errno.EADDRINUSE:
-            raise CannotListen(
-                f"cannot listen on {address}: the port is taken by another program; choose another port, or 0 for a"
-                " free one"
-            ) from exc
-        raise CannotListen(f"cannot listen on {address}: {exc.strerror or exc}") from exc
 
 
 class Libp2pTransport:
@@ -370,7 +281,8 @@ class Libp2pTransport:
 
     async def _stop(self) -> None:
         """Close every connection at once, in order if that takes less than STOP_S."""
-        with trio.move_on_after(STOP_S, shield=True):
+        with trio.move_on_after(STOP_S) as scope:
+            scope.shield = True
             async with trio.open_nursery() as nursery:
                 for conn in self._swarm.get_connections():
                     nursery.start_soon(close_connection, conn)
