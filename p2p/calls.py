@@ -2,8 +2,8 @@
 
 Rules: shell; what may follow what is rpc.py's to say. The stream to a peer is opened by the first call, and again by
 the first after a break; no call is repeated. Leaving a call early posts Cancel, which cancels its handler at the peer.
-A broken stream ends its calls with Unreachable and cancels its handlers. A peer that breaks a rule has its stream reset,
-our calls on it end with RemoteProtocolError, and the drop is counted. Each call is held by its own credit, and by
+A broken stream ends its calls with Unreachable and cancels its handlers. A peer that breaks a rule has its stream
+reset, our calls on it end with RemoteProtocolError, and the drop is counted. Each call is held by its own credit, and by
 nobody else's. `except Exception` stands here once: the guard around a peer's call.
 
 Source: RFC 9113 (multiplexing, flow control); NETWORK.md "Our rules" 5.

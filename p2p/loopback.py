@@ -55,19 +55,27 @@ class LoopbackNetwork:
     async def join(
         self, identity: Identity, *, ip: str = "127.0.0.1", port: int | None = None
     ) -> AsyncIterator[LoopbackTransport]:
-        """A running node of this network; leaving ends it. Opens its own nursery, in which handlers run."""
+        """Opens its own nursery: a running node of this network, until the block is left.
+
+        The block's own exception comes out as it is, not inside an ExceptionGroup.
+        """
         address = f"/ip4/{ip}/tcp/{next(self._ports) if port is None else port}"
         if address in self.listeners:
             raise LocalProtocolError(f"{address} is taken; give another port")
-        async with trio.open_nursery() as nursery:
-            node = LoopbackTransport(self, identity.peer_id, address, nursery)
-            self.listeners[address] = node
-            nursery.start_soon(node.deliver_gossip)
-            try:
-                yield node
-            finally:
-                self._end(node)
-                nursery.cancel_scope.cancel()
+        try:
+            async with trio.open_nursery() as nursery:
+                node = LoopbackTransport(self, identity.peer_id, address, nursery)
+                self.listeners[address] = node
+                nursery.start_soon(node.deliver_gossip)
+                try:
+                    yield node
+                finally:
+                    self._end(node)
+                    nursery.cancel_scope.cancel()
+        except ExceptionGroup as group:
+            if len(group.exceptions) > 1:
+                raise
+            raise group.exceptions[0] from group.exceptions[0].__cause__
 
     # -- faults, by peer ------------------------------------------------------------------------------------------
 

@@ -3,8 +3,8 @@
 Rules: time is trio's clock, chance is the rng it is given. A frame is delayed, but neither lost nor reordered inside
 its stream, as over TCP. What a blocked path holds back arrives when it opens; that includes a reset.
 
-Source: NETWORK.md section 4 for the manners that are copied: half-open connections, a writer's 5 s stall, 256 KiB
-windows.
+Source: NETWORK.md section 4 for the manners that are copied: half-open connections, 256 KiB windows, a
+writer that gives up after a stall.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Faults:
     gossip_duplicate: float = 0.0  # chance that a receiver is called twice
     gossip_reorder: float = 0.0  # chance that a message is held for up to `gossip_late_s` more
     gossip_late_s: float = 1.0
-    stall_s: float = 5.0  # a sender without room for so long resets its stream
+    stall_s: float = math.inf  # a sender without room for so long resets its stream
     dial_timeout_s: float = 5.0  # of a dial, or a stream's opening, over a blocked path
 
 
