@@ -28,6 +28,7 @@ from libp2p.io.exceptions import IncompleteReadError
 from libp2p.tools.anyio_service import LifecycleError
 
 MULTISTREAM_BYTES_MAX = 1024  # one line of protocol negotiation; ours are under 64 bytes
+WINDOW_BYTES_MAX = 1 << 20  # of one yamux stream, and of one frame; other implementations send 64 KiB at most
 RESET_S = 1.0  # to tell a peer that its stream is over
 DAEMON_RESTART_S = 1.0  # before a failed background loop starts again
 
@@ -94,6 +95,21 @@ async def reset_quietly(net_stream: Any, drops: Drops) -> None:
     with trio.move_on_after(RESET_S) as scope:
         scope.shield = True
         await drops.contain("reset_failed", net_stream.reset)
+
+
+def escalate(nursery: trio.Nursery, call: Callable[..., object], *args: object) -> None:
+    """Run a callback of ours from inside libp2p's events; its exception ends `nursery`, and so the node.
+
+    Around: libp2p logs what a listener to its events raises, and goes on: our bug would be hidden.
+    """
+    try:
+        call(*args)
+    except Exception as exc:  # raised again at once, where it is seen
+        nursery.start_soon(_raise, exc)
+
+
+async def _raise(exc: Exception) -> None:
+    raise exc
 
 
 class ContainedTasks:
@@ -169,13 +185,14 @@ _READ_EXACTLY_HOLDERS = (
 
 
 def install() -> None:
-    """Put our two readers where libp2p looks its own up, and silence its logs. Once more is the same as once."""
+    """Put our two readers and window where libp2p looks its own up, and silence its logs. Once more is the same as once."""
     for holder in _READ_DELIM_HOLDERS:
         assert hasattr(holder, "read_delim"), f"{holder.__name__} changed: look at this workaround again"
         holder.read_delim = read_delim
     for holder in _READ_EXACTLY_HOLDERS:
         assert hasattr(holder, "read_exactly"), f"{holder.__name__} changed: look at this workaround again"
         holder.read_exactly = read_exactly
+    libp2p.stream_muxer.yamux.yamux.MAX_WINDOW_SIZE = WINDOW_BYTES_MAX
     quiet()
 
 

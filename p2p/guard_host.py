@@ -23,12 +23,12 @@ from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
 from libp2p.stream_muxer.yamux.yamux import Yamux
-from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from crypto.identity import Identity
 from p2p.errors import CannotListen
 from p2p.guard import Drops, guarded_stream_handler
+from p2p.guard_mux import GuardedUpgrader
 from p2p.guard_socket import GuardedTcp
 from p2p.guard_swarm import GuardedSwarm
 from p2p.host_config import HostConfig
@@ -44,10 +44,11 @@ def make_host(identity: Identity, config: HostConfig, tcp: GuardedTcp, drops: Dr
     swarm = GuardedSwarm(
         peer_id,
         peerstore,
-        TransportUpgrader(
+        GuardedUpgrader(
             {NOISE_ID: NoiseTransport(key_pair, noise_privkey=create_new_noise_pair().private_key)},
             {TProtocol(YAMUX_ID): Yamux},
             negotiate_timeout=max(1, round(config.negotiate_s)),
+            drops=drops,
         ),
         transports=[tcp],
         retry_config=RetryConfig(max_retries=0),

@@ -9,9 +9,11 @@ Source: NETWORK.md "Our rules" 1-3, 5; libp2p specs.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import trio
 from libp2p.abc import INotifee
@@ -27,7 +29,7 @@ from multiaddr import Multiaddr
 from crypto.errors import BadKey
 from crypto.identity import Identity, PeerId, public_key_of
 from p2p.errors import CannotListen, LocalProtocolError, Refused, Unreachable
-from p2p.guard import Drops, install, reset_quietly
+from p2p.guard import Drops, escalate, install, reset_quietly
 from p2p.guard_gossip import GuardedGossipSub, GuardedPubsub
 from p2p.guard_host import automatic_addresses, check_listening, make_host
 from p2p.guard_socket import GuardedTcp
@@ -58,8 +60,7 @@ async def open_host(identity: Identity, config: HostConfig) -> AsyncIterator[Lib
     drops = Drops()
     tcp = GuardedTcp(drops)
     host = make_host(identity, config, tcp, drops)
-    failure: BaseException | None = None
-    try:
+    with _Unwrapping() as unwrapping:
         async with host.run([Multiaddr(each) for each in config.listen or automatic_addresses(config.port)]):
             check_listening(tcp.listen_errors)
             router = GuardedGossipSub(drops)
@@ -70,28 +71,29 @@ async def open_host(identity: Identity, config: HostConfig) -> AsyncIterator[Lib
                 transport = Libp2pTransport(identity.peer_id, config, host, pubsub, nursery)
                 try:
                     yield transport
-                except BaseException as exc:
-                    failure = exc
-                    raise
                 finally:
+                    unwrapping.failure = sys.exc_info()[1]
                     await transport._stop()
                     nursery.cancel_scope.cancel()
-    except CannotListen as exc:
-        failure = exc
-        raise
-    except BaseExceptionGroup as group:
-        if (only := _only_leaf(group)) is not None and (only is failure or isinstance(only, CannotListen)):
+
+
+class _Unwrapping:
+    """Lets the block's own exception, or CannotListen, out of the nurseries' groups of one."""
+
+    def __init__(self) -> None:
+        self.failure: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        only = exc
+        while isinstance(only, BaseExceptionGroup) and len(only.exceptions) == 1:
+            only = only.exceptions[0]
+        if only is not None and only is not exc and (only is self.failure or isinstance(only, CannotListen)):
             raise only from only.__cause__
-        raise
-
-
-def _only_leaf(group: BaseException) -> BaseException | None:
-    """The one exception in nested groups of one; None when there are more."""
-    while isinstance(group, BaseExceptionGroup):
-        if len(group.exceptions) != 1:
-            return None
-        group = group.exceptions[0]
-    return group
 
 
 class Libp2pTransport:
@@ -273,11 +275,7 @@ class Libp2pTransport:
 
     def _tell(self, change: PeerChange) -> None:
         for watcher in self._watchers:
-            try:
-                watcher(change)
-            except BaseException as exc:
-                self._nursery.start_soon(_raise, exc)  # libp2p would swallow our bug; the host must end with it
-                raise
+            escalate(self._nursery, watcher, change)
 
     async def _stop(self) -> None:
         """Close every connection at once, in order if that takes less than STOP_S."""
@@ -313,10 +311,6 @@ class _Notifee(INotifee):  # type: ignore[misc]  # libp2p's types are not follow
 
     async def listen_close(self, network: Any, multiaddr: Any) -> None:
         pass
-
-
-async def _raise(exc: BaseException) -> None:
-    raise exc
 
 
 def _parse_address(address: str) -> tuple[Multiaddr, PeerId]:
