@@ -185,7 +185,7 @@ _READ_EXACTLY_HOLDERS = (
 
 
 def install() -> None:
-    """Put our two readers and window where libp2p looks its own up, and silence its logs. Once more is the same as once."""
+    """Put our two readers and our window where libp2p looks its own up; silence its logs. Again is the same as once."""
     for holder in _READ_DELIM_HOLDERS:
         assert hasattr(holder, "read_delim"), f"{holder.__name__} changed: look at this workaround again"
         holder.read_delim = read_delim

@@ -18,7 +18,6 @@ from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
-from libp2p.peer.peerstore import PeerStore
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
@@ -30,6 +29,7 @@ from p2p.errors import CannotListen
 from p2p.guard import Drops, guarded_stream_handler
 from p2p.guard_mux import GuardedUpgrader
 from p2p.guard_socket import GuardedTcp
+from p2p.guard_store import GuardedPeerStore
 from p2p.guard_swarm import GuardedSwarm
 from p2p.host_config import HostConfig
 from p2p.interfaces import InterfaceAddress, is_wildcard, multiaddr_text, usable
@@ -39,7 +39,7 @@ def make_host(identity: Identity, config: HostConfig, tcp: GuardedTcp, drops: Dr
     """libp2p's host with Noise, yamux and TCP only, and everything that acts by itself turned off."""
     key_pair = create_new_key_pair(identity.seed)
     peer_id = ID.from_pubkey(key_pair.public_key)
-    peerstore = PeerStore()
+    peerstore = GuardedPeerStore(peer_id)
     peerstore.add_key_pair(peer_id, key_pair)
     swarm = GuardedSwarm(
         peer_id,

@@ -271,6 +271,7 @@ class Libp2pTransport:
             held.discard(conn)
             if not held:
                 del self._connections[peer]
+                self._host.get_peerstore().forget(conn.muxed_conn.peer_id)
                 self._tell(PeerChange(peer=peer, connected=False))
 
     def _tell(self, change: PeerChange) -> None:
