@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from node.errors import InternalError, NotReady, RequestError, UnknownModel
 from node.front import Front, ModelRow
@@ -32,6 +32,8 @@ from node.web.generation import Generations
 
 log = logging.getLogger("node.web")
 
+Endpoint = Callable[[Request], Awaitable[ASGIApp]]  # a Response is an ASGI application too
+
 
 def build_app(front: Front, rng: Random, config: DoorConfig | None = None) -> Door:
     """The application of a node. `rng` draws the seeds of requests that name none."""
@@ -39,10 +41,10 @@ def build_app(front: Front, rng: Random, config: DoorConfig | None = None) -> Do
     generations = Generations(front, rng, embeddings)
     facts = Facts(front)
 
-    def get(path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
+    def get(path: str, endpoint: Endpoint) -> Route:
         return Route(path, endpoint, methods=["GET"])
 
-    def post(path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
+    def post(path: str, endpoint: Endpoint) -> Route:
         return Route(path, endpoint, methods=["POST"])
 
     routes = [

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from node.errors import BadRequest
 from node.front import Front
@@ -50,14 +51,14 @@ class Generations:
         self._rng = rng
         self._embeddings = embeddings
 
-    async def chat(self, request: Request) -> Response:
+    async def chat(self, request: Request) -> ASGIApp:
         asked = parse(await read_body(request.scope, request.receive), ChatRequest)
         logprobs = asked.logprobs_asked()
         prompts = [{"messages": messages_of(asked.messages)}]
         works = self._works(request, asked, prompts, tokens_default=CHAT_TOKENS_DEFAULT, logprobs=logprobs)
         return await self._answer(request, asked, works, ChatShape(logprobs=asked.logprobs, n=asked.n))
 
-    async def completions(self, request: Request) -> Response:
+    async def completions(self, request: Request) -> ASGIApp:
         asked = parse(await read_body(request.scope, request.receive), CompletionRequest)
         texts = prompts_of(asked.prompt, "prompt", count_max=CHOICES_MAX, empty_allowed=True)
         prompts = [_prompt_field(text) for text in texts]
@@ -102,7 +103,7 @@ class Generations:
         }
         return told, served_headers(answers)
 
-    async def _answer(self, request: Request, asked: Streamed, works: Sequence[GenerateWork], shape: Shape) -> Response:
+    async def _answer(self, request: Request, asked: Streamed, works: Sequence[GenerateWork], shape: Shape) -> ASGIApp:
         request_id = request.scope[REQUEST_ID_KEY]
         if asked.stream:
             headers = headers_of(request.scope)

@@ -1,0 +1,1 @@
+"""What `python -m node` can do, one file a command."""

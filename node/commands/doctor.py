@@ -1,0 +1,142 @@
+"""`python -m node doctor`: what is wrong with this node's settings, machine and network, and what to do about it.
+
+Rules: it works with and without a running node. Exit 0 when nothing needs attention, else 1. It reads and tells;
+it mends nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from node.commands.checks import Check, Verdict, bad, local_checks, look, ok
+from node.commands.client import EXIT_UNREACHABLE, CommandFailed, NodeClient, plainly
+from node.commands.keys import settings
+from node.commands.tables import print_table
+
+TOLD_MAX = 8  # of failed or refused peers; more say nothing new
+
+
+def doctor(
+    config: Annotated[Path | None, typer.Option(help="app_config.json of the node.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="The node's data directory.")] = None,
+    http: Annotated[str | None, typer.Option(help="HOST:PORT of the node's HTTP door.")] = None,
+    bootstrap_file: Annotated[Path | None, typer.Option(help="The node's bootstrap file.")] = None,
+    model: Annotated[str | None, typer.Option(help="The node's model.")] = None,
+    node: Annotated[str | None, typer.Option("--node", help="HTTP address of the running node.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+) -> None:
+    """Check this node and say what to do. Give it the flags that the node runs with."""
+    with plainly():
+        node_config = settings(data_dir, config, http=http, bootstrap_file=bootstrap_file, model=model)
+    checks = list(local_checks(node_config, now_s=time.time()))
+    running = any(check.name == "data directory" and check.found.startswith("in use") for check in checks)
+    url = node or _url_of(node_config.http_address())
+    checks += node_checks(url, expected=running or node is not None) if url else []
+    if as_json:
+        rows = [{"check": c.name, "verdict": c.verdict.value, "result": c.found, "advice": c.advice} for c in checks]
+        print(json.dumps(rows, ensure_ascii=False, indent=2))
+    else:
+        rows_told = [(check.name, check.verdict.value, check.found, check.advice) for check in checks]
+        print_table("", ("check", "", "result", "what to do"), rows_told)
+    raise typer.Exit(0 if all(check.verdict is Verdict.OK for check in checks) else 1)
+
+
+def _url_of(address: Any) -> str | None:
+    """Where the node of these settings answers; None when it has no door or a port that only it knows."""
+    if address is None or address.port == 0:
+        return None
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
+    return f"http://[{host}]:{address.port}" if ":" in host else f"http://{host}:{address.port}"
+
+
+def node_checks(url: str, *, expected: bool) -> Iterator[Check]:
+    """What a running node says of itself. `expected`: one should be there."""
+    try:
+        with NodeClient(url) as client:
+            told = client.get("/api/v1/status")
+    except CommandFailed as failure:
+        if failure.exit_code == EXIT_UNREACHABLE and not expected:
+            yield ok("running node", f"none at {url}")
+        else:
+            yield bad("running node", str(failure), "start it, or give its address with --node")
+        return
+    yield from status_checks(told)
+
+
+def status_checks(told: Mapping[str, Any]) -> Iterator[Check]:
+    """Checks over the JSON of /api/v1/status. What is missing there is not checked."""
+    node, peering = _mapping(told.get("node")), _mapping(told.get("peering"))
+    yield ok("running node", str(node.get("peer_id") or "it answers"))
+    readiness = _mapping(told.get("readiness"))
+    if readiness.get("ready", True):
+        yield ok("readiness", "ready")
+    elif readiness.get("loading"):
+        yield look("readiness", str(readiness.get("reason")), "wait: the model is loading")
+    else:
+        yield bad("readiness", str(readiness.get("reason")), "see the node's log")
+    yield _connected(peering)
+    yield from _bootstrap(peering.get("bootstrap"))
+    yield from _refusals(peering.get("refusals"))
+    if duplicate := peering.get("duplicate"):
+        yield bad(
+            "identity",
+            f"another node has this one's identity: {_sentence(duplicate)}",
+            "a data directory was copied: on one of the two, stop the node and `keys identity rotate`",
+        )
+
+
+def _connected(peering: Mapping[str, Any]) -> Check:
+    connected, known = _count(peering.get("connected")), _count(peering.get("known"))
+    if connected:
+        return ok("peers", f"{connected} connected, {known} known")
+    return look(
+        "peers",
+        f"none connected, {known} known",
+        "alone it serves itself; to join others give --bootstrap MULTIADDR of one of them",
+    )
+
+
+def _bootstrap(results: object) -> Iterator[Check]:
+    """One line per bootstrap peer that was not reached: the newest reason."""
+    failed = []
+    for name, result in _items(results):
+        reason = result.get("failure") or result.get("reason") or result.get("error")
+        if reason and not (result.get("ok") or result.get("connected")):
+            failed.append((str(result.get("address") or name), str(reason)))
+    for address, reason in failed[:TOLD_MAX]:
+        yield look("bootstrap peer", f"{address}: {reason}", "is it running, and its port open to this machine?")
+
+
+def _refusals(refusals: object) -> Iterator[Check]:
+    for name, refusal in _items(refusals)[:TOLD_MAX]:
+        who = refusal.get("peer") or refusal.get("address") or name
+        reason = refusal.get("reason") or refusal.get("message") or refusal.get("failure") or ""
+        yield look("refused peer", f"{who}: {reason}", "nodes meet only with the same --network and protocol version")
+
+
+def _items(value: object) -> list[tuple[str, Mapping[str, Any]]]:
+    """Named objects, from a mapping of names (to objects or sentences) or from a list of either."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else []
+    if isinstance(value, list | tuple):
+        pairs = [(str(index), one) for index, one in enumerate(value)]
+    return [(str(name), one if isinstance(one, Mapping) else {"reason": one}) for name, one in pairs if one]
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _count(value: object) -> int:
+    if isinstance(value, int):
+        return value
+    return len(value) if isinstance(value, list | tuple | Mapping) else 0
+
+
+def _sentence(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

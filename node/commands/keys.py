@@ -1,0 +1,130 @@
+"""`python -m node keys identity show | export | rotate`: the key that is this node's identity.
+
+Rules: the seed is never printed. Nothing is overwritten: an export goes to a new file, a rotated key is kept under
+another name. Rotating needs the data directory's lock, so never happens under a running node.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from node.commands.client import EXIT_FAILED, EXIT_USAGE, CommandFailed, plainly
+
+if TYPE_CHECKING:
+    from node.config import NodeConfig
+
+IDENTITY_FILE = "identity.key"
+EXIT_LOCKED, EXIT_UNSAFE_KEY = 75, 78
+
+keys = typer.Typer(help="Keys of this node.", no_args_is_help=True, pretty_exceptions_enable=False)
+identity = typer.Typer(help="The key that is the node's identity.", no_args_is_help=True)
+keys.add_typer(identity, name="identity")
+
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="The node's data directory.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="app_config.json of the node.")]
+
+
+@identity.command()
+def show(data_dir: DataDir = None, config: ConfigFile = None) -> None:
+    """Print the peer id, the public key and where the key is kept."""
+    with plainly(), _key_failures():
+        path = identity_path(settings(data_dir, config))
+        own = _load(path)
+        print(f"peer id     {own.peer_id}\npublic key  {own.public_key.hex()}\nkept in     {path}")
+
+
+@identity.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="A new file for the copy of the key.")],
+    data_dir: DataDir = None,
+    config: ConfigFile = None,
+) -> None:
+    """Copy the secret key to a new file, for its owner alone. Whoever has it is this node."""
+    with plainly(), _key_failures():
+        own = _load(identity_path(settings(data_dir, config)))
+        own.save(file)
+        print(f"wrote the secret key of {own.peer_id} to {file}; never run two nodes with it at a time")
+
+
+@identity.command()
+def rotate(
+    data_dir: DataDir = None,
+    config: ConfigFile = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Make a new identity; the old key is kept beside it. Peers will know this node as somebody new."""
+    from crypto.identity import Identity  # PyNaCl: not for --help
+    from node.start import locked  # trio: not for --help
+
+    with plainly(), _key_failures():
+        folder = settings(data_dir, config).data_dir
+        path = folder / IDENTITY_FILE
+        old = _load(path)
+        if not yes and not typer.confirm(f"Give up the identity {old.peer_id} and make a new one?"):
+            raise CommandFailed("nothing was changed", EXIT_FAILED)
+        with locked(folder):
+            kept = folder / f"{IDENTITY_FILE}.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+            fresh = Identity.make()
+            _move_away(path, kept)
+            try:
+                fresh.save(path)
+            finally:
+                if not path.exists():
+                    kept.rename(path)
+        print(f"new peer id {fresh.peer_id}\nthe old key ({old.peer_id}) is kept in {kept}")
+
+
+def _move_away(path: Path, kept: Path) -> None:
+    if kept.exists():
+        raise CommandFailed(f"{kept} exists already; wait a second and try again", EXIT_FAILED)
+    path.rename(kept)
+
+
+def settings(data_dir: Path | None, config: Path | None, **flags: object) -> NodeConfig:
+    """The node's settings as `run` would take them. Raises CommandFailed (exit 2)."""
+    from node.config import load_config  # pydantic: not for --help
+    from node.errors import ConfigError
+
+    given: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
+    if data_dir is not None:
+        given["data_dir"] = data_dir
+    try:
+        return load_config(given, file=config)
+    except ConfigError as exc:
+        raise CommandFailed(str(exc), EXIT_USAGE) from None
+
+
+def identity_path(config: NodeConfig) -> Path:
+    """Where the node keeps its key."""
+    return config.data_dir / IDENTITY_FILE
+
+
+def _load(path: Path) -> Any:
+    from crypto.identity import Identity
+
+    if not path.exists() and not path.is_symlink():
+        raise CommandFailed(f"there is no key at {path} yet; the first start of a node makes it", EXIT_FAILED)
+    return Identity.load(path)
+
+
+@contextmanager
+def _key_failures() -> Iterator[None]:
+    from crypto.errors import BadKey, UnsafePermissions
+    from node.errors import ConfigError, DataDirLocked
+
+    try:
+        yield
+    except UnsafePermissions as exc:
+        raise CommandFailed(str(exc), EXIT_UNSAFE_KEY) from None
+    except DataDirLocked as exc:
+        raise CommandFailed(str(exc), EXIT_LOCKED) from None
+    except ConfigError as exc:
+        raise CommandFailed(str(exc), EXIT_USAGE) from None
+    except (BadKey, OSError) as exc:
+        raise CommandFailed(str(exc), EXIT_FAILED) from None

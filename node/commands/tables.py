@@ -1,0 +1,58 @@
+"""Prints what a node told as tables for people; rich is imported on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+VALUE_CHARS_MAX = 300
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """One table on stdout; plain text when that is no terminal."""
+    from rich.console import Console  # only what prints a table pays for it
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", expand=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console = Console()
+    # piped output is for grep: a row must not be folded at 80 columns
+    console.print(table, width=None if console.is_terminal else 400)
+
+
+def printable(text: str) -> str:
+    """Text of peers without control characters: a peer must not write to the user's terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def flattened(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, text) of every leaf; lists of plain values on one line."""
+    if isinstance(value, Mapping):
+        if not value and name:
+            yield name, "-"
+        for key, inner in value.items():
+            yield from flattened(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        if any(isinstance(inner, Mapping | list | tuple) for inner in value):
+            for index, inner in enumerate(value):
+                yield from flattened(inner, f"{name}.{index}")
+        else:
+            yield name, ", ".join(leaf(inner) for inner in value) or "-"
+    else:
+        yield name, leaf(value)
+
+
+def leaf(value: object) -> str:
+    """One plain value as people write it."""
+    match value:
+        case None | "":
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:.4g}" if abs(value) < 1e6 else f"{value:.0f}"
+        case _:
+            return str(value)[:VALUE_CHARS_MAX]
