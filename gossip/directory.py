@@ -29,6 +29,7 @@ ADVERTS_MAX = 4096  # at most 20 MB, whoever sends them
 SKEW_MS = 60_000  # clocks of honest machines differ by seconds; this is generous
 FLOOR_KEEP_S = (ADVERT_LIFE_MS + 2 * SKEW_MS) / 1000 + 30.0  # after that any replay has expired by its own time
 EVIDENCE_MAX = 64  # pairs of contradicting adverts, newest kept
+OFFSETS_MAX = 64  # peers with another time than ours, for the diagnosis
 _ANY_TIME_MS = 1 << 63  # the times are checked here, after the signature, so that we know whose clock is off
 
 
@@ -105,7 +106,7 @@ class DirectoryStatistics:
     evicted: int
     offers: int
     peers_known: int
-    clock_offset_ms: int | None  # median of peers' clocks minus ours; None without peers
+    clock_offset_ms: int | None  # median of peers' clocks minus ours, refused ones too; None without peers
 
 
 @dataclass(slots=True)
@@ -144,6 +145,7 @@ class Directory:
         self._evidence: list[Evidence] = []
         self._outcomes: Counter[Outcome] = Counter()
         self._evicted = 0
+        self._offsets: dict[PeerId, int] = {}  # of the clocks that differ too much, in ms from ours
 
     # --- in ---
 
@@ -180,8 +182,15 @@ class Directory:
             return self._own(envelope, advert)
         refused = _refuse_by_time(envelope, now_ms)
         if refused is not None:
+            self._note_offset(sender, envelope.time_ms - now_ms)
             return refused
         return self._newest(raw, envelope, advert, now, now_ms)
+
+    def _note_offset(self, peer: PeerId, offset_ms: int) -> None:
+        self._offsets.pop(peer, None)
+        self._offsets[peer] = offset_ms
+        if len(self._offsets) > OFFSETS_MAX:
+            del self._offsets[next(iter(self._offsets))]
 
     def _own(self, envelope: Envelope, advert: Advert) -> Receipt:
         if advert.instance == self._own_instance or envelope.sequence < self._own_first_sequence:
@@ -309,11 +318,12 @@ class Directory:
 
     def statistics(self, now: float) -> DirectoryStatistics:
         """A snapshot of the counters."""
-        offsets = sorted(entry.offset_ms for entry in self._entries.values() if self._is_live(entry, now))
+        live = {peer: entry.offset_ms for peer, entry in self._entries.items() if self._is_live(entry, now)}
+        offsets = sorted({**self._offsets, **live}.values())
         return DirectoryStatistics(
             outcomes={outcome.value: count for outcome, count in self._outcomes.items()},
             evicted=self._evicted,
-            offers=len(offsets),
+            offers=len(live),
             peers_known=len(self._entries),
             clock_offset_ms=offsets[len(offsets) // 2] if offsets else None,
         )

@@ -192,6 +192,11 @@ class Observations:
         late_s = record.first_token_s + 4 * record.first_token_deviation_s
         return min(FIRST_TOKEN_LATE_S_MAX, max(FIRST_TOKEN_LATE_S_MIN, late_s))
 
+    def is_proven(self, peer: PeerId) -> bool:
+        """Whether the peer has ever finished a request for us."""
+        record = self._records.get(peer)
+        return record is not None and record.breaker.proven
+
     def peers(self) -> tuple[PeerId, ...]:
         """The peers that anything is known of."""
         return tuple(self._records)

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import heapq
 import ipaddress
-import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import Annotated, TypeVar
 
-from msgspec import Meta, Struct, ValidationError, convert
+from msgspec import Meta, Struct
 
 from crypto.identity import PeerId
 
@@ -224,21 +224,16 @@ class Standing:
 
     # --- over a restart ---
 
-    def to_json(self, now: float, now_ms: int) -> str:
+    def saved_bans(self, now: float, now_ms: int) -> tuple[SavedBan, ...]:
         """The bans, for disk."""
-        saved = [
-            {"peer": ban.peer, "until_ms": now_ms + int((ban.until_s - now) * 1000), "reason": ban.reason}
+        return tuple(
+            SavedBan(peer=ban.peer, until_ms=max(0, now_ms + int((ban.until_s - now) * 1000)), reason=ban.reason)
             for ban in self.bans(now)
-        ]
-        return json.dumps(saved)
+        )
 
-    def restore(self, text: str, now: float, now_ms: int) -> None:
-        """Take back what `to_json` gave. Raises ValueError (the text is no list of bans) and then changes nothing."""
-        try:
-            saved = convert(json.loads(text), tuple[SavedBan, ...])
-        except (ValidationError, RecursionError) as exc:
-            raise ValueError(f"no list of bans: {exc}") from exc
-        for ban in saved[:BANS_MAX]:
+    def restore(self, bans: Iterable[SavedBan], now: float, now_ms: int) -> None:
+        """Take back what `saved_bans` gave before a restart; the clocks may differ."""
+        for ban in bans:
             left_s = min(BAN_FATAL_S, (ban.until_ms - now_ms) / 1000)  # a clock set back must not ban for ever
             if left_s > 0:
                 self._ban(PeerId(ban.peer), now, left_s, ban.reason)

@@ -188,6 +188,13 @@ def test_our_own_clock_can_be_judged_by_the_others() -> None:
     assert book.statistics(0.0).clock_offset_ms == 40_001
 
 
+def test_also_when_it_is_so_wrong_that_all_are_refused() -> None:
+    book = directory()
+    for who in IDENTITIES[1:4]:
+        assert heard(book, said(who, 1, time_ms=NOW_MS + 600_000)) is Outcome.FUTURE
+    assert book.statistics(0.0).clock_offset_ms == 600_000
+
+
 def test_forged_and_broken_bytes_change_nothing() -> None:
     book = directory()
     raw = said(ALICE, 1)

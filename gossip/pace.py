@@ -1,0 +1,106 @@
+"""When to say something, and how much to listen to: advert times, token buckets.
+
+Rules: core. An advert goes out when its capacity changed in a way that matters to routing, at most one each
+INTERVAL_S; each REFRESH_S in any case; and soon after a peer joined, twice, because a new neighbour is not in the
+gossip mesh at once. A bucket is asked before anything costly is done for a stranger; buckets are bounded in number.
+Source: SECURITY.md P5 and section 5 "Rate limits"; NETWORK.md rule 4; ITU-T I.371 (leaky bucket).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from gossip.messages import Capacity
+
+INTERVAL_S = 1.0
+REFRESH_S = 10.0  # a third of an advert's life
+REFRESH_JITTER = 0.1  # nodes that started together must not speak together for ever
+JOINED_S, JOINED_AGAIN_S = 0.2, 1.7  # after the subscriptions were exchanged; after the next gossip heartbeat
+LOAD_STEP = 0.2  # of the slots: a smaller change of load waits for the refresh
+RATE_STEP = 0.3  # of a measured rate
+
+
+class AdvertPace:
+    """When the next advert is due. `now` is monotonic seconds."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._last_s = float("-inf")
+        self._wanted_s = float("inf")
+        self._again_s = float("-inf")
+
+    def changed(self, now: float) -> None:
+        """What the next advert would say matters now."""
+        self._wanted_s = min(self._wanted_s, now)
+
+    def joined(self, now: float) -> None:
+        """A peer joined. Before the first `changed` there is nothing to tell it."""
+        if self._wanted_s < float("inf"):
+            self._wanted_s = min(self._wanted_s, now + JOINED_S)
+            self._again_s = now + JOINED_AGAIN_S
+
+    def published(self, now: float) -> None:
+        """An advert went out."""
+        self._last_s = now
+        self._wanted_s = now + REFRESH_S * (1.0 - REFRESH_JITTER * self._rng.random())
+        if self._again_s > now:
+            self._wanted_s = min(self._wanted_s, self._again_s)
+
+    def deadline(self) -> float:
+        """When the next advert is due; infinite before the first `changed`."""
+        return max(self._wanted_s, self._last_s + INTERVAL_S)
+
+
+def matters(before: Capacity, after: Capacity) -> bool:
+    """Whether peers would route otherwise if they knew of this change."""
+    if (before.models, before.accepting, before.trains, before.slots_total) != (
+        after.models,
+        after.accepting,
+        after.trains,
+        after.slots_total,
+    ):
+        return True
+    if (before.slots_free == 0) != (after.slots_free == 0):
+        return True
+    slots = max(1, after.slots_total)
+    if abs(_load(before) - _load(after)) >= LOAD_STEP * slots:
+        return True
+    return abs(before.decode_tok_s - after.decode_tok_s) > RATE_STEP * max(before.decode_tok_s, after.decode_tok_s)
+
+
+def _load(capacity: Capacity) -> int:
+    return capacity.slots_total - capacity.slots_free + capacity.queue_length
+
+
+@dataclass(slots=True)
+class _Bucket:
+    tokens: float
+    at_s: float
+
+
+class Buckets:
+    """One token bucket for each key; a key that was not heard of for long is forgotten, which only fills its bucket."""
+
+    def __init__(self, *, rate_per_s: float, burst: float, keys_max: int = 4096) -> None:
+        assert rate_per_s > 0
+        assert burst >= 1
+        self._rate_per_s, self._burst, self._keys_max = rate_per_s, burst, keys_max
+        self._buckets: dict[Hashable, _Bucket] = {}  # least recently used first
+
+    def take(self, key: Hashable, now: float) -> bool:
+        """Take one token; False when there is none."""
+        bucket = self._buckets.pop(key, None) or _Bucket(self._burst, now)
+        self._buckets[key] = bucket
+        if len(self._buckets) > self._keys_max:
+            del self._buckets[next(iter(self._buckets))]
+        bucket.tokens = min(self._burst, bucket.tokens + max(0.0, now - bucket.at_s) * self._rate_per_s)
+        bucket.at_s = now
+        if bucket.tokens < 1.0:
+            return False
+        bucket.tokens -= 1.0
+        return True
+
+    def __len__(self) -> int:
+        return len(self._buckets)
