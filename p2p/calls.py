@@ -3,8 +3,8 @@
 Rules: shell; what may follow what is rpc.py's to say. The stream to a peer is opened by the first call, and again by
 the first after a break; no call is repeated. Leaving a call early posts Cancel, which cancels its handler at the peer.
 A broken stream ends its calls with Unreachable and cancels its handlers. A peer that breaks a rule has its stream
-reset, our calls on it end with RemoteProtocolError, and the drop is counted. Each call is held by its own credit, and by
-nobody else's. `except Exception` stands here once: the guard around a peer's call.
+reset, our calls on it end with RemoteProtocolError, and the drop is counted. Each call is held by its own credit, and
+by nobody else's. `except Exception` stands here once: the guard around a peer's call.
 
 Source: RFC 9113 (multiplexing, flow control); NETWORK.md "Our rules" 5.
 """
@@ -274,7 +274,8 @@ class _CallerStream(CallStream):
 
     async def begin(self, method: str, body: Value) -> Outgoing:
         """Begin a call as soon as there is a stream with room. Raises as Calls.open. If cancelled, there is no call."""
-        await self._opened.wait()
+        if not self._opened.is_set():
+            await self._opened.wait()
         await self.outbox.wait_for_room()
         if self.failure is not None:
             raise _again(self.failure)

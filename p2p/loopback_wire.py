@@ -120,18 +120,20 @@ class LoopbackStream:
                 self.reset_nowait()
 
     async def receive(self) -> bytes:
-        await trio.lowlevel.checkpoint()
+        if self._frames or self._failure or self.far._closed:
+            await trio.lowlevel.checkpoint()
         while True:
             self._check()
-            wait_s = math.inf
-            if not self._cut_off():
-                if self._frames:
-                    wait_s = self._frames[0][0] - trio.current_time()
-                    if wait_s <= 0:
-                        return self._take()
-                elif self.far._closed:
-                    raise StreamClosed(f"{self._peer} ended the stream")
-            with trio.move_on_after(wait_s):
+            cut_off = self._cut_off()
+            if self._frames and not cut_off:
+                wait_s = self._frames[0][0] - trio.current_time()
+                if wait_s <= 0:
+                    return self._take()
+                with trio.move_on_after(wait_s):
+                    await self._changed.park()
+            elif self.far._closed and not cut_off:
+                raise StreamClosed(f"{self._peer} ended the stream")
+            else:
                 await self._changed.park()
 
     async def close(self) -> None:
@@ -180,6 +182,8 @@ class LoopbackStream:
 
     async def _wait_for_room(self) -> None:
         self._check()
+        if self.far._unread_bytes < WINDOW_BYTES:
+            return
         with trio.move_on_after(self._wire.faults.stall_s) as patience:
             while self.far._unread_bytes >= WINDOW_BYTES:
                 await self._changed.park()

@@ -97,6 +97,12 @@ Frame = Call | Cancel | Credit | Item | End | Error
 Kind = type[Call] | type[Cancel] | type[Credit] | type[Item] | type[End] | type[Error]
 
 
+class _Boxed(Struct, frozen=True, array_like=True):
+    """A frame in a struct: msgspec keeps what it learns about a struct, and learns a bare union anew at each use."""
+
+    frame: Frame
+
+
 class Role(Enum):
     """Which end of the stream this is."""
 
@@ -166,10 +172,9 @@ def encode_frame(frame: Frame) -> bytes:
 def decode_frame(raw: bytes) -> Frame:
     """The frame in these bytes. Raises RemoteProtocolError for any others, and nothing else."""
     try:
-        frame: Frame = msgspec.convert(decode(raw, FRAME_LIMITS), Frame, strict=True)
+        return msgspec.convert((decode(raw, FRAME_LIMITS),), _Boxed, strict=True).frame
     except (BadEncoding, msgspec.ValidationError) as exc:
         raise RemoteProtocolError(f"a frame of {len(raw)} bytes is not an rpc frame: {exc}") from exc
-    return frame
 
 
 def _name(frame: Frame) -> str:

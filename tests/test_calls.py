@@ -11,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from crypto import canonical
 from crypto.canonical import Value
 from crypto.identity import Identity, PeerId
 from p2p import call_stream, calls, rpc
@@ -91,6 +92,7 @@ def methods(peer: Peer) -> dict[str, Handler]:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.sleep_forever)
             await refuse(incoming)
+        return None
 
     async def fail(incoming: Incoming) -> Value:
         raise ValueError("a bug")
@@ -279,7 +281,7 @@ async def test_leaving_the_block_cancels_the_handler(clock: trio.abc.Clock) -> N
 
 async def test_an_error_in_the_block_comes_out_and_cancels(clock: trio.abc.Clock) -> None:
     async with Net().pair() as (caller, callee):
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError):  # noqa: PT012  # the block is what is tested
             async with caller.calls.open(callee.id, "wait", None):
                 await settle()
                 raise ZeroDivisionError
@@ -322,6 +324,7 @@ async def test_a_call_cancelled_while_the_stream_opens_leaves_nothing(clock: tri
 # -- credit -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_a_slow_reader_holds_its_own_call_and_no_other(clock: trio.abc.Clock) -> None:
     async with Net().pair() as (caller, callee):
         async with caller.calls.open(callee.id, "count", 10_000) as outgoing:
@@ -489,7 +492,7 @@ async def test_items_that_came_before_a_break_are_read_before_it(clock: trio.abc
         async with caller.calls.open(callee.id, "three", None) as outgoing:
             await settle()
             net.network.crash(callee.id)
-            with pytest.raises(Unreachable):
+            with pytest.raises(Unreachable):  # noqa: PT012
                 async for item in outgoing:
                     got.append(item)
         assert got == [0, 1, 2]
@@ -554,7 +557,7 @@ async def test_a_new_stream_to_a_frozen_peer_gives_up(clock: trio.abc.Clock) -> 
 
 BREACHES = {
     "garbage": b"\xc1",
-    "not a frame": rpc.encode(["call"]),
+    "not a frame": canonical.encode(["call"]),
     "a callee's frame": rpc.encode_frame(rpc.End(1, None)),
     "cancel of nothing": rpc.encode_frame(rpc.Cancel(1)),
     "credit for nothing": rpc.encode_frame(rpc.Credit(1, 1)),
@@ -619,11 +622,12 @@ async def test_a_stream_closed_under_a_call_is_unreachable(clock: trio.abc.Clock
         assert caller.calls.statistics().drops == {}
 
 
+@pytest.mark.slow
 async def test_a_peer_that_asks_and_never_reads_is_dropped(clock: trio.abc.Clock) -> None:
     async with Net().pair() as (caller, callee):
         stream = await caller.node.open_stream(callee.id, PROTOCOL)
         method = "x" * rpc.METHOD_CHARS_MAX
-        with pytest.raises(Unreachable), trio.fail_after(60):
+        with pytest.raises(Unreachable):  # noqa: PT012
             for number in range(1, 10 * call_stream.OUTBOX_FRAMES_MAX):
                 await stream.send(rpc.encode_frame(rpc.Call(number, method, None)))
         await settle()
@@ -634,6 +638,7 @@ async def test_a_peer_that_asks_and_never_reads_is_dropped(clock: trio.abc.Clock
 # -- nothing is left --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_random_cancels_leave_nothing_behind(clock: trio.abc.Clock) -> None:
     rng = random.Random(2)
     net = Net(Faults(stream_delay_s=(0.0, 0.05)))
@@ -641,7 +646,7 @@ async def test_random_cancels_leave_nothing_behind(clock: trio.abc.Clock) -> Non
         callee.gate.set()
 
         async def one(method: str, patience_s: float) -> None:
-            body = 300 if method == "count" else None
+            body = 40 if method == "count" else None
             with trio.move_on_after(patience_s):
                 try:
                     async with caller.calls.open(callee.id, method, body) as outgoing:
