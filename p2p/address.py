@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -66,8 +67,6 @@ def parse_address(text: str) -> Address:
         raise BadAddress(f"{text!r} goes through a relay, which this version cannot dial; give a direct address")
     if "p2p" not in parts:
         raise BadAddress(f"{text!r} does not say which peer answers there; add /p2p/ and its id, as {_EXAMPLE}")
-    if len(parts) == 5 and parts[1] == "memory" and parts[2].isdigit() and parts[3] == "p2p":
-        return Address(text=text, host="memory", port=int(parts[2]), peer=_peer(parts[4]), scope=Scope.LOOPBACK)
     if len(parts) != 7 or parts[3] != "tcp" or parts[5] != "p2p":
         raise BadAddress(f"{text!r} is not plain TCP; wanted /ip4, /ip6 or /dns, /tcp, /p2p, as {_EXAMPLE}")
     host, scope = _host(parts[1], parts[2])
@@ -119,8 +118,6 @@ def _peer(value: str) -> PeerId:
 def seen_scope(seen_at: str | None) -> Scope:
     """How far away a connected peer is, from the multiaddr it is seen at (without /p2p/); unknown counts as public."""
     parts = (seen_at or "").split("/")
-    if len(parts) >= 3 and parts[1] == "memory":
-        return Scope.LOOPBACK
     if len(parts) < 3 or parts[1] not in ("ip4", "ip6"):
         return Scope.PUBLIC
     try:
@@ -139,7 +136,7 @@ def tellable(address: Address, listener: Scope) -> bool:
     return address.scope >= listener
 
 
-def told(texts: list[str], peer: PeerId, teller: Scope) -> list[Address]:
+def told(texts: Iterable[str], peer: PeerId, teller: Scope) -> list[Address]:
     """The usable ones among addresses that a peer told us for `peer`; the rest are passed over, not an error."""
     found = []
     for text in texts:
@@ -150,3 +147,15 @@ def told(texts: list[str], peer: PeerId, teller: Scope) -> list[Address]:
         if address.peer == peer and believable(address, teller):
             found.append(address)
     return found
+
+
+def worth_telling(texts: Iterable[str], listener: Scope, limit: int) -> list[str]:
+    """Those of our own addresses that are of use to a peer seen at that scope."""
+    found = []
+    for text in texts:
+        try:
+            if tellable(parse_address(text), listener):
+                found.append(text)
+        except BadAddress:
+            continue  # the host listens on something that this version does not dial
+    return found[:limit]

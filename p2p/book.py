@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -34,6 +35,7 @@ ALONE_WAIT_MAX_S = 15.0  # the cap while no peer is connected
 JITTER = 0.5  # a wait is drawn from 50 % to 150 % of its length, so that nodes cut off together do not return together
 REMEMBERED_S = 14 * 86400.0  # a proven address that has not worked for so long counts as unproven
 SHARED_S = 86400.0  # only addresses that worked within a day are told to others
+SHARED_ADDRESSES_MAX = 4  # of one peer, the best ones
 BOOK_BYTES_MAX = 16 << 20  # PEERS_MAX x ADDRESSES_MAX x 250 bytes
 
 
@@ -52,13 +54,18 @@ _RANK = {source: rank for rank, source in enumerate(Source)}
 
 @dataclass(slots=True, kw_only=True)
 class _Entry:
-    """What is known of one address. `factor` is the jitter drawn at the last failure."""
+    """What is known of one address.
+
+    `added`: also the first time it is due. `vouched`: when its peer, connected from that very host, last claimed it.
+    `factor`: the jitter drawn at the last failure.
+    """
 
     address: Address
     source: Source
     added: float
     succeeded: float | None = None
     failed: float | None = None
+    vouched: float | None = None
     failures: int = 0
     factor: float = 1.0
     reason: str = ""
@@ -68,6 +75,10 @@ class _Entry:
             return self.added
         cap = ALONE_WAIT_MAX_S if alone else WAIT_MAX_S
         return self.failed + min(FIRST_WAIT_S * 2.0 ** (self.failures - 1), cap) * self.factor
+
+    def shareable(self, now: float, listener: Scope) -> bool:
+        fresh = any(when is not None and now - when < SHARED_S for when in (self.succeeded, self.vouched))
+        return fresh and tellable(self.address, listener) and self.address.scope is not Scope.NAMED
 
     def proven(self, now: float) -> bool:
         return self.succeeded is not None and now - self.succeeded < REMEMBERED_S
@@ -81,7 +92,6 @@ class _Entry:
 @dataclass(slots=True, kw_only=True)
 class _Peer:
     entries: dict[str, _Entry] = field(default_factory=dict)
-    held_until: float = float("-inf")
 
     def best(self, now: float) -> list[_Entry]:
         return sorted(self.entries.values(), key=lambda entry: entry.preference(now))
@@ -123,6 +133,7 @@ class Book:
         self._peers_max = peers_max
         self._peers: dict[PeerId, _Peer] = {}
         self._anchors: list[PeerId] = []
+        self._held: OrderedDict[PeerId, float] = OrderedDict()  # until when
         self._dropped: dict[str, int] = {}
 
     def __contains__(self, peer: PeerId) -> bool:
@@ -172,7 +183,7 @@ class Book:
         """
         ready = []
         for peer_id, peer in self._peers.items():
-            if peer_id in exclude or (now < peer.held_until):
+            if peer_id in exclude or self.held(peer_id, now):
                 continue
             entry = min(
                 (entry for entry in peer.entries.values() if entry.due(alone) <= now),
@@ -200,8 +211,20 @@ class Book:
         entry = self._entry(address)
         if entry is None:
             return
-        entry.succeeded, entry.failures, entry.reason = now, 0, ""
+        entry.succeeded, entry.reason = now, ""
         self._consider_anchor(address)
+
+    def steady(self, address: Address) -> None:
+        """A connection there lasted: what failed before no longer counts. One that is cut at once counts as failed."""
+        entry = self._entry(address)
+        if entry is not None:
+            entry.failures = 0
+
+    def vouch(self, address: Address, now: float) -> None:
+        """The peer, connected now from this address's own host, says that it listens there."""
+        entry = self._entry(address)
+        if entry is not None and entry.address.scope is not Scope.NAMED:
+            entry.vouched = now
 
     def failed(self, address: Address, now: float, reason: str) -> None:
         """A dial of this address failed; a stranger's address that never worked is forgotten after FAILURES_MAX."""
@@ -218,15 +241,31 @@ class Book:
                 self._drop("never worked")
 
     def hold(self, peer: PeerId, now: float, wait_s: float) -> None:
-        """Do not dial this peer for `wait_s`: it refused us or we it."""
-        if peer in self._peers:
-            self._peers[peer].held_until = max(self._peers[peer].held_until, now + wait_s)
-            self._anchors = [anchor for anchor in self._anchors if anchor != peer]
+        """Do not dial this peer for `wait_s`: it refused us or we it. Of more than PEERS_MAX holds the oldest goes."""
+        self._held[peer] = max(self._held.get(peer, now), now + wait_s)
+        self._held.move_to_end(peer)
+        if len(self._held) > PEERS_MAX:
+            self._held.popitem(last=False)
+        self._anchors = [anchor for anchor in self._anchors if anchor != peer]
+
+    def held(self, peer: PeerId, now: float) -> bool:
+        """Whether a hold is on."""
+        return now < self._held.get(peer, float("-inf"))
 
     def release(self, peer: PeerId) -> None:
         """Lift a hold: the peer has come to us, or its reason is gone."""
-        if peer in self._peers:
-            self._peers[peer].held_until = float("-inf")
+        self._held.pop(peer, None)
+
+    def deadline(self, now: float, *, exclude: frozenset[PeerId] = frozenset(), alone: bool = False) -> float:
+        """When an address that is not due now will be."""
+        soonest = float("inf")
+        for peer_id, peer in self._peers.items():
+            if peer_id not in exclude:
+                free = self._held.get(peer_id, float("-inf"))
+                for entry in peer.entries.values():
+                    if now < (when := max(free, entry.due(alone))) < soonest:
+                        soonest = when
+        return soonest
 
     def addresses(self, peer: PeerId, now: float) -> list[Address]:
         """All we know of one peer, best first."""
@@ -234,19 +273,16 @@ class Book:
         return [entry.address for entry in known.best(now)] if known else []
 
     def share(self, now: float, listener: Scope, limit: int, exclude: PeerId) -> Iterator[tuple[PeerId, list[str]]]:
-        """A random choice of peers whose addresses worked within SHARED_S and are of use to that listener."""
+        """A random choice of peers whose addresses worked within SHARED_S and are of use to that listener.
+
+        An address of a peer that only came to us counts when the peer is seen at that host: nobody can have us send
+        others to a stranger's machine.
+        """
         fresh: list[tuple[PeerId, list[str]]] = []
         for peer_id, peer in self._peers.items():
-            texts = [
-                entry.address.text
-                for entry in peer.best(now)
-                if entry.succeeded is not None
-                and now - entry.succeeded < SHARED_S
-                and tellable(entry.address, listener)
-                and entry.address.scope is not Scope.NAMED
-            ]
+            texts = [entry.address.text for entry in peer.best(now) if entry.shareable(now, listener)]
             if texts and peer_id != exclude:
-                fresh.append((peer_id, texts[:4]))
+                fresh.append((peer_id, texts[:SHARED_ADDRESSES_MAX]))
         yield from self._rng.sample(fresh, min(limit, len(fresh)))
 
     def reasons(self, peer: PeerId) -> dict[str, str]:
@@ -284,7 +320,7 @@ class Book:
                 for entry in peer.entries.values()
             ],
         )
-        return msgspec.json.format(msgspec.json.encode(saved), indent=1)
+        return msgspec.json.encode(saved)
 
     def read_json(self, raw: bytes, now: float, unix_s: float) -> None:
         """Add what a saved book holds. Raises BadFile; nothing is added then.

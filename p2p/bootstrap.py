@@ -93,7 +93,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _position(exc: ValueError, raw: bytes) -> str:
+def _position(exc: Exception, raw: bytes) -> str:
     """The error with the line it is at: msgspec says `(byte 17)`."""
     head, mark, tail = str(exc).partition("(byte ")
     if not mark or not tail.rstrip(")").isdigit():

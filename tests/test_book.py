@@ -168,14 +168,38 @@ def test_waits_double_up_to_a_cap_that_is_low_while_alone() -> None:
         now += 1000.0
 
 
-def test_a_success_ends_the_waiting() -> None:
+def test_only_a_connection_that_lasted_ends_the_waiting() -> None:
     book, address = new_book(), at(IDS[0])
     book.add(address, Source.BOOTSTRAP, 0.0)
     for _ in range(5):
         book.failed(address, 0.0, "refused")
     book.succeeded(address, 1.0)
-    assert book.due(1.0) == [address]
+    assert book.due(1.0) == []  # a peer that cuts us off at once is not dialled in a circle
     assert book.reasons(IDS[0]) == {}
+    book.steady(address)
+    assert book.due(1.0) == [address]
+
+
+def test_the_deadline_is_when_something_more_is_due() -> None:
+    book = new_book()
+    assert book.deadline(0.0) == float("inf")
+    book.add(at(IDS[0]), Source.MDNS, 5.0)
+    book.add(at(IDS[1]), Source.MDNS, 0.0)
+    assert book.due(0.0) == [at(IDS[1])]
+    assert book.deadline(0.0) == 5.0
+    assert book.deadline(0.0, exclude=frozenset({IDS[0]})) == float("inf")
+    book.hold(IDS[0], 0.0, 100.0)
+    assert book.deadline(0.0) == 100.0
+    book.failed(at(IDS[1]), 0.0, "refused")
+    assert FIRST_WAIT_S * (1 - JITTER) <= book.deadline(0.0) <= FIRST_WAIT_S * (1 + JITTER)
+
+
+def test_a_peer_can_be_held_before_it_is_known() -> None:
+    book = new_book()
+    book.hold(IDS[0], 0.0, 100.0)
+    book.add(at(IDS[0]), Source.ADVERT, 1.0)
+    assert book.due(99.0) == []
+    assert book.due(100.0) == [at(IDS[0])]
 
 
 def test_a_held_peer_is_not_dialled_until_released() -> None:
@@ -273,7 +297,7 @@ def test_only_what_worked_of_late_is_shared_and_only_where_it_is_of_use() -> Non
     for address in (lan, public, untried):
         book.add(address, Source.EXCHANGE, 0.0)
     book.succeeded(lan, 0.0)
-    book.succeeded(public, 0.0)
+    book.vouch(public, 0.0)
     assert dict(book.share(1.0, Scope.PUBLIC, 8, OWN)) == {IDS[1]: [public.text]}
     assert dict(book.share(1.0, Scope.PRIVATE, 8, IDS[1])) == {IDS[0]: [lan.text]}
     assert len(dict(book.share(1.0, Scope.PRIVATE, 1, OWN))) == 1
@@ -375,6 +399,7 @@ def test_histories_keep_the_bounds(history: list[tuple[str, int, int, Source, fl
             case "dial ok":
                 for candidate in book.due(now, alone=alone, limit=1):
                     book.succeeded(candidate, now)
+                    book.steady(candidate)
                     failed.pop(candidate.text, None)
             case "dial bad":
                 for candidate in book.due(now, alone=alone, limit=1):
@@ -382,8 +407,7 @@ def test_histories_keep_the_bounds(history: list[tuple[str, int, int, Source, fl
                     failed[candidate.text] = now
             case "hold":
                 book.hold(IDS[whom], now, 100.0)
-                if IDS[whom] in book:
-                    held[IDS[whom]] = now + 100.0
+                held[IDS[whom]] = now + 100.0
             case "release":
                 book.release(IDS[whom])
                 held.pop(IDS[whom], None)
@@ -401,10 +425,8 @@ def test_histories_keep_the_bounds(history: list[tuple[str, int, int, Source, fl
         assert len(book.anchors) <= ANCHORS_MAX
         assert all(anchor in book for anchor in book.anchors)
         for candidate in due:
-            if candidate.peer in book and candidate.peer in held:
-                assert now >= held[candidate.peer] or candidate.peer not in held
+            assert now >= held.get(candidate.peer, now)
             assert now - failed.get(candidate.text, -1e9) >= FIRST_WAIT_S * (1 - JITTER) - 1e-9
-        held = {peer: until for peer, until in held.items() if peer in book}
         failed = {text: when for text, when in failed.items() if parse_address(text).peer in book}
 
 
