@@ -177,6 +177,11 @@ def decode_frame(raw: bytes) -> Frame:
         raise RemoteProtocolError(f"a frame of {len(raw)} bytes is not an rpc frame: {exc}") from exc
 
 
+def _sendable(text: str) -> str:
+    """The text without what has no UTF-8, such as odd bytes of a file's name."""
+    return text.encode(errors="replace").decode()
+
+
 def _name(frame: Frame) -> str:
     return f"{type(frame).__name__} of call {frame.id}"
 
@@ -262,8 +267,9 @@ class Rpc:
         return self._send(End(call_id, body))
 
     def error(self, call_id: CallId, error: RemoteError) -> bytes:
-        """End a call with an error; long texts are cut to their bounds."""
-        code, message = error.code[:CODE_CHARS_MAX] or "error", error.message[:MESSAGE_CHARS_MAX]
+        """End a call with an error; its texts are made to fit."""
+        code = _sendable(error.code[:CODE_CHARS_MAX]) or "error"
+        message = _sendable(error.message[:MESSAGE_CHARS_MAX])
         return self._send(Error(call_id, code, message, error.retryable))
 
     # -- both ---------------------------------------------------------------------------------------------------
