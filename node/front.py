@@ -1,7 +1,7 @@
 """What the web and the command line ask of a node: answer, embed, and say how it is.
 
 Rules: core, and no more than an interface: `node/inference.py` implements Front, `node/web/` calls it, and
-`tests/front.py` fakes it. Every error is a RequestError of node/errors.py. Snapshots are frozen; the methods that
+`tests/fake_front.py` fakes it. Every error is a RequestError of node/errors.py. Snapshots are frozen; the methods that
 return them never wait.
 """
 

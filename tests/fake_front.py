@@ -1,0 +1,160 @@
+"""A Front that answers by a script: for the web's and the commands' tests."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+
+from node.errors import RequestError, UnknownModel
+from node.front import FrontStatistics, ModelRow, Readiness, RouteHint
+from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Piece, Started, TokenLogprob
+
+PEER = "12D3KooWFakeFakeFakeFakeFakeFakeFakeFakeFakeFakeFake"
+# an item to tell, an error to raise, or seconds to wait
+Step = AnswerItem | RequestError | float
+
+
+def started() -> Started:
+    return Started(served_by=PEER, model="fairy", revision="sha256-0123456789ab", prompt_tokens=3)
+
+
+def finished(tokens: int, reason: str = "length") -> Finished:
+    return Finished(reason=reason, prompt_tokens=3, completion_tokens=tokens)
+
+
+def tale(words: Sequence[str], *, step_s: float = 0.0) -> list[Step]:
+    """An answer of one word a step."""
+    steps: list[Step] = [started()]
+    for number, word in enumerate(words):
+        if step_s:
+            steps.append(step_s)
+        steps.append(Piece(tokens=(number,), text=word))
+    return [*steps, finished(len(words))]
+
+
+def told(words: Sequence[str]) -> list[Step]:
+    """As `tale`, with logprobs."""
+    pieces = [
+        Piece(
+            tokens=(n,),
+            text=word,
+            logprobs=(TokenLogprob(text=word, logprob=-0.5, top=((word, -0.5), ("x", float("-inf")))),),
+        )
+        for n, word in enumerate(words)
+    ]
+    return [started(), *pieces, finished(len(words), "stop")]
+
+
+class FakeFront:
+    """Records what was asked; `running` counts answers under way, `cancelled` those that were left early."""
+
+    def __init__(self, script: Callable[[GenerateWork], list[Step]] | None = None) -> None:
+        self.script = script or (lambda work: tale(["Once", " upon", " a", " time"]))
+        self.works: list[GenerateWork] = []
+        self.embeds: list[EmbedWork] = []
+        self.hints: list[RouteHint] = []
+        self.rows = [
+            ModelRow(
+                id="fairy", revision="sha256-0123456789ab", kind="causal", peers=2, context_tokens=1024, local=True
+            ),
+            ModelRow(id="org/enc", revision="sha256-enc", kind="encoder", peers=1, context_tokens=256, embeds=True),
+        ]
+        self.ready = Readiness(ready=True)
+        self.running = 0
+        self.cancelled = 0
+        self.steps = 0
+        self.changed = trio.Event()
+        self.embed_wait_s = 0.0
+
+    def _change(self) -> None:
+        self.changed.set()
+        self.changed = trio.Event()
+
+    async def until(self, condition: Callable[[FakeFront], bool]) -> None:
+        """Wait for a condition on this front."""
+        while not condition(self):
+            await self.changed.wait()
+
+    @asynccontextmanager
+    async def answer(self, work: GenerateWork, route: RouteHint) -> AsyncIterator[AsyncIterator[AnswerItem]]:
+        self.works.append(work)
+        self.hints.append(route)
+        self.running += 1
+        self._change()
+        whole = False
+
+        async def items() -> AsyncIterator[AnswerItem]:
+            nonlocal whole
+            for step in self.script(work):
+                if isinstance(step, RequestError):
+                    whole = True
+                    raise step
+                if isinstance(step, float | int):
+                    await trio.sleep(step)
+                    self.steps += 1
+                    continue
+                await trio.lowlevel.checkpoint()
+                whole = isinstance(step, Finished)
+                yield step
+
+        try:
+            if work.model not in (None, *(row.id for row in self.rows)):
+                whole = True
+                raise UnknownModel(f"no live peer serves {work.model}", param="model")
+            yield items()
+        finally:
+            self.running -= 1
+            self.cancelled += not whole
+            self._change()
+
+    async def embed(self, work: EmbedWork, route: RouteHint) -> Embedded:
+        self.embeds.append(work)
+        self.hints.append(route)
+        self.running += 1
+        self._change()
+        done = False
+        try:
+            await trio.sleep(self.embed_wait_s)
+            done = True
+        finally:
+            self.running -= 1
+            self.cancelled += not done
+            self._change()
+        return Embedded(
+            served_by=PEER,
+            model="org/enc",
+            revision="sha256-enc",
+            dimensions=3,
+            vectors=tuple(struct.pack("<3f", 0.6, 0.8 * (n == 0), 0.0) for n in range(len(work.texts))),
+            truncated=tuple(len(text) > 100 for text in work.texts),
+            prompt_tokens=7,
+        )
+
+    def models(self) -> list[ModelRow]:
+        return self.rows
+
+    def default_model(self, kind: str) -> str | None:
+        return next((row.id for row in self.rows if row.kind == kind), None)
+
+    def readiness(self) -> Readiness:
+        return self.ready
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "node": {"peer_id": PEER, "network": "main"},
+            "peering": {"connected": 1, "known": 3, "bootstrap": [], "refusals": [], "duplicate": None},
+            "gossip": {},
+            "inference": {},
+            "model": {"name": "fairy"},
+            "readiness": {"ready": self.ready.ready, "reason": self.ready.reason, "loading": self.ready.loading},
+        }
+
+    def peers(self) -> list[dict[str, Any]]:
+        return [{"peer": PEER, "rtt_ms": 1.25, "models": [{"name": "fairy", "revision": "sha256-0123456789ab"}]}]
+
+    def statistics(self) -> FrontStatistics:
+        return FrontStatistics()
