@@ -62,7 +62,7 @@ def run(
     for key in ("listen", "bootstrap"):
         if key in given:
             given[key] = tuple(given[key])
-    from node.start import start  # noqa: PLC0415  # libp2p and torch load only now, after the flags are known
+    from node.start import start  # libp2p and torch load only now, after the flags are known
 
     raise typer.Exit(start(given, file))
 

@@ -16,6 +16,7 @@ from functools import partial
 
 import trio
 
+from model.config import ModelFacts
 from model.errors import BadInput, EngineFull, ModelError
 from model.requests import EngineStatistics, GenerationRequest, Output, SamplingParameters
 from model.runtime_face import Runtime
@@ -72,6 +73,7 @@ class Hosting:
         self._orders: deque[Callable[[], Output | None]] = deque()  # an output is an order's own failure
         self._embeds: deque[_EmbedJob] = deque()
         self._wake = trio.Event()
+        self._ended = trio.lowlevel.ParkingLot()
         self._count = 0
         self._statistics = runtime.statistics()
 
@@ -99,22 +101,33 @@ class Hosting:
         """The engine's figures after its last step."""
         return self._statistics
 
+    async def wait_idle(self) -> None:
+        """Wait until no request is admitted."""
+        await trio.lowlevel.checkpoint()
+        while self._jobs:
+            await self._ended.park()
+
     @property
     def requests_running(self) -> int:
         """Requests admitted and not ended."""
         return len(self._jobs)
 
+    def facts(self, kind: str) -> ModelFacts | None:
+        """The model that answers requests of a kind (causal: text, encoder: vectors), None when there is none."""
+        for facts in self.runtime.all_facts():
+            if (kind == "encoder" and facts.embeds) or facts.kind == kind == "causal":
+                return facts
+        return None
+
     def serves(self, model: str | None, revision: str | None, kind: str) -> bool:
         """Whether a request for this model and revision can be answered here at all."""
-        return any(
-            (model is None or model in (facts.name, facts.revision)) and revision in (None, facts.revision)
-            for facts in self.runtime.all_facts()
-            if facts.kind == kind or (kind == "encoder" and facts.embeds)
-        )
+        facts = self.facts(kind)
+        return facts is not None and model in (None, facts.name) and revision in (None, facts.revision)
 
     def has_room(self) -> bool:
         """Whether a request admitted now would start at the next step, those not yet seen by the engine counted."""
-        return len(self._jobs) < self._statistics.slots_total and self._statistics.queue_length == 0
+        figures = self._statistics
+        return len(self._jobs) < figures.slots_total and figures.queue_length == 0
 
     @asynccontextmanager
     async def generate(self, work: GenerateWork) -> AsyncIterator[trio.MemoryReceiveChannel[AnswerItem | RequestError]]:
@@ -134,6 +147,7 @@ class Hosting:
             if self._jobs.pop(job.key, None) is not None:
                 self._order(partial(self._cancel, job.key))
             receive.close()
+            self._ended.unpark_all()
 
     async def embed(self, work: EmbedWork) -> Embedded:
         """Embed texts between two steps. Raises RequestError kinds. If cancelled, a waiting order is dropped."""
@@ -156,7 +170,7 @@ class Hosting:
         if self.draining:
             raise NotReady("this node is stopping", retry_after_s=NO_ROOM_RETRY_S)
         if not self.serves(model, revision, kind):
-            own = ", ".join(facts.name for facts in self.runtime.all_facts())
+            own = " and ".join({self.runtime.facts.name, self.runtime.embedding_facts.name})
             raise UnknownModel(f"model {model or revision!r} is not hosted here; this node hosts {own}", param="model")
 
     def _order(self, order: Callable[[], Output | None]) -> None:
@@ -205,10 +219,11 @@ class Hosting:
             made = self.runtime.embed(list(work.texts))
         except ModelError as exc:
             return _request_error(exc)
+        facts = self.runtime.embedding_facts
         return Embedded(
             served_by=self._peer,
-            model=made.facts.name,
-            revision=made.facts.revision,
+            model=facts.name,
+            revision=facts.revision,
             dimensions=made.dimensions,
             vectors=tuple(made.vectors),
             truncated=tuple(made.truncated),
@@ -262,9 +277,12 @@ class Hosting:
                 continue
             job.told_at = now
             self._tell_started(job)
-            position, prefilled = self.runtime.progress(job.key)
-            steps = self.runtime.statistics().steps
-            progress = Progress(engine_steps=steps, prefilled_tokens=prefilled, queue_position=position)
+            figures, place = self.runtime.statistics(), self.runtime.progress(job.key)
+            progress = Progress(
+                engine_steps=figures.steps,
+                prefilled_tokens=place.prefilled_tokens,
+                queue_position=place.queue_position,
+            )
             if progress != job.told:
                 job.told = progress
                 job.send.send_nowait(progress)

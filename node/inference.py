@@ -7,11 +7,9 @@ counts as frozen, however open its connection is. A peer that serves never route
 
 from __future__ import annotations
 
-import random
-import secrets
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,14 +17,10 @@ import msgspec
 import trio
 
 from crypto.identity import PeerId
-from gossip.directory import Directory
-from gossip.routing import Candidate, Need, Observations, WhyNot, rank
-from gossip.standing import Standing
+from gossip.routing import Candidate, Need, Why, WhyNot
 from node.errors import (
-    REQUEST_ERRORS,
     BadRequest,
     DeadlinePassed,
-    InternalError,
     NoRoom,
     NotReady,
     PeerFailed,
@@ -34,29 +28,15 @@ from node.errors import (
     TooLarge,
     UnknownModel,
 )
-from node.front import FrontStatistics, ModelRow, Readiness, Route, RouteHint
+from node.front import FrontStatistics, Route, RouteHint
 from node.hosting import NO_ROOM_RETRY_S, Hosting
-from node.work import (
-    AnswerItem,
-    Embedded,
-    EmbedWork,
-    Finished,
-    GenerateWork,
-    Piece,
-    Progress,
-    Started,
-    from_wire,
-    to_wire,
-)
-from p2p.calls import Calls
-from p2p.errors import P2PError, RemoteError, RemoteProtocolError, Unreachable
-from p2p.transport import Transport
+from node.remote import Network, Remote
+from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Piece, Started
 
 INFER_PROTOCOL = "/openagi/infer/1"
-STALL_S = 5.0  # no token and no progress for so long: frozen
-DIAL_S = 5.0
 PIECES_BUFFERED = 64  # a client that reads slower than the model writes holds this many pieces back
 ATTEMPTS_MAX = 8
+FULL_WAIT_S = 0.5  # between looks for room, for an answer that has begun
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,7 +50,13 @@ class _Attempt:
     started: Started | None = None
     last_error: RequestError | None = None
 
+    def failed(self, who: str, error: RequestError) -> None:
+        """That one is not asked again for this request."""
+        self.tried.add(who)
+        self.last_error = error
+
     def take(self, item: AnswerItem) -> None:
+        """The client has this now."""
         if isinstance(item, Piece):
             self.tokens.extend(item.tokens)
             self.chars += len(item.text)
@@ -108,18 +94,6 @@ class Answer:
         return item
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Network:
-    """The parts of the node that routing reads and calls through."""
-
-    transport: Transport
-    calls: Calls
-    directory: Directory
-    observations: Observations
-    standing: Standing
-    rng: random.Random
-
-
 class Inference:
     """Implements node.front's answer and embed over the local engine and the network."""
 
@@ -127,49 +101,104 @@ class Inference:
         self._network = network
         self.hosting: Hosting | None = None
         self.draining = False
+        self.counts: Counter[str] = Counter()  # requests, takeovers, cancelled, error:CODE, peer_failed:REASON, tokens
+        self._remote = Remote(network, self.counts)
         self._running = 0
-        self._counts: Counter[str] = Counter()
+        self._ended = trio.lowlevel.ParkingLot()
         self._latency_s_sum = 0.0
 
     @asynccontextmanager
     async def answer(self, work: GenerateWork, route: RouteHint) -> AsyncIterator[Answer]:
         """Answer a request wherever it is best answered. Leaving the block cancels it there within one step."""
-        if self.draining:
-            raise NotReady("this node is stopping", retry_after_s=NO_ROOM_RETRY_S)
-        send, receive = trio.open_memory_channel[AnswerItem | RequestError](PIECES_BUFFERED)
-        self._running += 1
-        self._counts["requests"] += 1
-        try:
+        with self._counted():
+            send, receive = trio.open_memory_channel[AnswerItem | RequestError](PIECES_BUFFERED)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._drive, work, route, send)
                 try:
                     yield Answer(receive)
                 finally:
                     nursery.cancel_scope.cancel()
+
+    async def embed(self, work: EmbedWork, route: RouteHint) -> Embedded:
+        """Embed texts here or at a peer. Raises RequestError. If cancelled, the work is given up wherever it runs."""
+        with self._counted():
+            began = trio.current_time()
+            attempt = _Attempt(deadline=began + work.remaining_ms / 1000)
+            try:
+                with trio.move_on_at(attempt.deadline):
+                    embedded = await self._embed_attempts(work, route, attempt)
+                    self._finished(began, embedded.prompt_tokens, 0)
+                    return embedded
+                raise DeadlinePassed(f"the request's {work.remaining_ms / 1000:.0f} s are over; give it more time")
+            except RequestError as exc:
+                self.counts[f"error:{exc.code}"] += 1
+                raise
+
+    @property
+    def running(self) -> int:
+        """Requests of this node's own clients that have not ended."""
+        return self._running
+
+    async def wait_idle(self) -> None:
+        """Wait until no client's request is running."""
+        await trio.lowlevel.checkpoint()
+        while self._running:
+            await self._ended.park()
+
+    def statistics(self) -> FrontStatistics:
+        """A snapshot of the counters."""
+        return FrontStatistics(
+            requests=self.counts["requests"],
+            errors={name.removeprefix("error:"): n for name, n in self.counts.items() if name.startswith("error:")},
+            cancelled=self.counts["cancelled"],
+            running=self._running,
+            prompt_tokens=self.counts["prompt_tokens"],
+            completion_tokens=self.counts["completion_tokens"],
+            latency_s_sum=self._latency_s_sum,
+        )
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        if self.draining:
+            raise NotReady("this node is stopping", retry_after_s=NO_ROOM_RETRY_S)
+        self.counts["requests"] += 1
+        self._running += 1
+        try:
+            yield
         finally:
             self._running -= 1
+            self._ended.unpark_all()
+
+    def _finished(self, began: float, prompt_tokens: int, completion_tokens: int) -> None:
+        self.counts["finished"] += 1
+        self.counts["prompt_tokens"] += prompt_tokens
+        self.counts["completion_tokens"] += completion_tokens
+        self._latency_s_sum += trio.current_time() - began
 
     async def _drive(
         self, work: GenerateWork, route: RouteHint, send: trio.MemorySendChannel[AnswerItem | RequestError]
     ) -> None:
+        """Feed `send` with the one whole answer or the one error."""
         began = trio.current_time()
         attempt = _Attempt(deadline=began + work.remaining_ms / 1000)
         end: RequestError | None = None
-        with trio.move_on_at(attempt.deadline) as scope:
+        with send:
             try:
-                await self._attempts(work, route, attempt, send)
+                with trio.move_on_at(attempt.deadline) as scope:
+                    await self._attempts(work, route, attempt, send)
+                if scope.cancelled_caught:
+                    raise DeadlinePassed(
+                        f"the request's {work.remaining_ms / 1000:.0f} s are over; {len(attempt.tokens)} tokens were "
+                        "delivered. Ask for fewer tokens or give it more time"
+                    )
             except RequestError as exc:
                 end = exc
-        if scope.cancelled_caught:
-            end = DeadlinePassed(
-                f"the request's {work.remaining_ms / 1000:.0f} s are over; "
-                f"{len(attempt.tokens)} tokens were delivered. Ask for fewer tokens or give it more time"
-            )
-        if end is not None:
-            self._counts[f"error:{end.code}"] += 1
-            await send.send(end)
-        self._latency_s_sum += trio.current_time() - began
-        send.close()
+            if end is not None:
+                self.counts[f"error:{end.code}"] += 1
+                await send.send(end)
+            else:
+                prompt_tokens = attempt.started.prompt_tokens if attempt.started is not None else 0
+                self._finished(began, prompt_tokens, len(attempt.tokens))
 
     async def _attempts(
         self,
@@ -178,21 +207,28 @@ class Inference:
         attempt: _Attempt,
         send: trio.MemorySendChannel[AnswerItem | RequestError],
     ) -> None:
-        for number in range(ATTEMPTS_MAX):
-            if number and attempt.started is not None:
-                self._counts["takeovers"] += 1
-            target = self._choose(attempt.continued(work), route, attempt)
+        tries = 0
+        while tries < ATTEMPTS_MAX:
+            now = attempt.continued(work)
+            target = self._choose(now, route, attempt)
+            if isinstance(target, WhyNot):
+                if attempt.started is None or target.why is not Why.ALL_FULL:
+                    raise self._nobody(target, work, attempt)
+                await trio.sleep(
+                    min(FULL_WAIT_S, target.retry_after_s or FULL_WAIT_S)
+                )  # half an answer is worth a wait
+                continue
+            tries += 1
+            if attempt.started is not None:
+                self.counts["takeovers"] += 1
             try:
-                await self._serve_at(target, attempt.continued(work), attempt, send)
+                await self._serve_at(target, now, attempt, send)
                 return
             except (BadRequest, TooLarge):
                 raise
             except RequestError as exc:
-                who = self._network.transport.peer_id if isinstance(target, Hosting) else target.peer
-                attempt.tried.add(who)
-                attempt.last_error = exc
-        assert attempt.last_error is not None
-        raise attempt.last_error
+                attempt.failed(self._network.transport.peer_id if isinstance(target, Hosting) else target.peer, exc)
+        raise attempt.last_error or PeerFailed("no attempt was made")
 
     async def _serve_at(
         self,
@@ -202,7 +238,7 @@ class Inference:
         send: trio.MemorySendChannel[AnswerItem | RequestError],
     ) -> None:
         """Forward one server's items to the client until Finished. Raises RequestError when that server fails."""
-        source = target.generate(work) if isinstance(target, Hosting) else self._at_peer(target, work)
+        source = target.generate(work) if isinstance(target, Hosting) else self._remote.generate(target, work)
         async with source as items:
             async for item in items:
                 if isinstance(item, RequestError):
@@ -214,139 +250,86 @@ class Inference:
                 attempt.take(item)
                 await send.send(item)
                 if isinstance(item, Finished):
-                    self._counts["completion_tokens"] += item.completion_tokens
-                    self._counts["prompt_tokens"] += item.prompt_tokens
                     return
         raise PeerFailed("the answer ended without its last record")
 
-    def _choose(self, work: GenerateWork, route: RouteHint, attempt: _Attempt) -> Hosting | Candidate:
+    def _choose(self, work: GenerateWork, route: RouteHint, attempt: _Attempt) -> Hosting | Candidate | WhyNot:
+        """The engine here if it may and has room, else the best peer, else the queue here, else why nobody."""
         own = self._network.transport.peer_id
-        here = self.hosting if route.route is not Route.REMOTE and own not in attempt.tried else None
-        if route.peer is not None:
-            here = here if route.peer == own else None
-        local = here if here is not None and here.serves(work.model, work.revision, "causal") else None
-        if local is not None and (route.route is Route.LOCAL or local.has_room()):
-            return local
-        if route.route is Route.LOCAL or route.peer == own:
-            raise attempt.last_error or UnknownModel(
-                f"model {work.model!r} is not hosted by this node, and the request asked for this node", param="model"
-            )
-        ranked = self._ranked(work.model, work.revision, "causal", route, attempt.tried)
-        if isinstance(ranked, Candidate):
-            return ranked
-        if local is not None:
-            return local  # full here and nobody else has room: wait in this node's own queue
-        raise self._nobody(ranked, work, attempt)
+        here = self.hosting
+        if here is not None and (
+            route.route is Route.REMOTE
+            or route.peer not in (None, own)
+            or own in attempt.tried
+            or not here.serves(work.model, work.revision, "causal")
+        ):
+            here = None
+        here_only = route.route is Route.LOCAL or route.peer == own
+        if here is not None and (here_only or here.has_room()):
+            return here
+        if here_only:
+            return WhyNot.none_serves()
+        ranked = self._ranked(_need(work, "causal", attempt, route))
+        if here is not None and (isinstance(ranked, WhyNot) or ranked.offer.capacity.slots_free < 1):
+            return here
+        return ranked
 
-    def _ranked(
-        self, model: str | None, revision: str | None, kind: str, route: RouteHint, tried: set[str]
-    ) -> Candidate | WhyNot:
-        network = self._network
-        now = trio.current_time()
-        need = Need(model=model, revision=revision, kind=kind, exclude=frozenset(PeerId(t) for t in tried))
-        ranking = rank(need, network.directory.offers(now), network.observations, now, network.rng)
-        if isinstance(ranking, WhyNot):
-            return ranking
-        for candidate in ranking:
-            if route.peer is None or candidate.peer == route.peer:
-                return candidate
-        return WhyNot.none_serves()
+    def _ranked(self, need: Need) -> Candidate | WhyNot:
+        ranking = self._network.gossip.rank(need)
+        return ranking if isinstance(ranking, WhyNot) else ranking[0]
 
     def _nobody(self, why: WhyNot, work: GenerateWork | EmbedWork, attempt: _Attempt) -> RequestError:
+        """The clear end of a request that no one can take (any more)."""
         if attempt.started is not None:
             return PeerFailed(
                 f"the serving peer failed after {len(attempt.tokens)} tokens ({attempt.last_error}) and no other live "
-                f"peer serves {work.model} at revision {attempt.started.revision} with room"
+                f"peer serves {attempt.started.model} at revision {attempt.started.revision}"
             )
-        if attempt.last_error is not None and not isinstance(attempt.last_error, UnknownModel):
+        if attempt.last_error is not None:
             return attempt.last_error
-        known = ", ".join(sorted({row.id for row in self.models()})) or "none yet: no live peer serves a model"
-        if why.serving:
-            return NoRoom(
-                f"all {why.serving} peers that serve {work.model or 'a model'} are full or failing; try again",
-                retry_after_s=NO_ROOM_RETRY_S,
-            )
         asked = f"model {work.model!r}" if work.model is not None else "a model of the kind asked for"
-        return UnknownModel(f"no live peer serves {asked}; served now: {known}", param="model")
+        match why.why:
+            case Why.TOO_LONG:
+                return BadRequest(f"the request is {why}; ask for fewer tokens")
+            case Why.ALL_FULL | Why.ALL_BROKEN:
+                return NoRoom(f"{asked}: {why}; try again", retry_after_s=why.retry_after_s or NO_ROOM_RETRY_S)
+            case Why.NONE_SERVES:
+                known = ", ".join(sorted(self._served_names())) or "nothing yet"
+                return UnknownModel(
+                    f"no live peer that was asked for serves {asked}; served now: {known}", param="model"
+                )
 
-    @asynccontextmanager
-    async def _at_peer(self, candidate: Candidate, work: GenerateWork) -> AsyncIterator[AsyncIterator[AnswerItem]]:
-        """One attempt at a peer. Raises RequestError kinds only, whatever the peer does."""
-        watch = self._network.observations
-        watch.started(candidate.peer, trio.current_time())
-        try:
-            await self._connect(candidate)
-            async with self._network.calls.open(candidate.peer, "generate", to_wire(work)) as outgoing:
-                yield _PeerItems(outgoing, candidate.peer, watch)
-        except RemoteError as exc:
-            error = REQUEST_ERRORS.get(exc.code, InternalError)(f"{candidate.peer}: {exc.message}")
-            if not isinstance(error, BadRequest | TooLarge):
-                self._failed(candidate.peer, exc.code)
-            raise error from exc
-        except RemoteProtocolError as exc:
-            self._network.standing.malformed(candidate.peer, trio.current_time())
-            self._failed(candidate.peer, "protocol")
-            raise PeerFailed(f"{candidate.peer} broke the protocol: {exc}") from exc
-        except P2PError as exc:
-            self._failed(candidate.peer, "unreachable")
-            raise PeerFailed(f"{candidate.peer} is gone: {exc}") from exc
-        except PeerFailed:
-            self._failed(candidate.peer, "stalled")
-            raise
-        finally:
-            watch.ended(candidate.peer, trio.current_time())
-
-    def _failed(self, peer: PeerId, reason: str) -> None:
-        self._counts[f"peer_failed:{reason}"] += 1
-        self._network.observations.failed(peer, reason, trio.current_time())
-
-    async def _connect(self, candidate: Candidate) -> None:
-        transport = self._network.transport
-        if candidate.peer in transport.peers():
-            return
-        with trio.move_on_after(DIAL_S):
-            for address in candidate.addresses:
-                try:
-                    await transport.dial(address)
-                except P2PError:
-                    continue
-                return
-        raise Unreachable(f"none of its {len(candidate.addresses)} advertised addresses answers")
-
-    async def embed(self, work: EmbedWork, route: RouteHint) -> Embedded:
-        """Embed texts here or at a peer. Raises RequestError. If cancelled, the work is given up wherever it runs."""
-        if self.draining:
-            raise NotReady("this node is stopping", retry_after_s=NO_ROOM_RETRY_S)
-        self._running += 1
-        self._counts["requests"] += 1
-        attempt = _Attempt(deadline=trio.current_time() + work.remaining_ms / 1000)
-        try:
-            with trio.move_on_at(attempt.deadline):
-                return await self._embed_attempts(work, route, attempt)
-            raise DeadlinePassed(f"the request's {work.remaining_ms / 1000:.0f} s are over")
-        except RequestError as exc:
-            self._counts[f"error:{exc.code}"] += 1
-            raise
-        finally:
-            self._running -= 1
+    def _served_names(self) -> set[str]:
+        names = {model.name for model in self._network.gossip.directory.models(trio.current_time())}
+        if self.hosting is not None:
+            names |= {self.hosting.runtime.facts.name, self.hosting.runtime.embedding_facts.name}
+        return names
 
     async def _embed_attempts(self, work: EmbedWork, route: RouteHint, attempt: _Attempt) -> Embedded:
         own = self._network.transport.peer_id
-        if self.hosting is not None and route.route is not Route.REMOTE and route.peer in (None, own):
-            if self.hosting.serves(work.model, None, "encoder"):
-                return await self.hosting.embed(work)
-        if route.route is Route.LOCAL or route.peer == own:
-            raise UnknownModel(f"model {work.model!r} does not embed on this node", param="model")
+        here = self.hosting if route.route is not Route.REMOTE and route.peer in (None, own) else None
+        if here is not None and here.serves(work.model, None, "encoder"):
+            return await here.embed(work)
         for _ in range(ATTEMPTS_MAX):
-            ranked = self._ranked(work.model, None, "encoder", route, attempt.tried)
-            if not isinstance(ranked, Candidate):
+            local_only = route.route is Route.LOCAL or route.peer == own
+            ranked = WhyNot.none_serves() if local_only else self._ranked(_need(work, "encoder", attempt, route))
+            if isinstance(ranked, WhyNot):
                 raise self._nobody(ranked, work, attempt)
             try:
-                return await self._embed_at(ranked, work)
+                return await self._remote.embed(ranked, work)
             except (BadRequest, TooLarge):
                 raise
             except RequestError as exc:
-                attempt.tried.add(ranked.peer)
-                attempt.last_error = exc
-        assert attempt.last_error is not None
-        raise attempt.last_error
+                attempt.failed(ranked.peer, exc)
+        raise attempt.last_error or PeerFailed("no attempt was made")
+
+
+def _need(work: GenerateWork | EmbedWork, kind: str, attempt: _Attempt, route: RouteHint) -> Need:
+    return Need(
+        model=work.model,
+        revision=work.revision if isinstance(work, GenerateWork) else None,
+        kind=kind,
+        tokens=work.sampling.max_tokens + len(work.tokens or ()) if isinstance(work, GenerateWork) else 0,
+        exclude=frozenset(PeerId(peer) for peer in attempt.tried),
+        only=None if route.peer is None else PeerId(route.peer),
+    )

@@ -24,8 +24,9 @@ _T = TypeVar("_T")
 class Serving:
     """The handlers of INFER_PROTOCOL."""
 
-    def __init__(self, inference: Inference) -> None:
-        self._inference = inference
+    def __init__(self) -> None:
+        """`inference` is set before the first call comes: it calls peers through the same Calls that serves these."""
+        self.inference: Inference | None = None
         self.served = 0
 
     def handlers(self) -> Mapping[str, Handler]:
@@ -64,7 +65,7 @@ class Serving:
         raise _remote(DeadlinePassed(f"the {work.remaining_ms} ms that the request had left are over"))
 
     def _hosting(self) -> Hosting:
-        hosting = self._inference.hosting
+        hosting = self.inference.hosting if self.inference is not None else None
         if hosting is None:
             raise NotReady("this peer hosts no model, or is still loading it", retry_after_s=NO_ROOM_RETRY_S)
         return hosting

@@ -29,24 +29,25 @@ EXIT_OK, EXIT_USAGE, EXIT_NO_LISTEN, EXIT_LOCKED, EXIT_UNSAFE_KEY = 0, 2, 69, 75
 
 def start(flags: Mapping[str, object], file: Path | None) -> int:
     """Run a node until it is told to stop; returns the exit code."""
+    code = EXIT_OK
     try:
         config = load_config(flags, file=file)
         _set_up_log(config)
         with locked(config.data_dir):
-            from node.run import run_node  # noqa: PLC0415  # imports libp2p: not before the settings are good
+            from node.run import run_node  # imports libp2p: not before the settings are good
 
             trio.run(partial(run_node, config), strict_exception_groups=True)
     except* ConfigError as group:
-        return _say(group, EXIT_USAGE)
+        code = _say(group, EXIT_USAGE)
     except* ModelError as group:
-        return _say(group, EXIT_USAGE)
+        code = _say(group, EXIT_USAGE)
     except* DataDirLocked as group:
-        return _say(group, EXIT_LOCKED)
+        code = _say(group, EXIT_LOCKED)
     except* CannotListen as group:
-        return _say(group, EXIT_NO_LISTEN)
+        code = _say(group, EXIT_NO_LISTEN)
     except* UnsafePermissions as group:
-        return _say(group, EXIT_UNSAFE_KEY)
-    return EXIT_OK
+        code = _say(group, EXIT_UNSAFE_KEY)
+    return code
 
 
 def _say(group: BaseExceptionGroup[Exception], code: int) -> int:
@@ -71,7 +72,9 @@ def locked(data_dir: Path) -> Iterator[None]:
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = (data_dir / "lock").open("a+")
     except OSError as exc:
-        raise ConfigError(f"cannot use the data directory {data_dir}: {exc.strerror}; choose one by --data-dir") from exc
+        raise ConfigError(
+            f"cannot use the data directory {data_dir}: {exc.strerror}; choose one by --data-dir"
+        ) from exc
     with file:
         if not _try_lock(file.fileno()):
             file.seek(0)
@@ -89,11 +92,11 @@ def locked(data_dir: Path) -> Iterator[None]:
 def _try_lock(descriptor: int) -> bool:
     try:
         if sys.platform == "win32":
-            import msvcrt  # noqa: PLC0415  # Windows only
+            import msvcrt  # Windows only
 
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
-            import fcntl  # noqa: PLC0415  # not on Windows
+            import fcntl  # not on Windows
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -1,4 +1,4 @@
-"""`python -m node demo`: three nodes as real processes; the one that serves is killed in mid-answer; the answer completes.
+"""`python -m node demo`: three real nodes; the one that serves is killed in mid-answer; the answer completes.
 
 Rules: everything happens in a temporary directory and on loopback; every process started here has ended when the
 command ends, however it ends. What is printed was measured in this run.
@@ -7,21 +7,17 @@ command ends, however it ends. What is printed was measured in this run.
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-READY_S_MAX = 120.0
+from node.commands.processes import Cluster, NodeProcess, NotStarted
+
 FOUND_S_MAX = 60.0
 ANSWER_S_MAX = 120.0
 PROMPT = "Once upon a time there was a poor woodcutter"
@@ -30,25 +26,6 @@ KILL_AFTER_PIECES = 8
 
 class DemoFailed(Exception):
     """A step did not do what it should; the sentence says which."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DemoNode:
-    """One running node process and what its ready file says."""
-
-    name: str
-    process: subprocess.Popen[bytes]
-    ready: dict[str, Any]
-
-    @property
-    def peer_id(self) -> str:
-        """Its peer id."""
-        return str(self.ready["peer_id"])
-
-    @property
-    def url(self) -> str:
-        """Its HTTP address."""
-        return f"http://{self.ready['http']}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +49,13 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="openagi-demo-") as place:
         root = Path(place)
         try:
-            with _three_nodes(root) as nodes:
-                _show(nodes, tokens, began)
-        except DemoFailed as exc:
+            with Cluster(root) as cluster:
+                typer.echo("starting three nodes ...")
+                seed = cluster.start("server-1").wait_ready()
+                second = cluster.start("server-2", join=[seed])
+                door = cluster.start("door", "--model", "none", join=[seed])
+                _show([door.wait_ready(), seed, second.wait_ready()], tokens, began)
+        except (DemoFailed, NotStarted) as exc:
             typer.echo(f"demo: {exc}", err=True)
             _logs(root)
             raise typer.Exit(1) from exc
@@ -83,14 +64,16 @@ def demo(
     typer.echo(f"done in {time.monotonic() - began:.1f} s; all processes ended, nothing is left behind")
 
 
-def _show(nodes: Sequence[DemoNode], tokens: int, began: float) -> None:
+def _show(nodes: Sequence[NodeProcess], tokens: int, began: float) -> None:
     door, *servers = nodes
     names = {node.peer_id: node.name for node in nodes}
     for node in nodes:
         typer.echo(f"{node.name}: {node.peer_id}  {node.url}  model {node.ready['model'] or 'none'}")
     model = servers[0].ready["model"]
     _await_model(door, model, len(servers))
-    typer.echo(f"the door sees {len(servers)} peers that serve {model} ({time.monotonic() - began:.1f} s from the start)")
+    typer.echo(
+        f"the door sees {len(servers)} peers that serve {model} ({time.monotonic() - began:.1f} s from the start)"
+    )
 
     calm = _ask(door, model, tokens)
     typer.echo(f"\nasked the door, which holds no model: answered by {names[calm.served_by]}")
@@ -112,58 +95,8 @@ def _show(nodes: Sequence[DemoNode], tokens: int, began: float) -> None:
     typer.echo("  it is byte for byte the undisturbed answer")
 
 
-@contextmanager
-def _three_nodes(root: Path) -> Iterator[list[DemoNode]]:
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        first = _start(root, "server-1", (), processes)
-        typer.echo("starting three nodes ...")
-        seed = _wait_ready(root, "server-1", first)
-        join = ("--bootstrap", str(seed.ready["listen"][0]))
-        second = _start(root, "server-2", join, processes)
-        third = _start(root, "door", ("--model", "none", *join), processes)
-        yield [_wait_ready(root, "door", third), seed, _wait_ready(root, "server-2", second)]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        for process in processes:
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _start(
-    root: Path, name: str, flags: Sequence[str], processes: list[subprocess.Popen[bytes]]
-) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "node", "run", "--data-dir", str(root / name), "--http", "127.0.0.1:0"]
-    command += ["--listen", "/ip4/127.0.0.1/tcp/0", "--no-mdns", "--network", f"demo-{os.getpid()}"]
-    command += ["--ready-file", str(root / f"{name}.ready"), *flags]
-    empty = root / "no_peers.json"
-    empty.write_text("[]")
-    command += ["--bootstrap-file", str(empty)]
-    with (root / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-    processes.append(process)
-    return process
-
-
-def _wait_ready(root: Path, name: str, process: subprocess.Popen[bytes]) -> DemoNode:
-    file = root / f"{name}.ready"
-    until = time.monotonic() + READY_S_MAX
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            raise DemoFailed(f"{name} ended with exit code {process.returncode} before it was ready")
-        if file.exists():
-            return DemoNode(name=name, process=process, ready=json.loads(file.read_text()))
-        time.sleep(0.05)
-    raise DemoFailed(f"{name} was not ready within {READY_S_MAX:.0f} s")
-
-
-def _await_model(door: DemoNode, model: str, servers: int) -> None:
-    import httpx  # noqa: PLC0415  # only when a command needs it
+def _await_model(door: NodeProcess, model: str, servers: int) -> None:
+    import httpx  # only when a command needs it
 
     until = time.monotonic() + FOUND_S_MAX
     seen = 0
@@ -176,8 +109,8 @@ def _await_model(door: DemoNode, model: str, servers: int) -> None:
     raise DemoFailed(f"the door saw {seen} of {servers} peers that serve {model} within {FOUND_S_MAX:.0f} s")
 
 
-def _ask(door: DemoNode, model: str, tokens: int, interrupt: Any = None) -> Answer:
-    import httpx  # noqa: PLC0415  # only when a command needs it
+def _ask(door: NodeProcess, model: str, tokens: int, interrupt: Callable[[str], None] | None = None) -> Answer:
+    import httpx  # only when a command needs it
 
     body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "stream": True}
     began = last = time.monotonic()

@@ -68,7 +68,7 @@ async def serve(
             accept = partial(trio.serve_listeners, server.serve, listeners, handler_nursery=connections)
             await accepting.start(accept)
             task_status.started(listeners[0].socket.getsockname()[1])
-            await (stop or trio.Event()).wait()
+            await (trio.Event() if stop is None else stop).wait()
             accepting.cancel_scope.cancel()
         await server.context.terminated.set()  # idle connections close, busy ones after their response
         connections.cancel_scope.deadline = trio.current_time() + server.limits.drain_s_max

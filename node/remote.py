@@ -1,0 +1,213 @@
+"""One attempt at one peer: connect, call, watch its progress, map every way it can fail to a RequestError.
+
+Rules: a peer is judged by work: tokens must come, or the progress that it reports must grow, or after STALL_S of
+waiting it counts as frozen, however open its connection is. Time spent waiting for our own client does not count.
+What a peer sends is checked against what was asked: revision, number of tokens. Every outcome is observed.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+import trio
+
+from crypto.identity import PeerId
+from gossip.routing import Candidate
+from gossip.service import GossipService
+from gossip.standing import Fault
+from node.errors import REQUEST_ERRORS, PeerFailed
+from node.work import (
+    AnswerItem,
+    Embedded,
+    EmbedWork,
+    Finished,
+    GenerateWork,
+    Piece,
+    Progress,
+    Started,
+    from_wire,
+    to_wire,
+)
+from p2p.calls import Calls, Outgoing
+from p2p.errors import P2PError, RemoteError, RemoteProtocolError, Unreachable
+from p2p.peering import Peering
+from p2p.transport import Transport
+
+STALL_S = 5.0  # no token and no progress for so long: frozen
+DIAL_S = 5.0
+EMBED_S_MAX = 60.0  # embeddings report no progress; a batch of TEXTS_MAX takes seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """The parts of the node that routing reads and calls through."""
+
+    transport: Transport
+    peering: Peering
+    calls: Calls
+    gossip: GossipService
+
+
+class PeerItems:
+    """A peer's items, strictly decoded and checked. Raises what Outgoing raises, RemoteProtocolError, PeerFailed."""
+
+    def __init__(self, outgoing: Outgoing, work: GenerateWork, began: float) -> None:
+        self._outgoing = outgoing
+        self._work = work
+        self._began = began
+        self._patience_s = STALL_S
+        self._seen: Progress | None = None
+        self._started = False
+        self._tokens = len(work.delivered)
+        self.ended = False
+        self.first_token_s: float | None = None
+
+    @property
+    def tokens_received(self) -> int:
+        """Tokens that this peer made, without those delivered before."""
+        return self._tokens - len(self._work.delivered)
+
+    def __aiter__(self) -> AsyncIterator[AnswerItem]:
+        return self
+
+    async def __anext__(self) -> AnswerItem:
+        if self.ended:
+            raise StopAsyncIteration
+        waits = trio.current_time()
+        with trio.move_on_after(self._patience_s):
+            item = await self._next()
+            self._patience_s -= trio.current_time() - waits
+            self._check(item)
+            return item
+        raise PeerFailed(f"no token and no progress for {STALL_S:.0f} s: the peer is frozen or cut off")
+
+    async def _next(self) -> AnswerItem:
+        try:
+            return from_wire(await anext(self._outgoing), AnswerItem)  # type: ignore[arg-type]  # a union is a type here
+        except StopAsyncIteration:
+            self.ended = True
+            return from_wire(self._outgoing.result, Finished)
+
+    def _check(self, item: AnswerItem) -> None:
+        if self._started is isinstance(item, Started):
+            raise RemoteProtocolError("an answer must open with Started, once")
+        match item:
+            case Started():
+                self._started = True
+                self._advance()
+                if self._work.revision not in (None, item.revision):
+                    raise RemoteProtocolError(f"asked for revision {self._work.revision}, got {item.revision}")
+            case Progress():
+                if self._seen is None or _grown(self._seen, item):
+                    self._seen = item
+                    self._advance()
+            case Piece():
+                self._tokens += len(item.tokens)
+                if self._tokens > self._work.sampling.max_tokens:
+                    raise RemoteProtocolError(f"over the {self._work.sampling.max_tokens} tokens that were asked for")
+                if item.tokens:
+                    self._advance()
+                    if self.first_token_s is None:
+                        self.first_token_s = trio.current_time() - self._began
+            case Finished():
+                if not self.ended or item.completion_tokens != self._tokens:
+                    raise RemoteProtocolError(f"{self._tokens} tokens came, the record says {item.completion_tokens}")
+
+    def _advance(self) -> None:
+        self._patience_s = STALL_S
+
+
+def _grown(before: Progress, after: Progress) -> bool:
+    return after.engine_steps > before.engine_steps or after.prefilled_tokens > before.prefilled_tokens
+
+
+class Remote:
+    """Attempts at peers, with their outcomes counted and observed."""
+
+    def __init__(self, network: Network, counts: Counter[str]) -> None:
+        self._network = network
+        self._counts = counts
+
+    @asynccontextmanager
+    async def generate(self, candidate: Candidate, work: GenerateWork) -> AsyncIterator[AsyncIterator[AnswerItem]]:
+        """The items of one answer from one peer. Raises RequestError kinds only. Leaving cancels at the peer."""
+        began = trio.current_time()
+        with self._observed(candidate.peer):
+            await self._connect(candidate)
+            async with self._network.calls.open(candidate.peer, "generate", to_wire(work)) as outgoing:
+                items = PeerItems(outgoing, work, began)
+                yield items
+            self._succeeded(candidate.peer, items, began)
+
+    async def embed(self, candidate: Candidate, work: EmbedWork) -> Embedded:
+        """Embeddings from one peer. Raises RequestError kinds only. If cancelled, the peer is told."""
+        began = trio.current_time()
+        with self._observed(candidate.peer):
+            await self._connect(candidate)
+            with trio.move_on_after(min(EMBED_S_MAX, work.remaining_ms / 1000)):
+                reply = await self._network.calls.call(candidate.peer, "embed", to_wire(work))
+                embedded = from_wire(reply, Embedded)
+                _check_vectors(embedded, len(work.texts))
+                self._succeeded(candidate.peer, None, began)
+                return embedded
+            raise PeerFailed(f"{candidate.peer} gave no embeddings within {EMBED_S_MAX:.0f} s")
+
+    def _succeeded(self, peer: PeerId, items: PeerItems | None, began: float) -> None:
+        watch, now = self._network.gossip.observations, trio.current_time()
+        if items is None:
+            watch.finished(peer, 0, now - began, now)
+        elif items.ended and items.first_token_s is not None:
+            watch.first_token(peer, items.first_token_s)
+            watch.finished(peer, items.tokens_received, now - began - items.first_token_s, now)
+
+    @contextmanager
+    def _observed(self, peer: PeerId) -> Iterator[None]:
+        """Every way an attempt can end, observed and mapped."""
+        self._network.gossip.observations.started(peer, trio.current_time())
+        try:
+            yield
+        except RemoteError as exc:
+            error = REQUEST_ERRORS.get(exc.code, PeerFailed)(f"{peer} answered: {exc.message}")
+            self._failed(peer, exc.code)
+            raise error from exc
+        except RemoteProtocolError as exc:
+            self._network.gossip.blame(peer, Fault.MALFORMED, str(exc))
+            self._failed(peer, "protocol")
+            raise PeerFailed(f"{peer} broke the protocol: {exc}") from exc
+        except P2PError as exc:
+            self._failed(peer, "unreachable")
+            raise PeerFailed(f"{peer} cannot be reached: {exc}") from exc
+        except PeerFailed as exc:
+            self._failed(peer, "stalled")
+            raise PeerFailed(f"{peer}: {exc.message}") from exc
+        finally:
+            self._network.gossip.observations.ended(peer, trio.current_time())
+
+    def _failed(self, peer: PeerId, reason: str) -> None:
+        self._counts[f"peer_failed:{reason}"] += 1
+        self._network.gossip.observations.failed(peer, reason, trio.current_time())
+
+    async def _connect(self, candidate: Candidate) -> None:
+        peering, peer = self._network.peering, candidate.peer
+        if peer in self._network.transport.peers():
+            return
+        peering.learn(peer, candidate.addresses)
+        with trio.move_on_after(DIAL_S):
+            await peering.connect(peer)
+            return
+        raise Unreachable(f"no connection to it within {DIAL_S:.0f} s")
+
+
+def _check_vectors(embedded: Embedded, texts: int) -> None:
+    if len(embedded.vectors) != texts or len(embedded.truncated) != texts:
+        raise RemoteProtocolError(f"{texts} texts were sent, {len(embedded.vectors)} vectors came")
+    for vector in embedded.vectors:
+        if len(vector) != 4 * embedded.dimensions:
+            raise RemoteProtocolError(f"a vector of {len(vector)} bytes, {embedded.dimensions} dimensions were stated")
+        if not all(map(math.isfinite, struct.unpack(f"<{embedded.dimensions}f", vector))):
+            raise RemoteProtocolError("a vector is not finite")

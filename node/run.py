@@ -1,0 +1,280 @@
+"""THE TREE OF TASKS: opens the parts of a node, wires them, and stops them in order.
+
+Rules: one process, one trio.run, and every long-lived task is started here or by the part named here. Stop order:
+readiness goes red and the advert is withdrawn, the web refuses new work, requests in flight finish (IN_FLIGHT_S),
+then web, engine, peers, host. The first SIGTERM or SIGINT stops in that order, the second at once.
+Source: docs/ARCHITECTURE.md "Tree of tasks"; tests/test_run.py compares it with the live tree.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import secrets
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from crypto.identity import Identity
+from gossip.messages import advert_topic
+from gossip.service import GossipConfig, GossipService
+from node.config import NodeConfig
+from node.errors import ConfigError
+from node.hosting import Hosting
+from node.inference import INFER_PROTOCOL, Inference
+from node.remote import Network
+from node.serving import Serving
+from node.state import AGENT, NodeState, Parts
+from p2p.book import Book
+from p2p.bootstrap import BootstrapPeer, bootstrap_peer, read_bootstrap_file
+from p2p.calls import Calls
+from p2p.errors import BadAddress, BadFile
+from p2p.hello import RPC_PROTOCOL
+from p2p.host_config import PSK_BYTES, HostConfig
+from p2p.peering import Peering, PeeringConfig
+from p2p.transport import Transport
+
+if TYPE_CHECKING:
+    from model.runtime_face import Runtime
+
+IN_FLIGHT_S = 30.0
+MEASURE_EVERY_S = 1.0
+KEY_FILE = "identity.key"
+_log = logging.getLogger("node")
+
+
+async def run_node(config: NodeConfig) -> None:
+    """Run a node until it is told to stop. Raises ConfigError, CannotListen, UnsafePermissions, ModelError."""
+    from p2p.host import open_host  # libp2p is imported here, when the settings are known to be good
+
+    identity = Identity.load_or_make(config.data_dir / KEY_FILE)
+    bootstrap = _bootstrap(config)
+    topics = frozenset({advert_topic(config.network)})
+    async with open_host(identity, HostConfig(listen=config.listen, psk=_psk(config), topics=topics)) as transport:
+        await Node(config, identity, transport, bootstrap).run()
+
+
+class Node:
+    """The parts of one node over a transport that is open. Make it inside trio."""
+
+    def __init__(
+        self, config: NodeConfig, identity: Identity, transport: Transport, bootstrap: tuple[BootstrapPeer, ...]
+    ) -> None:
+        self._config = config
+        self._transport = transport
+        self._rng = random.Random(secrets.randbits(64))
+        instance = secrets.token_hex(16)
+        peering_config = PeeringConfig(
+            network=config.network,
+            agent=AGENT,
+            instance=instance,
+            bootstrap=bootstrap,
+            book_path=config.data_dir / "addresses.json",
+            mdns=config.mdns,
+        )
+        gossip_config = GossipConfig(
+            network=config.network,
+            agent=AGENT,
+            instance=instance,
+            state_path=config.data_dir / "gossip.json",
+            on_duplicate=_log.error,
+        )
+        book = Book(transport.peer_id, self._rng)
+        self._peering = Peering(transport, book, peering_config, self._rng, _log.error)
+        self._gossip = GossipService(transport, identity, gossip_config, self._rng)
+        self._control = Calls(transport, RPC_PROTOCOL, self._peering.handlers())
+        serving = Serving()
+        infer = Calls(transport, INFER_PROTOCOL, serving.handlers())
+        network = Network(transport=transport, peering=self._peering, calls=infer, gossip=self._gossip)
+        self._inference = serving.inference = Inference(network)
+        self._infer = infer
+        self.state = NodeState(Parts(config=config, network=network, inference=self._inference))
+
+    async def run(self) -> None:
+        """Run until a signal; returns after an orderly stop."""
+        stop, web_stop = trio.Event(), trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_signals, stop, nursery.cancel_scope)
+            await nursery.start(self._control.run)
+            await nursery.start(self._infer.run)
+            await nursery.start(self._gossip.run)
+            await nursery.start(self._peering.run, self._control)
+            async with trio.open_nursery() as front:
+                if self._config.http_address() is not None:
+                    self.state.http = await front.start(self._web, web_stop)
+                nursery.start_soon(self._measure)
+                nursery.start_soon(self._host_model, nursery)
+                await stop.wait()
+                await self._drain()
+                web_stop.set()
+            nursery.cancel_scope.cancel()
+
+    # the model
+
+    async def _host_model(self, nursery: trio.Nursery) -> None:
+        """Load the model, host it in the nursery, and say that the node is ready. Raises ModelError."""
+        if self._config.model != "none":
+            self.state.phase = "loading"
+            runtime = await trio.to_thread.run_sync(_load, self._config, abandon_on_cancel=True)
+            hosting = Hosting(runtime, peer=self._transport.peer_id, on_change=self._offer)
+            await nursery.start(hosting.run)
+            self._inference.hosting = hosting
+        if self.state.phase == "stopping":
+            return
+        self.state.phase = "running"
+        self._offer()
+        ready = self._ready()
+        with _announced(self._config.ready_file, ready):
+            _print_banner(ready, self._config, len(self._peering.peers()))
+            await trio.sleep_forever()
+
+    def _offer(self) -> None:
+        self._gossip.offer(self.state.capacity())
+
+    async def _measure(self) -> None:
+        """Hand round-trip times from peering to routing, and addresses from adverts to the address book."""
+        network = self._transport
+        learned: dict[str, int] = {}
+        while True:
+            await trio.sleep(MEASURE_EVERY_S)
+            for peer in network.peers():
+                if (rtt_ms := self._peering.rtt_ms(peer)) is not None:
+                    self._gossip.observations.rtt(peer, rtt_ms / 1000)
+            offers = self._gossip.directory.offers(trio.current_time())
+            for offer in offers:
+                if learned.get(offer.peer) != offer.sequence:
+                    self._peering.learn(offer.peer, offer.advert.addresses)
+            learned = {offer.peer: offer.sequence for offer in offers}
+
+    # the door
+
+    async def _web(self, stop: trio.Event, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
+        from node.web.app import build_app
+        from node.web.serve import serve
+
+        address = self._config.http_address()
+        assert address is not None
+        async with trio.open_nursery() as nursery:
+            app = build_app(self.state, self._rng)
+            port = await nursery.start(partial(serve, app, address.host, address.port, stop=stop))
+            host = f"[{address.host}]" if ":" in address.host else address.host
+            task_status.started(f"{host}:{port}")
+
+    def _ready(self) -> dict[str, object]:
+        hosting = self._inference.hosting
+        facts = None if hosting is None else hosting.runtime.facts
+        return {
+            "peer_id": self._transport.peer_id,
+            "http": self.state.http,
+            "listen": list(self._transport.addresses()),
+            "pid": os.getpid(),
+            "model": None if facts is None else facts.name,
+            "revision": None if facts is None else facts.revision,
+        }
+
+    # the end
+
+    async def _drain(self) -> None:
+        """No new work; what runs may finish within IN_FLIGHT_S."""
+        _log.info("stopping: requests in flight have %.0f s; a second signal stops at once", IN_FLIGHT_S)
+        self.state.phase = "stopping"
+        self._inference.draining = True
+        hosting = self._inference.hosting
+        if hosting is not None:
+            hosting.draining = True
+        await self._gossip.withdraw()
+        with trio.move_on_after(IN_FLIGHT_S):
+            await self._inference.wait_idle()
+            if hosting is not None:
+                await hosting.wait_idle()
+
+
+async def _signals(stop: trio.Event, scope: trio.CancelScope) -> None:
+    """The first signal sets `stop`, the second cancels `scope`."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as arrivals:
+        async for _ in arrivals:
+            if stop.is_set():
+                _log.warning("stopping at once: requests in flight are cut")
+                scope.cancel()
+            stop.set()
+
+
+def _load(config: NodeConfig) -> Runtime:
+    """Import torch and load the model; in a worker thread. Raises ModelError."""
+    from model.config import RuntimeConfig
+    from model.runtime import Runtime
+
+    return Runtime.load(
+        config.model,
+        RuntimeConfig(
+            device=config.device,
+            dtype=config.dtype,
+            threads=config.threads,
+            embedding_name=config.embedding_model or "",
+            slots=config.max_batch,
+            kv_cache_mb=config.kv_cache_mb,
+        ),
+    )
+
+
+def _bootstrap(config: NodeConfig) -> tuple[BootstrapPeer, ...]:
+    """The peers of the bootstrap file and of the flags. Raises ConfigError."""
+    path = config.bootstrap_path()
+    try:
+        listed = read_bootstrap_file(path) if path is not None else ()
+        flagged = tuple(bootstrap_peer(text, "from --bootstrap") for text in config.bootstrap)
+    except (BadFile, BadAddress) as exc:
+        raise ConfigError(str(exc)) from exc
+    return (*flagged, *listed)
+
+
+def _psk(config: NodeConfig) -> bytes | None:
+    """The private network's key. Raises ConfigError."""
+    if config.psk_file is None:
+        return None
+    wanted = f"{2 * PSK_BYTES} hexadecimal digits"
+    try:
+        text = config.psk_file.read_text().strip()
+        key = bytes.fromhex(text)
+    except OSError as exc:
+        raise ConfigError(f"cannot read the pre-shared key {config.psk_file}: {exc.strerror}") from exc
+    except ValueError as exc:
+        raise ConfigError(f"the pre-shared key {config.psk_file} must hold {wanted}") from exc
+    if len(key) != PSK_BYTES:
+        raise ConfigError(f"the pre-shared key {config.psk_file} has {len(text)} digits, wanted {wanted}")
+    return key
+
+
+@contextmanager
+def _announced(path: Path | None, ready: dict[str, object]) -> Iterator[None]:
+    """The ready file, written atomically, there for as long as the block runs. Raises ConfigError."""
+    if path is None:
+        yield
+        return
+    fresh = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        fresh.write_text(json.dumps(ready) + "\n")
+        fresh.replace(path)
+    except OSError as exc:
+        raise ConfigError(f"cannot write the ready file {path}: {exc.strerror}") from exc
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _print_banner(ready: dict[str, object], config: NodeConfig, peers: int) -> None:
+    lines = [f"peer id   {ready['peer_id']}"]
+    lines += [f"listening {address}" for address in ready["listen"]]  # type: ignore[attr-defined]  # a list of str
+    lines.append(f"http      http://{ready['http']}" if ready["http"] else "http      off")
+    lines.append(f"model     {ready['model']} {ready['revision']}" if ready["model"] else "model     none")
+    lines.append(f"network   {config.network}, {peers} peers connected")
+    lines.append("ready; Ctrl-C stops")
+    print("\n".join(lines), flush=True)

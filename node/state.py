@@ -1,0 +1,219 @@
+"""What the node says of itself: readiness, status, models, peers; and the capacity that it advertises.
+
+Rules: nothing here decides or waits; every number is asked of the part that owns it, at the time of asking.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import trio
+
+from gossip.messages import Capacity, ModelKind, ModelOffer
+from node.config import NodeConfig
+from node.front import FrontStatistics, ModelRow, Readiness, RouteHint
+from node.hosting import NO_ROOM_RETRY_S, Hosting
+from node.inference import Inference
+from node.remote import Network
+from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
+
+VERSION = "0.1.0"
+AGENT = f"openagi-node/{VERSION}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """The parts of a node that its state is read from."""
+
+    config: NodeConfig
+    network: Network
+    inference: Inference
+
+
+class NodeState:
+    """Implements node.front.Front over the parts of a running node."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._started_s = time.time()
+        self._process = psutil.Process()
+        self.phase = "starting"  # starting | loading | running | stopping; run.py moves it on
+        self.http: str | None = None
+
+    def answer(self, work: GenerateWork, route: RouteHint) -> AbstractAsyncContextManager[AsyncIterator[AnswerItem]]:
+        """See node.front.Front."""
+        return self._parts.inference.answer(work, route)
+
+    async def embed(self, work: EmbedWork, route: RouteHint) -> Embedded:
+        """See node.front.Front."""
+        return await self._parts.inference.embed(work, route)
+
+    def statistics(self) -> FrontStatistics:
+        """See node.front.Front."""
+        return self._parts.inference.statistics()
+
+    def readiness(self) -> Readiness:
+        """Ready when the model (if any) is loaded and the node is not stopping."""
+        match self.phase:
+            case "running":
+                return Readiness(ready=True)
+            case "stopping":
+                return Readiness(ready=False, reason="the node is stopping", retry_after_s=NO_ROOM_RETRY_S)
+            case _:
+                reason = f"the model {self._parts.config.model} is loading"
+                return Readiness(ready=False, reason=reason, loading=True, retry_after_s=NO_ROOM_RETRY_S)
+
+    def models(self) -> list[ModelRow]:
+        """This node's own models first, then what peers serve; peers counts this node."""
+        rows: dict[tuple[str, str], ModelRow] = {}
+        for offer in self._own_offers():
+            rows[offer.name, offer.revision] = _row(offer, 1, local=True)
+        for model in self._parts.network.gossip.directory.models(trio.current_time()):
+            key = (model.name, model.revision)
+            own = rows.get(key)
+            rows[key] = ModelRow(
+                id=model.name,
+                revision=model.revision,
+                kind=str(model.kind),
+                peers=model.peers + (own.peers if own else 0),
+                context_tokens=max(model.context_tokens, own.context_tokens if own else 0),
+                local=own is not None,
+                embeds=model.kind is ModelKind.ENCODER or model.embeds,
+            )
+        return list(rows.values())
+
+    def default_model(self, kind: str) -> str | None:
+        """This node's own model of the kind, else the one that most peers serve."""
+        fits = [row for row in self.models() if row.kind == kind or (kind == "encoder" and row.embeds)]
+        best = max(fits, key=lambda row: (row.local, row.peers), default=None)
+        return best.id if best is not None else None
+
+    def status(self) -> dict[str, Any]:
+        """JSON for GET /api/v1/status."""
+        config, network, inference = self._parts.config, self._parts.network, self._parts.inference
+        statistics = inference.statistics()
+        return {
+            "node": {
+                "peer_id": network.transport.peer_id,
+                "version": VERSION,
+                "network": config.network,
+                "phase": self.phase,
+                "http": self.http,
+                "listen": list(network.transport.addresses()),
+                "pid": os.getpid(),
+                "uptime_s": round(time.time() - self._started_s, 1),
+                "rss_bytes": self._process.memory_info().rss,
+                "data_dir": str(Path(config.data_dir).absolute()),
+            },
+            "readiness": asdict(self.readiness()),
+            "peering": self._parts.network.peering.status().to_dict(),
+            "gossip": asdict(network.gossip.statistics()),
+            "transport": asdict(network.transport.statistics()),
+            "calls": asdict(network.calls.statistics()),
+            "inference": {**asdict(statistics), "counts": dict(inference.counts)},
+            "model": self._model(inference.hosting),
+        }
+
+    def peers(self) -> list[dict[str, Any]]:
+        """JSON for GET /api/v1/peers: every connected or advertised peer."""
+        network, now = self._parts.network, trio.current_time()
+        connected = network.transport.peers()
+        offers = {offer.peer: offer for offer in network.gossip.directory.offers(now)}
+        rows = []
+        for peer in sorted(connected | offers.keys()):
+            offer = offers.get(peer)
+            capacity = offer.capacity if offer is not None else None
+            rtt_ms = self._parts.network.peering.rtt_ms(peer)
+            rows.append(
+                {
+                    "peer_id": peer,
+                    "connected": peer in connected,
+                    "address": network.transport.remote_address(peer),
+                    "rtt_ms": None if rtt_ms is None else round(rtt_ms, 2),
+                    "score": round(network.gossip.standing.score(peer, now), 1),
+                    "observed": asdict(network.gossip.observations.observed(peer, now)),
+                    "advert_age_s": None if offer is None else round(now - offer.received_s, 1),
+                    "agent": None if offer is None else offer.advert.agent,
+                    "models": [] if capacity is None else [_offer_json(model) for model in capacity.models],
+                    "slots_free": None if capacity is None else capacity.slots_free,
+                    "slots_total": None if capacity is None else capacity.slots_total,
+                    "queue_length": None if capacity is None else capacity.queue_length,
+                    "decode_tok_s": None if capacity is None else round(capacity.decode_tok_s, 1),
+                    "device": None if capacity is None else capacity.device,
+                }
+            )
+        return rows
+
+    def capacity(self) -> Capacity:
+        """What this node advertises now."""
+        hosting = self._parts.inference.hosting
+        if hosting is None or self.phase != "running":
+            return Capacity(accepting=self.phase == "running")
+        figures = hosting.statistics()
+        return Capacity(
+            models=tuple(self._own_offers()),
+            slots_total=figures.slots_total,
+            slots_free=figures.slots_free,
+            queue_length=figures.queue_length,
+            kv_tokens_free=figures.kv_tokens_free,
+            decode_tok_s=figures.decode_tok_s,
+            prefill_tok_s=figures.prefill_tok_s,
+            device=hosting.runtime.device,
+            device_free_bytes=hosting.runtime.device_free_bytes(),
+            accepting=not hosting.draining,
+        )
+
+    def _own_offers(self) -> list[ModelOffer]:
+        hosting = self._parts.inference.hosting
+        if hosting is None:
+            return []
+        return [
+            ModelOffer(
+                name=facts.name,
+                revision=facts.revision,
+                kind=ModelKind(facts.kind),
+                context_tokens=facts.context_tokens,
+                dtype=facts.dtype,
+                embeds=facts.embeds,
+            )
+            for facts in hosting.runtime.all_facts()
+        ]
+
+    def _model(self, hosting: Hosting | None) -> dict[str, Any] | None:
+        if hosting is None:
+            return None
+        return {
+            "models": [asdict(facts) for facts in hosting.runtime.all_facts()],
+            "device": hosting.runtime.device,
+            "engine": asdict(hosting.statistics()),
+            "running": hosting.requests_running,
+        }
+
+
+def _row(offer: ModelOffer, peers: int, *, local: bool) -> ModelRow:
+    return ModelRow(
+        id=offer.name,
+        revision=offer.revision,
+        kind=str(offer.kind),
+        peers=peers,
+        context_tokens=offer.context_tokens,
+        local=local,
+        embeds=offer.kind is ModelKind.ENCODER or offer.embeds,
+    )
+
+
+def _offer_json(offer: ModelOffer) -> dict[str, Any]:
+    return {
+        "name": offer.name,
+        "revision": offer.revision,
+        "kind": str(offer.kind),
+        "context_tokens": offer.context_tokens,
+        "dtype": offer.dtype,
+    }
