@@ -12,7 +12,8 @@ import random
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from gossip.messages import Capacity
+from crypto.identity import PeerId
+from gossip.messages import GOODBYE, Capacity
 
 INTERVAL_S = 1.0
 REFRESH_S = 10.0  # a third of an advert's life
@@ -20,6 +21,10 @@ REFRESH_JITTER = 0.1  # nodes that started together must not speak together for 
 JOINED_S, JOINED_AGAIN_S = 0.2, 1.7  # after the subscriptions were exchanged; after the next gossip heartbeat
 LOAD_STEP = 0.2  # of the slots: a smaller change of load waits for the refresh
 RATE_STEP = 0.3  # of a measured rate
+PEER_RATE_PER_S, PEER_BURST = 2.0, 10.0  # SECURITY.md section 5
+STRANGERS_RATE_PER_S, STRANGERS_BURST = 50.0, 200.0  # of all peers together that have no offer yet
+ASK_RATE_PER_S, ASK_BURST = 0.2, 5.0  # a peer asks once for each connection
+OVER_QUOTA_SAMPLE_PER_S = 1.0  # of what is over quota so much is looked at, so that an old message blames nobody
 
 
 class AdvertPace:
@@ -104,3 +109,62 @@ class Buckets:
 
     def __len__(self) -> int:
         return len(self._buckets)
+
+
+class OwnAdvert:
+    """What this node says of itself, and when."""
+
+    def __init__(self, rng: random.Random, *, started_ms: int, sequence: int) -> None:
+        self.started_ms = started_ms
+        self.sequence = sequence  # the last one used
+        self.raw: bytes | None = None  # the last one signed
+        self.pace = AdvertPace(rng)
+        self._capacity = GOODBYE
+        self._said: Capacity | None = None
+        self._is_withdrawn = False
+
+    def offer(self, capacity: Capacity, now: float) -> None:
+        """The capacity to tell from now on; ignored after `withdraw`."""
+        if self._is_withdrawn:
+            return
+        self._capacity = capacity
+        if self._said is None or matters(self._said, capacity):
+            self.pace.changed(now)
+
+    def withdraw(self) -> None:
+        """Nothing but goodbye is said from now on."""
+        self._is_withdrawn = True
+        self._capacity = GOODBYE
+
+    def say(self, now: float, now_ms: int) -> tuple[Capacity, int]:
+        """The capacity to tell now, and under which sequence: it grows though the saved one be lost."""
+        self.pace.published(now)
+        self.sequence = max(self.sequence + 1, now_ms)
+        self._said = self._capacity
+        return self._capacity, self.sequence
+
+
+class Quota:
+    """How much is listened to, before any signature is looked at."""
+
+    def __init__(self) -> None:
+        self._peers = Buckets(rate_per_s=PEER_RATE_PER_S, burst=PEER_BURST)
+        self._strangers = Buckets(rate_per_s=STRANGERS_RATE_PER_S, burst=STRANGERS_BURST)
+        self._samples = Buckets(rate_per_s=OVER_QUOTA_SAMPLE_PER_S, burst=1)
+        self._asks = Buckets(rate_per_s=ASK_RATE_PER_S, burst=ASK_BURST)
+
+    def refusal(self, peer: PeerId, *, is_stranger: bool, now: float) -> str:
+        """Why the peer is not listened to now; empty when it is."""
+        if not self._peers.take(peer, now):
+            return "over_quota"
+        if is_stranger and not self._strangers.take("strangers", now):
+            return "strangers_over_quota"
+        return ""
+
+    def sampled(self, peer: PeerId, now: float) -> bool:
+        """Whether to look at one message of a peer over its quota."""
+        return self._samples.take(peer, now)
+
+    def may_ask(self, peer: PeerId, now: float) -> bool:
+        """Whether the peer may ask for what we know."""
+        return self._asks.take(peer, now)

@@ -22,7 +22,7 @@ FILE_BYTES_MAX = 4 << 20  # 4096 peers and 4096 bans are under 2 MiB
 
 _log = logging.getLogger(__name__)
 
-Sequence = Annotated[int, Meta(ge=0, lt=1 << 63)]
+Sequence = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class SavedState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -21,9 +21,9 @@ import trio
 
 from crypto.identity import Identity, PeerId
 from gossip.directory import Directory, DirectoryStatistics, Outcome, Receipt
-from gossip.messages import ADDRESSES_MAX, GOODBYE, Advert, Capacity, advert_topic, checked_capacity, seal_advert
+from gossip.messages import ADDRESSES_MAX, Advert, Capacity, advert_topic, checked_capacity, seal_advert
 from gossip.observations import Observations
-from gossip.pace import AdvertPace, Buckets, matters
+from gossip.pace import OwnAdvert, Quota
 from gossip.routing import Candidate, Need, WhyNot, rank
 from gossip.saved import SavedState, load, save
 from gossip.standing import Fault, Standing, StandingStatistics, Verdict
@@ -41,10 +41,6 @@ TICK_S = 1.0
 DISCONNECT_S = 5.0
 SAVE_S = 5.0
 SEQUENCES_PER_SAVE = 16  # at most one a second is used between two saves
-PEER_RATE_PER_S, PEER_BURST = 2.0, 10.0  # SECURITY.md section 5
-STRANGERS_RATE_PER_S, STRANGERS_BURST = 50.0, 200.0  # of all peers together that have no offer yet
-ASK_RATE_PER_S, ASK_BURST = 0.2, 5.0  # a peer asks once for each connection
-OVER_QUOTA_SAMPLE_PER_S = 1.0  # of what is over quota so much is looked at, so that an old message blames nobody
 OVER_QUOTA_BLAMES = 10  # for one sample
 
 _log = logging.getLogger(__name__)
@@ -96,7 +92,7 @@ class GossipService:
         now, now_ms = trio.current_time(), config.wall_clock_ms()
         saved = load(config.state_path) if config.state_path is not None else SavedState()
         self._transport, self._identity, self._config, self._rng = transport, identity, config, rng
-        self._own = _OwnAdvert(rng, started_ms=now_ms, sequence=max(saved.sequence + SEQUENCES_PER_SAVE, now_ms))
+        self._own = OwnAdvert(rng, started_ms=now_ms, sequence=max(saved.sequence + SEQUENCES_PER_SAVE, now_ms))
         self.observations = Observations()
         self.standing = Standing()
         self.directory = Directory(
@@ -108,11 +104,12 @@ class GossipService:
         )
         self.standing.restore(saved.bans, now, now_ms)
         self.directory.restore({PeerId(peer): floor for peer, floor in saved.floors.items()}, now)
-        self._quota = _Quota()
+        self._quota = Quota()
         self._counts: Counter[str] = Counter()
         self._duplicate: str | None = None
-        self._joins, self._joined = trio.open_memory_channel[PeerId](JOINS_WAITING_MAX)
-        self._cuts, self._cut = trio.open_memory_channel[PeerId](DISCONNECTS_WAITING_MAX)
+        self._woken = trio.Event()  # the next advert may be due earlier than it was
+        self._joins = trio.open_memory_channel[PeerId](JOINS_WAITING_MAX)
+        self._cuts = trio.open_memory_channel[PeerId](DISCONNECTS_WAITING_MAX)
 
     # --- for the node ---
 
@@ -122,6 +119,7 @@ class GossipService:
         After `withdraw` it is ignored. Raises: LocalProtocolError (out of bounds; names the field).
         """
         self._own.offer(checked_capacity(capacity), trio.current_time())
+        self._woken.set()
 
     async def withdraw(self) -> None:
         """Tell the others that this node takes no more requests, for good. At most GOODBYE_S, also when cancelled."""
@@ -174,9 +172,9 @@ class GossipService:
 
     async def _speak(self) -> None:
         while True:
-            self._own.woken = trio.Event()
+            self._woken = trio.Event()
             with trio.move_on_at(self._own.pace.deadline()):
-                await self._own.woken.wait()
+                await self._woken.wait()
             if trio.current_time() >= self._own.pace.deadline():
                 await self._publish()
 
@@ -248,14 +246,15 @@ class GossipService:
         if verdict is not Verdict.FINE:
             self._enforce(change.peer, verdict)
             return
-        self._own.joined(now)
+        self._own.pace.joined(now)
+        self._woken.set()
         try:
-            self._joins.send_nowait(change.peer)
+            self._joins[0].send_nowait(change.peer)
         except trio.WouldBlock:
             self._drop("joins_waiting")
 
     async def _pull_from_the_joined(self) -> None:
-        async for peer in self._joined.clone():
+        async for peer in self._joins[1].clone():
             with trio.move_on_after(PULL_S) as scope:
                 try:
                     await self._pull(peer)
@@ -303,12 +302,12 @@ class GossipService:
             self.directory.forget(peer)
         if peer in self._transport.peers():
             try:
-                self._cuts.send_nowait(peer)
+                self._cuts[0].send_nowait(peer)
             except trio.WouldBlock:
                 self._drop("disconnects_waiting")
 
     async def _enforce_verdicts(self) -> None:
-        async for peer in self._cut:
+        async for peer in self._cuts[1]:
             self._counts["disconnected"] += 1
             with trio.move_on_after(DISCONNECT_S):
                 await self._transport.disconnect(peer)
@@ -342,66 +341,3 @@ class GossipService:
     def _drop(self, reason: str) -> bool:
         self._counts[f"drop:{reason}"] += 1
         return False
-
-
-class _OwnAdvert:
-    """What this node says of itself, and when."""
-
-    def __init__(self, rng: random.Random, *, started_ms: int, sequence: int) -> None:
-        self.started_ms = started_ms
-        self.sequence = sequence  # the last one used
-        self.raw: bytes | None = None  # the last one signed
-        self.woken = trio.Event()
-        self.pace = AdvertPace(rng)
-        self._capacity = GOODBYE
-        self._said: Capacity | None = None
-        self._is_withdrawn = False
-
-    def offer(self, capacity: Capacity, now: float) -> None:
-        if self._is_withdrawn:
-            return
-        self._capacity = capacity
-        if self._said is None or matters(self._said, capacity):
-            self.pace.changed(now)
-            self.woken.set()
-
-    def withdraw(self) -> None:
-        self._is_withdrawn = True
-        self._capacity = GOODBYE
-
-    def joined(self, now: float) -> None:
-        self.pace.joined(now)
-        self.woken.set()
-
-    def say(self, now: float, now_ms: int) -> tuple[Capacity, int]:
-        """The capacity to tell now, and under which sequence: it grows though the saved one be lost."""
-        self.pace.published(now)
-        self.sequence = max(self.sequence + 1, now_ms)
-        self._said = self._capacity
-        return self._capacity, self.sequence
-
-
-class _Quota:
-    """How much is listened to, before any signature is looked at."""
-
-    def __init__(self) -> None:
-        self._peers = Buckets(rate_per_s=PEER_RATE_PER_S, burst=PEER_BURST)
-        self._strangers = Buckets(rate_per_s=STRANGERS_RATE_PER_S, burst=STRANGERS_BURST)
-        self._samples = Buckets(rate_per_s=OVER_QUOTA_SAMPLE_PER_S, burst=1)
-        self._asks = Buckets(rate_per_s=ASK_RATE_PER_S, burst=ASK_BURST)
-
-    def refusal(self, peer: PeerId, *, is_stranger: bool, now: float) -> str:
-        """Why the peer is not listened to now; empty when it is."""
-        if not self._peers.take(peer, now):
-            return "over_quota"
-        if is_stranger and not self._strangers.take("strangers", now):
-            return "strangers_over_quota"
-        return ""
-
-    def sampled(self, peer: PeerId, now: float) -> bool:
-        """Whether to look at one message of a peer over its quota."""
-        return self._samples.take(peer, now)
-
-    def may_ask(self, peer: PeerId, now: float) -> bool:
-        """Whether the peer may ask for what we know."""
-        return self._asks.take(peer, now)

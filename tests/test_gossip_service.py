@@ -1,0 +1,516 @@
+"""gossip/service.py, pace.py and saved.py over the loopback network: told, found, withdrawn, cut off, restarted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+from trio.testing import MockClock
+
+from crypto.identity import Identity, PeerId
+from gossip.errors import LocalProtocolError
+from gossip.messages import Advert, Capacity, ModelKind, ModelOffer, advert_topic, seal_advert
+from gossip.pace import INTERVAL_S, REFRESH_S, AdvertPace, Buckets, matters
+from gossip.routing import Need, WhyNot
+from gossip.saved import FILE_BYTES_MAX, SavedState, load, save
+from gossip.service import ADVERTS_PROTOCOL, GOODBYE_S, GossipConfig, GossipService
+from gossip.standing import Fault, SavedBan, Verdict
+from p2p.errors import Unreachable
+from p2p.loopback import LoopbackNetwork, LoopbackTransport
+from p2p.loopback_wire import Faults
+from p2p.transport import Stream
+
+START_MS = 1_800_000_000_000
+TALE = ModelOffer(name="tale", revision="r1", kind=ModelKind.CAUSAL, context_tokens=512, dtype="bf16")
+CAPACITY = Capacity(models=(TALE,), slots_total=4, slots_free=4, kv_tokens_free=2048, device="cpu", accepting=True)
+TOPIC = advert_topic("main")
+
+
+@dataclass
+class Node:
+    """A transport with gossip on it."""
+
+    identity: Identity
+    transport: LoopbackTransport
+    gossip: GossipService
+
+    @property
+    def peer(self) -> PeerId:
+        return self.identity.peer_id
+
+    def sees(self) -> set[PeerId]:
+        return {offer.peer for offer in self.gossip.directory.offers(trio.current_time())}
+
+
+def wall_clock_ms() -> int:
+    return START_MS + int(trio.current_time() * 1000)
+
+
+def config(**changes: object) -> GossipConfig:
+    fields: dict[str, object] = {"network": "main", "instance": random.randbytes(8).hex(), "agent": "test"}
+    return GossipConfig(**{"wall_clock_ms": wall_clock_ms, **fields, **changes})  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def node(
+    network: LoopbackNetwork, identity: Identity | None = None, port: int | None = None, **changes: object
+) -> AsyncIterator[Node]:
+    identity = identity or Identity.make()
+    async with network.join(identity, port=port) as transport, trio.open_nursery() as nursery:
+        gossip = GossipService(transport, identity, config(**changes), random.Random(1))
+        await nursery.start(gossip.run)
+        yield Node(identity, transport, gossip)
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def swarm(network: LoopbackNetwork, count: int) -> AsyncIterator[list[Node]]:
+    """`count` nodes in a ring with one chord each."""
+    async with AsyncExitStack() as stack:
+        nodes = [await stack.enter_async_context(node(network)) for _ in range(count)]
+        for number, here in enumerate(nodes):
+            for step in (1, 2):
+                await here.transport.dial(nodes[(number + step) % count].transport.addresses()[0])
+        yield nodes
+
+
+@pytest.fixture
+def network() -> LoopbackNetwork:
+    return LoopbackNetwork(random.Random(5))
+
+
+async def connect(one: Node, other: Node) -> None:
+    await one.transport.dial(other.transport.addresses()[0])
+
+
+async def until(true: Callable[[], bool], within_s: float) -> float:
+    """Wait on the mock clock; returns how long it took."""
+    began = trio.current_time()
+    with trio.fail_after(within_s):
+        while not true():  # noqa: ASYNC110  # on a mock clock, and of cores that know no trio
+            await trio.sleep(0.05)
+    return trio.current_time() - began
+
+
+async def test_what_one_offers_the_others_know_soon(network: LoopbackNetwork, autojump_clock: MockClock) -> None:
+    async with swarm(network, 5) as nodes:
+        await trio.sleep(3)
+        nodes[0].gossip.offer(CAPACITY)
+        await until(lambda: all(nodes[0].peer in other.sees() for other in nodes[1:]), INTERVAL_S)
+        offer = nodes[3].gossip.directory.offer_of(nodes[0].peer, trio.current_time())
+        assert offer is not None
+        assert offer.capacity == CAPACITY
+        assert offer.advert.addresses == nodes[0].transport.addresses()
+        assert nodes[0].sees() == set()  # itself it need not be told of
+
+
+async def test_a_newcomer_learns_of_everybody_from_its_first_neighbour(
+    network: LoopbackNetwork, autojump_clock: MockClock
+) -> None:
+    async with swarm(network, 5) as nodes:
+        for other in nodes:
+            other.gossip.offer(CAPACITY)
+        await trio.sleep(20)
+        async with node(network) as newcomer:
+            await connect(newcomer, nodes[2])
+            took_s = await until(lambda: newcomer.sees() == {other.peer for other in nodes}, 5)
+            assert took_s < 0.2  # it asked, and did not wait for anybody's refresh
+
+
+async def test_a_newcomer_is_heard_of_at_once(network: LoopbackNetwork, autojump_clock: MockClock) -> None:
+    async with node(network) as old, node(network) as newcomer:
+        newcomer.gossip.offer(CAPACITY)
+        await trio.sleep(4)
+        await connect(newcomer, old)
+        await until(lambda: old.sees() == {newcomer.peer}, 1)
+
+
+async def test_adverts_are_refreshed_and_rare(network: LoopbackNetwork, autojump_clock: MockClock) -> None:
+    async with swarm(network, 3) as nodes:
+        nodes[0].gossip.offer(CAPACITY)
+        await trio.sleep(5)
+        before = nodes[0].gossip.statistics().adverts_sent
+        for _ in range(300):
+            await trio.sleep(1)
+            assert nodes[0].peer in nodes[1].sees()
+        sent = nodes[0].gossip.statistics().adverts_sent - before
+        assert 300 / REFRESH_S <= sent <= 300 / (REFRESH_S * 0.9) + 1
+
+
+async def test_changes_are_told_at_most_once_a_second(network: LoopbackNetwork, autojump_clock: MockClock) -> None:
+    async with swarm(network, 3) as nodes:
+        for step in range(500):  # ten seconds of a busy engine
+            nodes[0].gossip.offer(replace(CAPACITY, slots_free=step % 5))
+            await trio.sleep(0.02)
+        assert nodes[0].gossip.statistics().adverts_sent <= 11
+        await until(lambda: nodes[1].gossip.directory.offers(trio.current_time())[0].capacity.slots_free == 4, 1)
+
+
+async def test_after_goodbye_nobody_asks_it(network: LoopbackNetwork, autojump_clock: MockClock) -> None:
+    async with swarm(network, 5) as nodes:
+        nodes[0].gossip.offer(CAPACITY)
+        await trio.sleep(3)
+        assert isinstance(nodes[2].gossip.rank(Need(model="tale")), tuple)
+        began = trio.current_time()
+        await nodes[0].gossip.withdraw()
+        assert trio.current_time() - began < GOODBYE_S
+        await until(lambda: not any(nodes[0].peer in other.sees() for other in nodes), 0.2)
+        nodes[0].gossip.offer(CAPACITY)  # the engine still counts its slots while it drains
+        await trio.sleep(30)
+        assert not any(nodes[0].peer in other.sees() for other in nodes)
+        assert nodes[2].gossip.rank(Need(model="tale")) == WhyNot.none_serves()
+
+
+async def test_goodbye_takes_no_longer_than_its_bound(network: LoopbackNetwork, autojump_clock: MockClock) -> None:
+    class Stuck(LoopbackTransport):
+        async def publish(self, topic: str, payload: bytes) -> None:
+            await trio.sleep_forever()
+
+    async with node(network) as stuck:
+        stuck.transport.__class__ = Stuck
+        with trio.fail_after(GOODBYE_S + 0.1):
+            await stuck.gossip.withdraw()
+
+
+async def test_a_killed_peer_is_forgotten_when_its_advert_ends(
+    network: LoopbackNetwork, autojump_clock: MockClock
+) -> None:
+    async with swarm(network, 4) as nodes:
+        for other in nodes:
+            other.gossip.offer(CAPACITY)
+        await trio.sleep(5)
+        network.crash(nodes[0].peer)
+        await trio.sleep(0.1)
+        assert nodes[1].gossip.observations.observed(nodes[0].peer, 0.0).connected is False
+        await trio.sleep(31)
+        assert not any(nodes[0].peer in other.sees() for other in nodes[1:])
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_a_swarm_with_loss_and_a_partition_comes_together_again(seed: int, autojump_clock: MockClock) -> None:
+    faults = Faults(gossip_loss=0.3, gossip_duplicate=0.2, gossip_reorder=0.3, gossip_delay_s=(0.02, 0.08))
+    network = LoopbackNetwork(random.Random(seed), faults)
+    async with swarm(network, 5) as nodes:
+        everybody = {other.peer for other in nodes}
+
+        def all_know(who: set[PeerId], by: list[Node]) -> bool:
+            return all(who - {here.peer} <= here.sees() for here in by)
+
+        for other in nodes:
+            other.gossip.offer(CAPACITY)
+        await until(lambda: all_know(everybody, nodes), 25)
+        left, right = nodes[:2], nodes[2:]
+        for one in left:
+            for other in right:
+                network.partition(one.peer, other.peer)
+        await trio.sleep(32)
+        assert not any({other.peer for other in right} & here.sees() for here in left)
+        network.heal()
+        for one in left:  # as the health monitor and then peering's reconciler would
+            for other in right:
+                network.break_connections(one.peer, other.peer)
+                await connect(one, other)
+        took_s = await until(lambda: all_know(everybody, nodes), 15)
+        assert took_s <= 15  # SECURITY.md 3.2
+        for here in nodes:
+            faults_seen = here.gossip.statistics().standing.faults
+            assert set(faults_seen.values()) == {0}, "loss and doubling are nobody's fault"
+
+
+# --- those who do wrong ---
+
+
+async def test_two_faces_are_found_out_and_cut_off(network: LoopbackNetwork, autojump_clock: MockClock) -> None:
+    async with node(network) as honest, network.join(liar := Identity.make()) as transport:
+        await transport.dial(honest.transport.addresses()[0])
+        for slots in (4, 5):
+            await transport.publish(TOPIC, statement(liar, 1, slots))
+        await until(lambda: not honest.transport.peers(), 1)
+        assert honest.sees() == set()
+        assert len(honest.gossip.directory.evidence()) == 1
+        assert honest.gossip.standing.verdict(liar.peer_id, trio.current_time()) is Verdict.BANNED
+        await transport.dial(honest.transport.addresses()[0])
+        await until(lambda: not honest.transport.peers(), 1)  # a banned peer does not stay
+        await transport.publish(TOPIC, statement(liar, 2, 4))
+        await trio.sleep(1)
+        assert honest.sees() == set()
+
+
+def statement(who: Identity, sequence: int, slots: int = 4, instance: str = "ab" * 8, time_ms: int = 0) -> bytes:
+    capacity = replace(CAPACITY, slots_total=slots)
+    advert = Advert(instance=instance, started_ms=START_MS, agent="liar", capacity=capacity)
+    return seal_advert(who, advert, network="main", sequence=sequence, time_ms=time_ms or wall_clock_ms())
+
+
+async def test_who_passes_another_off_is_to_blame_and_not_the_other(
+    network: LoopbackNetwork, autojump_clock: MockClock
+) -> None:
+    async with node(network) as honest, node(network) as victim, network.join(mallory := Identity.make()) as transport:
+        victim.gossip.offer(CAPACITY)
+        await connect(victim, honest)
+        await transport.dial(honest.transport.addresses()[0])
+        await until(lambda: victim.peer in honest.sees(), 3)
+        await transport.publish(TOPIC, statement(victim.identity, 1 << 62))
+        await until(lambda: mallory.peer_id not in honest.transport.peers(), 1)
+        assert honest.sees() == {victim.peer}
+        assert honest.transport.peers() == {victim.peer}
+
+
+async def test_a_flood_is_cut_off_within_three_seconds_and_an_honest_peer_is_heard(
+    network: LoopbackNetwork, autojump_clock: MockClock
+) -> None:
+    async with (
+        node(network) as honest,
+        node(network) as neighbour,
+        network.join(flooder := Identity.make()) as transport,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def flood() -> None:
+            for sequence in range(1, 400):
+                await transport.publish(TOPIC, statement(flooder, sequence))
+                await trio.sleep(0.01)
+
+        await connect(neighbour, honest)
+        await transport.dial(honest.transport.addresses()[0])
+        nursery.start_soon(flood)
+        await trio.sleep(1)
+        neighbour.gossip.offer(CAPACITY)
+        await until(lambda: neighbour.peer in honest.sees(), 1)
+        await until(lambda: flooder.peer_id not in honest.transport.peers(), 2)
+        nursery.cancel_scope.cancel()
+        assert honest.gossip.statistics().drops["over_quota"] > 50
+        assert neighbour.peer in honest.transport.peers()
+
+
+async def test_old_words_replayed_in_bulk_slander_nobody(network: LoopbackNetwork, autojump_clock: MockClock) -> None:
+    async with node(network) as honest:
+        victim = Identity.make()
+        recorded = [statement(victim, number, time_ms=START_MS - 3_600_000) for number in range(1, 200)]
+        for raw in recorded:  # the transport vouches that the victim wrote them, once
+            honest.gossip._heard(victim.peer_id, raw)
+            await trio.sleep(0.05)
+        assert honest.gossip.standing.score(victim.peer_id, trio.current_time()) == 0.0
+        assert honest.sees() == set()
+
+
+async def test_strangers_together_are_bounded_before_any_signature_is_checked(
+    network: LoopbackNetwork, autojump_clock: MockClock
+) -> None:
+    async with node(network) as honest:
+        for number in range(2_000):
+            honest.gossip._heard(PeerId(f"stranger-{number}"), b"\x00")
+        statistics = honest.gossip.statistics()
+        assert statistics.drops["strangers_over_quota"] >= 1_700
+        assert sum(statistics.directory.outcomes.values()) <= 250
+
+
+async def test_a_wrong_clock_is_told_and_costs_nothing_else(
+    network: LoopbackNetwork, autojump_clock: MockClock
+) -> None:
+    async with node(network) as right, node(network, wall_clock_ms=lambda: wall_clock_ms() + 600_000) as wrong:
+        for here in (right, wrong):
+            here.gossip.offer(CAPACITY)
+        await connect(wrong, right)
+        await trio.sleep(30)
+        assert right.sees() == wrong.sees() == set()
+        statistics = wrong.gossip.statistics()
+        assert statistics.directory.clock_offset_ms == pytest.approx(-600_000, abs=1_000)
+        assert set(statistics.standing.faults.values()) == {0}
+        assert right.transport.peers() == {wrong.peer}
+
+
+async def test_a_copied_identity_is_told_to_its_owner(network: LoopbackNetwork, autojump_clock: MockClock) -> None:
+    told: list[str] = []
+    twin = Identity.make()
+    async with node(network, twin, on_duplicate=told.append) as first, node(network) as between:
+        await connect(first, between)
+        await trio.sleep(1)
+        raw = statement(twin, wall_clock_ms() + 5, instance="cd" * 8)
+        await between.transport.publish(TOPIC, raw)  # as gossip would bring it
+        await trio.sleep(1)
+        first.gossip._heard(twin.peer_id, raw)
+        assert len(told) == 1
+        assert "stop one of the two" in told[0]
+        assert first.gossip.statistics().duplicate_identity == told[0]
+        assert first.gossip.standing.verdict(first.peer, trio.current_time()) is Verdict.FINE
+
+
+async def test_a_capacity_out_of_bounds_is_refused_at_the_door(
+    network: LoopbackNetwork, autojump_clock: MockClock
+) -> None:
+    async with node(network) as here:
+        with pytest.raises(LocalProtocolError, match="slots_total"):
+            here.gossip.offer(replace(CAPACITY, slots_total=-1))
+
+
+# --- asked for what it knows ---
+
+
+async def test_a_peer_that_hands_on_rubbish_is_to_blame(network: LoopbackNetwork, autojump_clock: MockClock) -> None:
+    async def rubbish(stream: Stream) -> None:
+        await stream.send(b"rubbish")
+        await stream.send(b"more rubbish")
+        await trio.sleep(1)
+
+    async with node(network) as honest, network.join(Identity.make()) as transport:
+        transport.serve(ADVERTS_PROTOCOL, rubbish)
+        await honest.transport.dial(transport.addresses()[0])
+        await until(lambda: not honest.transport.peers(), 1)
+        assert honest.gossip.standing.score(transport.peer_id, trio.current_time()) == pytest.approx(-20, abs=0.1)
+
+
+async def test_a_peer_that_never_answers_does_not_keep_others_waiting(
+    network: LoopbackNetwork, autojump_clock: MockClock
+) -> None:
+    async def silence(_stream: Stream) -> None:
+        await trio.sleep_forever()
+
+    async with node(network) as honest, AsyncExitStack() as stack:
+        for _ in range(6):
+            transport = await stack.enter_async_context(network.join(Identity.make()))
+            transport.serve(ADVERTS_PROTOCOL, silence)
+            await honest.transport.dial(transport.addresses()[0])
+        async with node(network) as other:
+            other.gossip.offer(CAPACITY)
+            await connect(honest, other)
+            await until(lambda: other.peer in honest.sees(), 4)
+        await trio.sleep(15)
+        assert honest.gossip.statistics().drops["pull_too_slow"] == 6
+
+
+async def test_asking_too_often_is_refused(network: LoopbackNetwork, autojump_clock: MockClock) -> None:
+    async with node(network) as honest, network.join(Identity.make()) as transport:
+        honest.gossip.offer(CAPACITY)
+        await trio.sleep(1)
+        await transport.dial(honest.transport.addresses()[0])
+        answers = 0
+        for _ in range(20):
+            stream = await transport.open_stream(honest.peer, ADVERTS_PROTOCOL)
+            try:
+                await stream.receive()
+                answers += 1
+            except Unreachable:
+                pass
+        assert answers == 5
+        assert honest.gossip.statistics().drops["asked_too_often"] == 15
+
+
+# --- over a restart ---
+
+
+async def test_a_restart_keeps_sequences_and_bans(
+    network: LoopbackNetwork, autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    path = tmp_path / "data" / "gossip.json"
+    who, other = Identity.make(), Identity.make()
+    raw = b""
+    async with node(network, who, port=1, state_path=path) as before:
+        raw = statement(other, 7)
+        assert before.gossip._heard(other.peer_id, raw)
+        before.gossip.blame(PeerId("eve"), Fault.FATAL, "equivocation")
+        before.gossip.offer(CAPACITY)
+        await trio.sleep(1)
+        first = before.gossip._own.sequence
+    async with node(network, who, port=1, state_path=path, wall_clock_ms=lambda: START_MS - 900_000_000) as after:
+        after.gossip.offer(CAPACITY)
+        await trio.sleep(1)
+        assert after.gossip._own.sequence > first  # though the clock was set back
+        assert after.gossip.standing.verdict(PeerId("eve"), trio.current_time()) is Verdict.BANNED
+    async with node(network, who, port=1, state_path=path) as again:
+        assert not again.gossip._heard(other.peer_id, raw)
+        assert again.sees() == set()
+        assert again.gossip.statistics().directory.outcomes == {"stale": 1}
+
+
+def test_a_lost_or_broken_file_starts_afresh(tmp_path: Path) -> None:
+    path = tmp_path / "gossip.json"
+    assert load(path) == SavedState()
+    for broken in (b"", b"{", b"[" * 100_000, b'{"v": 2}', b'{"extra": 1}', b"x" * (FILE_BYTES_MAX + 1)):
+        path.write_bytes(broken)
+        assert load(path) == SavedState()
+        assert not path.exists()
+        assert path.with_name("gossip.json.broken").read_bytes() == broken
+
+
+def test_what_is_saved_is_loaded_and_nothing_is_left_beside(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "gossip.json"
+    state = SavedState(sequence=7, floors={"p": 3}, bans=(SavedBan(peer="eve", until_ms=9, reason="x"),))
+    save(path, SavedState())
+    save(path, state)
+    assert load(path) == state
+    assert [item.name for item in path.parent.iterdir()] == ["gossip.json"]
+
+
+async def test_a_disk_that_cannot_be_written_costs_no_node(
+    network: LoopbackNetwork, autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    async with node(network) as here:
+        here.gossip._config = config(state_path=tmp_path / "file" / "gossip.json")
+        here.gossip._save(here.gossip._state())
+        assert here.gossip.statistics().drops == {"save_failed": 1}
+
+
+# --- pace ---
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.sampled_from(("changed", "joined", "wait")), st.floats(0.0, 4.0)), max_size=60))
+def test_the_pace_is_kept_whatever_happens(history: list[tuple[str, float]]) -> None:
+    pace, now, said, begun = AdvertPace(random.Random(1)), 0.0, list[float](), False
+    for what, wait_s in history:
+        match what:
+            case "changed":
+                pace.changed(now)
+                begun = True
+            case "joined":
+                pace.joined(now)
+            case _:
+                end = now + wait_s
+                while pace.deadline() <= end:
+                    now = max(now, pace.deadline())
+                    said.append(now)
+                    pace.published(now)
+                now = end
+        assert begun or pace.deadline() == float("inf")
+        assert not begun or pace.deadline() <= max(now, *(said[-1:] or [now])) + REFRESH_S
+    assert all(later - earlier >= INTERVAL_S for earlier, later in pairwise(said))
+
+
+def test_small_changes_can_wait() -> None:
+    busy = replace(CAPACITY, slots_total=64, slots_free=32, decode_tok_s=100.0)
+    assert not matters(busy, replace(busy, slots_free=30, device_free_bytes=5, decode_tok_s=110.0))
+    assert matters(busy, replace(busy, slots_free=10))
+    assert matters(busy, replace(busy, slots_free=0))
+    assert matters(busy, replace(busy, queue_length=20))
+    assert matters(busy, replace(busy, decode_tok_s=10.0))
+    assert matters(busy, replace(busy, accepting=False))
+    assert matters(busy, replace(busy, models=()))
+    assert matters(CAPACITY, replace(CAPACITY, slots_free=3))
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 5), st.floats(0.0, 3.0)), max_size=80))
+def test_buckets_grant_no_more_than_their_rate_and_stay_few(history: list[tuple[int, float]]) -> None:
+    buckets, now, granted = Buckets(rate_per_s=2.0, burst=10.0, keys_max=6), 0.0, [0] * 6
+    for key, wait_s in history:
+        now += wait_s
+        granted[key] += buckets.take(key, now)
+        assert len(buckets) <= 6
+        assert all(count <= 10 + 2.0 * now for count in granted)
+
+
+def test_buckets_forget_the_longest_silent() -> None:
+    buckets = Buckets(rate_per_s=1.0, burst=1.0, keys_max=2)
+    assert [buckets.take(key, 0.0) for key in (1, 2, 1, 3, 1)] == [True, True, False, True, False]
+    assert len(buckets) == 2
