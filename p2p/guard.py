@@ -201,6 +201,7 @@ def quiet() -> None:
 
     Around: one file logs through the root logger, whose module functions also install a handler for everybody.
     """
-    logger = logging.getLogger("libp2p")
-    logger.setLevel(logging.CRITICAL)
+    for name in [each for each in logging.Logger.manager.loggerDict if each.startswith("libp2p.")]:
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
     libp2p.network.connection.swarm_connection.logging = logging.getLogger("libp2p.network.swarm_connection")

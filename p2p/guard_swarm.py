@@ -12,6 +12,7 @@ import struct
 from typing import Any
 
 import trio
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.swarm import Swarm
@@ -26,6 +27,22 @@ CLOSE_S = 1.0  # for a parting word to the peer
 _PING = struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_PING, FLAG_SYN, 0, 0)
 
 
+class _NoConnector(AutoConnector):  # type: ignore[misc]  # libp2p's types are not followed
+    """Connects nobody, remembers nothing.
+
+    Around: libp2p dials peers it has heard of every 30 s and after each disconnect, whatever the watermarks say.
+    """
+
+    async def run_background_task(self, nursery: trio.Nursery) -> None:
+        """Not started."""
+
+    async def maybe_connect(self) -> None:
+        """Nobody."""
+
+    def record_disconnect(self, peer_id: Any) -> None:
+        """Nothing."""
+
+
 class GuardedSwarm(Swarm):  # type: ignore[misc]  # libp2p's types are not followed
     """A swarm with admission, contained tasks and no dialling of its own."""
 
@@ -34,6 +51,7 @@ class GuardedSwarm(Swarm):  # type: ignore[misc]  # libp2p's types are not follo
         self.admission = Admission(config)
         self._scopes: dict[Ticket, trio.CancelScope] = {}
         super().__init__(*args, **kwargs)
+        self.auto_connector = _NoConnector(self)
 
     @property
     def manager(self) -> Any:
@@ -75,9 +93,6 @@ class GuardedSwarm(Swarm):  # type: ignore[misc]  # libp2p's types are not follo
         if not live:
             raise SwarmException(f"not connected to {peer_id}")
         return live
-
-    def _schedule_auto_connect(self) -> None:
-        """Not: a disconnect of ours would be undone."""
 
     async def watch_health(self, interval_s: float) -> None:
         """Close connections on which nothing arrived for two intervals although we pinged. Never returns.

@@ -329,4 +329,5 @@ def _why(exc: BaseException) -> str:
     """The innermost reason of a chain of libp2p errors, which is the one that helps."""
     while exc.__cause__ is not None:
         exc = exc.__cause__
-    return str(exc)[:300] or type(exc).__name__
+    text = str(exc)[:300] or type(exc).__name__
+    return f"another peer answers there ({text})" if "pubkey" in text or "mismatch" in text else text
