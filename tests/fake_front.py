@@ -67,6 +67,7 @@ class FakeFront:
         self.running = 0
         self.cancelled = 0
         self.steps = 0
+        self.items = 0
         self.changed = trio.Event()
         self.embed_wait_s = 0.0
 
@@ -99,6 +100,7 @@ class FakeFront:
                     continue
                 await trio.lowlevel.checkpoint()
                 whole = isinstance(step, Finished)
+                self.items += 1
                 yield step
 
         try:

@@ -230,6 +230,7 @@ class _Connection(TCPServer):
                 await self.protocol.initiate()
                 await self.idle_task.restart(task_group, self._idle_timeout)
                 await self._read_data()
+                await self.idle_task.stop()  # else a closed connection would live on for the whole idle time
         except OSError:
             pass
         finally:
