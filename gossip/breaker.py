@@ -1,21 +1,21 @@
 """When to stop asking a peer that fails, and when to try it again: one circuit breaker.
 
-Rules: core. A peer that never worked is cut off at its first failure, a proven one after FAILURES_IN_A_ROW; it stays
-cut off OPEN_S_MIN, twice as long each time it fails its probe, at most OPEN_S_MAX. After that one request at a time
-may try. All changes of state stand in TRANSITIONS.
+Rules: core. A peer that never worked, or to which there is no connection, is cut off at its first failure, a proven
+one after FAILURES_IN_A_ROW; it stays cut off OPEN_S_MIN, twice as long each time it fails its probe, at most
+OPEN_S_MAX. After that one request at a time may try. All changes of state stand in TRANSITIONS.
 Source: M. Nygard, Release It!, "Circuit Breaker"; SECURITY.md P11.
 """
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, StrEnum
 
 FAILURES_IN_A_ROW = 3  # a healthy peer may lose one connection and refuse to hurry once
 OPEN_S_MIN = 10.0  # a restart of a node takes about so long
 OPEN_S_MAX = 600.0  # a black hole costs its askers six requests an hour
 
 
-class State(Enum):
+class State(StrEnum):
     """Whether requests may go there."""
 
     CLOSED = "closed"  # they may
@@ -119,7 +119,7 @@ class Breaker:
         self.state(now)
         self._failures += 1
         self._unreachable = unreachable
-        spent = self._failures >= (FAILURES_IN_A_ROW if self.proven else 1)
+        spent = unreachable or not self.proven or self._failures >= FAILURES_IN_A_ROW
         self._change(Event.TRIPPED if spent else Event.FAILED, now)
 
     def released(self, now: float) -> None:

@@ -62,9 +62,9 @@ class ModelOffer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     dtype: Word
     embeds: bool = False
 
-    def can(self, kind: ModelKind) -> bool:
-        """Whether work of this kind can be asked of the model."""
-        return self.kind == kind or (kind is ModelKind.ENCODER and self.embeds)
+    def can(self, kind: str) -> bool:
+        """Whether work of this ModelKind can be asked of the model."""
+        return self.kind == kind or (self.embeds and kind == ModelKind.ENCODER)
 
 
 class Capacity(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

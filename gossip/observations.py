@@ -110,7 +110,7 @@ class Observations:
             self.refused(peer, now)
             return
         record = self._record(peer)
-        record.breaker.failed(now, unreachable=reason == UNREACHABLE)
+        record.breaker.failed(now, unreachable=reason == UNREACHABLE and not record.connected)
         record.fade(now)
         record.failed += 1.0
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -61,7 +61,6 @@ class Candidate:
     offer: Offer
     model: ModelOffer
     cost_s: float
-    slots: int  # as believed; how often it is drawn
     in_doubt: bool  # unproven, and already trying a request of ours
 
     @property
@@ -118,10 +117,13 @@ def rank(
 ) -> tuple[Candidate, ...] | WhyNot:
     """At most CANDIDATES_MAX peers to try in this order, or why there is none. now: monotonic seconds."""
     serving = [(offer, model) for offer in offers if (model := _served(need, offer, now)) is not None]
-    fitting = [(offer, model) for offer, model in serving if need.tokens <= model.context_tokens]
-    candidates: list[Candidate] = []
-    full, broken, waits_s = 0, 0, []
-    for offer, model in fitting:
+    sure: list[Candidate] = []
+    doubt: list[Candidate] = []
+    too_short, full, broken, waits_s = 0, 0, 0, []
+    for offer, model in _drawn(serving, need, observations, rng):
+        if need.tokens > model.context_tokens:
+            too_short += 1
+            continue
         seen = observations.observed(offer.peer, now)
         load = observations.load(offer.peer, _claimed_load(offer), offer.received_s)
         if offer.peer in need.exclude or (seen.state in (State.OPEN, State.PROBING) and need.only is None):
@@ -129,16 +131,19 @@ def rank(
         elif _is_full(offer, seen, load):
             full += 1
         else:
-            candidates.append(_candidate(need, offer, model, seen, load))
+            candidate = _candidate(need, offer, model, seen, load)
+            (doubt if candidate.in_doubt else sure).append(candidate)
+            if len(sure) > CANDIDATES_MAX:
+                break
             continue
         if offer.peer not in need.exclude:
             waits_s.append(observations.retry_in_s(offer.peer, now))
-    if candidates:
-        return _ordered(candidates, need.sticky, rng)
+    if sure or doubt:
+        return _ordered(sure, doubt, need.sticky, rng)
     return WhyNot(
-        why=_why(len(serving), len(fitting), full),
+        why=_why(len(serving), too_short, full),
         serving=len(serving),
-        too_short=len(serving) - len(fitting),
+        too_short=too_short,
         full=full,
         broken=broken,
         context_tokens_max=max((model.context_tokens for _, model in serving), default=0),
@@ -146,26 +151,49 @@ def rank(
     )
 
 
-def _why(serving: int, fitting: int, full: int) -> Why:
+def _drawn(
+    serving: Sequence[tuple[Offer, ModelOffer]], need: Need, observations: Observations, rng: random.Random
+) -> Iterator[tuple[Offer, ModelOffer]]:
+    """All of them, drawn one by one without replacement in proportion to their slots; the sticky peer first of all."""
+    heap = [
+        (
+            -1.0
+            if offer.peer == need.sticky
+            # an exponential draw over the weight: the smallest belongs to each with the chance of its weight
+            else rng.expovariate(_weight(offer, observations.is_proven(offer.peer))),
+            number,
+        )
+        for number, (offer, _) in enumerate(serving)
+    ]
+    heapq.heapify(heap)
+    while heap:
+        yield serving[heapq.heappop(heap)[1]]
+
+
+def _why(serving: int, too_short: int, full: int) -> Why:
     if not serving:
         return Why.NONE_SERVES
-    if not fitting:
+    if too_short == serving:
         return Why.TOO_LONG
     return Why.ALL_FULL if full else Why.ALL_BROKEN
 
 
 def _served(need: Need, offer: Offer, now: float) -> ModelOffer | None:
-    """The model of this offer that meets the need, the longest context first."""
+    """The model of this offer that meets the need: one made for it, then the longest context."""
     if offer.expires_s <= now or offer.advert.is_goodbye or need.only not in (None, offer.peer):
         return None
-    fits = [
-        model
-        for model in offer.capacity.models
-        if (need.model is None or model.name == need.model)
-        and (need.revision is None or model.revision == need.revision)
-        and model.can(ModelKind(need.kind))
-    ]
-    return max(fits, key=lambda model: (model.kind == need.kind, model.context_tokens), default=None)
+    best: ModelOffer | None = None
+    for model in offer.capacity.models:  # plainly, for this runs over the whole directory
+        if (need.model is None or model.name == need.model) and (
+            (need.revision is None or model.revision == need.revision) and model.can(need.kind)
+        ):
+            if best is None or _fitness(model, need) > _fitness(best, need):
+                best = model
+    return best
+
+
+def _fitness(model: ModelOffer, need: Need) -> tuple[bool, int]:
+    return model.kind == need.kind, model.context_tokens
 
 
 def _claimed_load(offer: Offer) -> int:
@@ -173,9 +201,10 @@ def _claimed_load(offer: Offer) -> int:
     return capacity.slots_total - capacity.slots_free + capacity.queue_length
 
 
-def _believed_slots(offer: Offer, seen: Observed) -> int:
+def _weight(offer: Offer, is_proven: bool) -> int:
+    """Its slots, as far as they are believed."""
     slots = offer.capacity.slots_total
-    return slots if seen.proven else min(slots, CLAIMED_SLOTS_MAX)
+    return max(1, slots if is_proven else min(slots, CLAIMED_SLOTS_MAX))
 
 
 def _is_full(offer: Offer, seen: Observed, load: int) -> bool:
@@ -185,7 +214,7 @@ def _is_full(offer: Offer, seen: Observed, load: int) -> bool:
 
 def _candidate(need: Need, offer: Offer, model: ModelOffer, seen: Observed, load: int) -> Candidate:
     """Judge one peer: the seconds of network, waiting, first token, typical answer, and likely failure."""
-    capacity, slots = offer.capacity, _believed_slots(offer, seen)
+    capacity, slots = offer.capacity, _weight(offer, seen.proven)
     if seen.tok_s is not None:
         tok_s = seen.tok_s
     else:
@@ -208,30 +237,27 @@ def _candidate(need: Need, offer: Offer, model: ModelOffer, seen: Observed, load
         offer=offer,
         model=model,
         cost_s=cost_s,
-        slots=slots,
         in_doubt=not seen.proven and seen.in_flight > 0,
     )
 
 
-def _ordered(candidates: Sequence[Candidate], sticky: PeerId | None, rng: random.Random) -> tuple[Candidate, ...]:
+def _ordered(
+    sure: Sequence[Candidate], doubt: Sequence[Candidate], sticky: PeerId | None, rng: random.Random
+) -> tuple[Candidate, ...]:
     """Two choices, then two choices among the rest, and so on; peers in doubt behind the others."""
-    sure = [candidate for candidate in candidates if not candidate.in_doubt]
-    doubt = [candidate for candidate in candidates if candidate.in_doubt]
-    order = [*_two_choices(sure, rng), *_two_choices(doubt, rng)][:CANDIDATES_MAX]
-    for held in candidates:
-        if held.peer == sticky and held.cost_s <= STICKY_FACTOR * order[0].cost_s:
-            rest = [candidate for candidate in order if candidate.peer != sticky]
-            return (held, *rest)[:CANDIDATES_MAX]
-    return tuple(order)
+    held = next((candidate for candidate in (*sure, *doubt) if candidate.peer == sticky), None)
+    others = [candidate for candidate in sure if candidate is not held]
+    order = _two_choices(others, rng) + _two_choices([c for c in doubt if c is not held], rng)
+    if held is not None:
+        keeps = not order or held.cost_s <= STICKY_FACTOR * order[0].cost_s
+        order.insert(0 if keeps else len(order), held)
+    return tuple(order[:CANDIDATES_MAX])
 
 
-def _two_choices(candidates: Sequence[Candidate], rng: random.Random) -> list[Candidate]:
-    """Draw without replacement, by size; of the two in hand the cheaper goes first, then the next is drawn."""
-    keyed = ((rng.expovariate(1.0) / c.slots, n, c) for n, c in enumerate(candidates))
-    drawn = [candidate for _, _, candidate in heapq.nsmallest(CANDIDATES_MAX + 1, keyed)]
-    order: list[Candidate] = []
-    while len(drawn) > 1:
-        first, second = drawn[0], drawn[1]
-        swap = second.cost_s < first.cost_s and rng.random() >= EXPLORE_SHARE
-        order.append(drawn.pop(1 if swap else 0))
-    return order + drawn
+def _two_choices(drawn: Sequence[Candidate], rng: random.Random) -> list[Candidate]:
+    """Of the first two drawn the cheaper goes first; the other one is then compared with the next drawn."""
+    order, left = list[Candidate](), list(drawn)
+    while len(left) > 1:
+        swap = left[1].cost_s < left[0].cost_s and rng.random() >= EXPLORE_SHARE
+        order.append(left.pop(1 if swap else 0))
+    return order + left

@@ -353,6 +353,15 @@ def test_a_lost_connection_that_is_back_is_tried_at_once() -> None:
     assert ranked(NEED, [offer(1)], seen, 1.0) == [peer(1)]
 
 
+def test_a_killed_peer_costs_one_request_and_a_broken_stream_none() -> None:
+    seen = Observations()
+    for number in (1, 2):
+        prove(seen, number)
+        seen.connected(peer(number), number == 2, 0.0)
+        seen.failed(peer(number), "unreachable", 0.0)
+    assert ranked(NEED, [offer(1), offer(2)], seen) == [peer(2)]
+
+
 def test_observations_are_bounded_and_keep_what_is_under_way() -> None:
     seen = Observations(peers_max=10)
     seen.started(peer(0), 0.0)
