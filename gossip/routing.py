@@ -184,11 +184,10 @@ def _served(need: Need, offer: Offer, now: float) -> ModelOffer | None:
         return None
     best: ModelOffer | None = None
     for model in offer.capacity.models:  # plainly, for this runs over the whole directory
-        if (need.model is None or model.name == need.model) and (
-            (need.revision is None or model.revision == need.revision) and model.can(need.kind)
-        ):
-            if best is None or _fitness(model, need) > _fitness(best, need):
-                best = model
+        if need.model not in (None, model.name) or need.revision not in (None, model.revision):
+            continue
+        if model.can(need.kind) and (best is None or _fitness(model, need) > _fitness(best, need)):
+            best = model
     return best
 
 

@@ -27,7 +27,7 @@ from gossip.standing import Fault, SavedBan, Verdict
 from p2p.errors import Unreachable
 from p2p.loopback import LoopbackNetwork, LoopbackTransport
 from p2p.loopback_wire import Faults
-from p2p.transport import Stream
+from p2p.transport import Stream, Transport
 
 START_MS = 1_800_000_000_000
 TALE = ModelOffer(name="tale", revision="r1", kind=ModelKind.CAUSAL, context_tokens=512, dtype="bf16")
@@ -514,3 +514,42 @@ def test_buckets_forget_the_longest_silent() -> None:
     buckets = Buckets(rate_per_s=1.0, burst=1.0, keys_max=2)
     assert [buckets.take(key, 0.0) for key in (1, 2, 1, 3, 1)] == [True, True, False, True, False]
     assert len(buckets) == 2
+
+
+# --- the real network ---
+
+
+@pytest.mark.slow
+async def test_over_libp2p_on_localhost() -> None:
+    """Three hosts in a row: an advert passes the middle one, a newcomer is told at once, a goodbye arrives."""
+    from p2p.host import open_host
+    from p2p.host_config import HostConfig
+
+    host_config = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), topics=frozenset({TOPIC}))
+    with trio.fail_after(60):
+        async with AsyncExitStack() as stack:
+            nursery = await stack.enter_async_context(trio.open_nursery())
+            services: list[GossipService] = []
+            transports: list[Transport] = []
+            for _ in range(3):
+                identity = Identity.make()
+                transport = await stack.enter_async_context(open_host(identity, host_config))
+                service = GossipService(transport, identity, config(), random.Random(1))
+                await nursery.start(service.run)
+                services.append(service)
+                transports.append(transport)
+            stack.callback(nursery.cancel_scope.cancel)
+            first, last = services[0], services[2]
+
+            def seen_by_last() -> set[PeerId]:
+                return {offer.peer for offer in last.directory.offers(trio.current_time())}
+
+            await transports[1].dial(transports[0].addresses()[0])
+            first.offer(CAPACITY)
+            services[1].offer(CAPACITY)
+            await until(lambda: len(services[1].directory.offers(trio.current_time())) == 1, 20)
+            await transports[2].dial(transports[1].addresses()[0])
+            await until(lambda: seen_by_last() == {transports[0].peer_id, transports[1].peer_id}, 20)
+            await first.withdraw()
+            await until(lambda: seen_by_last() == {transports[1].peer_id}, 20)
+            assert {count for service in services for count in service.statistics().standing.faults.values()} == {0}
