@@ -156,7 +156,7 @@ class FakeFront:
         }
 
     def peers(self) -> list[dict[str, Any]]:
-        return [{"peer": PEER, "rtt_ms": 1.25, "models": [{"name": "fairy", "revision": "sha256-0123456789ab"}]}]
+        return [{"peer_id": PEER, "rtt_ms": 1.25, "models": [{"name": "fairy", "revision": "sha256-0123456789ab"}]}]
 
     def statistics(self) -> FrontStatistics:
         return FrontStatistics()

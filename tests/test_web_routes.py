@@ -322,7 +322,7 @@ async def test_status_and_peers(bench: Bench) -> None:
     status = (await bench.get("/api/v1/status")).json()
     assert set(status) == {"node", "peering", "gossip", "inference", "model", "readiness", "web"}
     assert status["web"]["requests"] == 1
-    assert (await bench.get("/api/v1/peers")).json()["peers"][0]["peer"] == PEER
+    assert (await bench.get("/api/v1/peers")).json()["peers"][0]["peer_id"] == PEER
 
 
 async def test_route_headers_reach_the_front(bench: Bench) -> None:

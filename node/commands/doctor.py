@@ -81,18 +81,17 @@ def status_checks(told: Mapping[str, Any]) -> Iterator[Check]:
     else:
         yield bad("readiness", str(readiness.get("reason")), "see the node's log")
     yield _connected(peering)
-    yield from _bootstrap(peering.get("bootstrap"))
-    yield from _refusals(peering.get("refusals"))
+    yield from _discovery(peering)
     if duplicate := peering.get("duplicate"):
         yield bad(
             "identity",
-            f"another node has this one's identity: {_sentence(duplicate)}",
+            str(duplicate),
             "a data directory was copied: on one of the two, stop the node and `keys identity rotate`",
         )
 
 
 def _connected(peering: Mapping[str, Any]) -> Check:
-    connected, known = _count(peering.get("connected")), _count(peering.get("known"))
+    connected, known = peering.get("connected") or 0, peering.get("known") or 0
     if connected:
         return ok("peers", f"{connected} connected, {known} known")
     return look(
@@ -102,41 +101,26 @@ def _connected(peering: Mapping[str, Any]) -> Check:
     )
 
 
-def _bootstrap(results: object) -> Iterator[Check]:
-    """One line per bootstrap peer that was not reached: the newest reason."""
-    failed = []
-    for name, result in _items(results):
-        reason = result.get("failure") or result.get("reason") or result.get("error")
-        if reason and not (result.get("ok") or result.get("connected")):
-            failed.append((str(result.get("address") or name), str(reason)))
-    for address, reason in failed[:TOLD_MAX]:
-        yield look("bootstrap peer", f"{address}: {reason}", "is it running, and its port open to this machine?")
+def _discovery(peering: Mapping[str, Any]) -> Iterator[Check]:
+    """What stands in the way of meeting others: bootstrap peers, refusals, mDNS, the address book."""
+    for result in _rows(peering.get("bootstrap")):
+        if result.get("state") == "failed":
+            found = f"{result.get('address')}: {result.get('reason')}"
+            yield look("bootstrap peer", found, "is it running, and its port open to this machine?")
+    for refusal in _rows(peering.get("refusals")):
+        found = f"{refusal.get('peer')} at {refusal.get('address')}: {refusal.get('reason')}"
+        yield look("refused peer", found, "nodes meet only with the same --network, --psk-file and protocol version")
+    if (mdns := peering.get("mdns", "off")) not in ("off", "starting", "on"):
+        yield look("mDNS", str(mdns), "use --bootstrap, or --no-mdns to silence this")
+    if problem := peering.get("book_problem"):
+        yield look("address book", str(problem), "peers are found anew at each start until this is mended")
+    if nat := peering.get("nat"):
+        yield ok("NAT", str(nat))
 
 
-def _refusals(refusals: object) -> Iterator[Check]:
-    for name, refusal in _items(refusals)[:TOLD_MAX]:
-        who = refusal.get("peer") or refusal.get("address") or name
-        reason = refusal.get("reason") or refusal.get("message") or refusal.get("failure") or ""
-        yield look("refused peer", f"{who}: {reason}", "nodes meet only with the same --network and protocol version")
-
-
-def _items(value: object) -> list[tuple[str, Mapping[str, Any]]]:
-    """Named objects, from a mapping of names (to objects or sentences) or from a list of either."""
-    pairs = list(value.items()) if isinstance(value, Mapping) else []
-    if isinstance(value, list | tuple):
-        pairs = [(str(index), one) for index, one in enumerate(value)]
-    return [(str(name), one if isinstance(one, Mapping) else {"reason": one}) for name, one in pairs if one]
+def _rows(value: object) -> list[Mapping[str, Any]]:
+    return [row for row in value if isinstance(row, Mapping)][:TOLD_MAX] if isinstance(value, list) else []
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _count(value: object) -> int:
-    if isinstance(value, int):
-        return value
-    return len(value) if isinstance(value, list | tuple | Mapping) else 0
-
-
-def _sentence(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

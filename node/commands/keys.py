@@ -19,7 +19,6 @@ from node.commands.client import EXIT_FAILED, EXIT_USAGE, CommandFailed, plainly
 if TYPE_CHECKING:
     from node.config import NodeConfig
 
-IDENTITY_FILE = "identity.key"
 EXIT_LOCKED, EXIT_UNSAFE_KEY = 75, 78
 
 keys = typer.Typer(help="Keys of this node.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -63,13 +62,13 @@ def rotate(
     from node.start import locked  # trio: not for --help
 
     with plainly(), _key_failures():
-        folder = settings(data_dir, config).data_dir
-        path = folder / IDENTITY_FILE
+        path = identity_path(settings(data_dir, config))
+        folder = path.parent
         old = _load(path)
         if not yes and not typer.confirm(f"Give up the identity {old.peer_id} and make a new one?"):
             raise CommandFailed("nothing was changed", EXIT_FAILED)
         with locked(folder):
-            kept = folder / f"{IDENTITY_FILE}.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+            kept = folder / f"{path.name}.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
             fresh = Identity.make()
             _move_away(path, kept)
             try:
@@ -102,7 +101,9 @@ def settings(data_dir: Path | None, config: Path | None, **flags: object) -> Nod
 
 def identity_path(config: NodeConfig) -> Path:
     """Where the node keeps its key."""
-    return config.data_dir / IDENTITY_FILE
+    from node.config import KEY_FILE
+
+    return config.data_dir / KEY_FILE
 
 
 def _load(path: Path) -> Any:

@@ -30,13 +30,20 @@ def peers(
         print_table(f"{len(rows)} peers", columns, cells)
 
 
+# what a person looks for; --json has the rest
+COLUMNS = ("peer_id", "connected", "address", "rtt_ms", "models", "slots_free", "queue_length", "decode_tok_s", "score")
+
+
 def columns_of(rows: list[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Every key of any row becomes a column, in the order in which keys first come; objects are told in short."""
-    columns = list(dict.fromkeys(str(key) for row in rows for key in row))
+    """The columns that any row has, and their cells; a model is told as name and revision."""
+    columns = [column for column in COLUMNS if any(column in row for row in rows)]
     return columns, [[_cell(row.get(column)) for column in columns] for row in rows]
 
 
 def _cell(value: object) -> str:
     if isinstance(value, Mapping | list | tuple):
+        models = [one for one in value if isinstance(one, Mapping)]
+        if models:
+            return "\n".join(f"{one.get('name')} {one.get('revision')}" for one in models)
         return "\n".join(f"{name} {text}".strip() for name, text in flattened(value)) or "-"
     return leaf(value)

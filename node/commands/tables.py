@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 VALUE_CHARS_MAX = 300
+PIPED_COLUMNS = 1000
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -19,8 +20,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     console = Console()
-    # piped output is for grep: a row must not be folded at 80 columns
-    console.print(table, width=None if console.is_terminal else 400)
+    if not console.is_terminal:  # piped output is for grep: a row must not be folded at 80 columns
+        console = Console(width=PIPED_COLUMNS)
+    console.print(table)
 
 
 def printable(text: str) -> str:
