@@ -8,6 +8,7 @@ Source: SECURITY.md section 3.3; NETWORK.md rule 6.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -159,7 +160,8 @@ def save_book(path: Path, raw: bytes) -> str:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as exc:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         return f"the address book {path} cannot be saved: {exc.strerror}"
     return ""
 

@@ -8,6 +8,7 @@ Source: NETWORK.md rule 6; SECURITY.md S1, O1.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ from p2p.roster import REFUSED_WAIT_S, AskPeers, Greet, Probe, Roster
 from p2p.transport import Transport
 
 CALL_TIMEOUT_S = 10.0
+EXPELLED_MAX = 1024  # peers remembered as expelled
 REFUSAL_GRACE_S = 1.0  # lets our refusal reach the peer before the connection goes
 
 
@@ -70,6 +72,7 @@ class Greeting:
         self._introduction = introduction
         self._ledger = ledger
         self._instances = Instances()
+        self._expelled: OrderedDict[PeerId, tuple[float, str]] = OrderedDict()  # until when, why
 
     def handlers(self) -> Mapping[str, Handler]:
         """What peers may call on RPC_PROTOCOL."""
@@ -102,6 +105,16 @@ class Greeting:
         if dialled is not None:
             self._ledger.bootstrap.note(dialled, reason, now)
         self._ledger.on_change()
+
+    def expel(self, peer: PeerId, reason: str, wait_s: float) -> None:
+        """Have nothing to do with a peer for `wait_s`, whoever dials."""
+        now = trio.current_time()
+        self._expelled[peer] = (now + wait_s, reason)
+        self._expelled.move_to_end(peer)
+        if len(self._expelled) > EXPELLED_MAX:
+            self._expelled.popitem(last=False)
+        self.refuse(peer, reason)
+        self._ledger.book.hold(peer, now, wait_s)
 
     # -- as caller ----------------------------------------------------------------------------------------------
 
@@ -194,7 +207,8 @@ class Greeting:
     def _take_hello(self, peer: PeerId, hello: Hello | int, grace_s: float) -> str:
         """Judge a hello, theirs first or in answer to ours. Returns our objection, or ''."""
         ledger, now = self._ledger, trio.current_time()
-        reason = objection(self._introduction.network, hello)
+        until, why = self._expelled.get(peer, (now, ""))
+        reason = why if now < until else objection(self._introduction.network, hello)
         if reason or isinstance(hello, int):
             self.refuse(peer, reason, grace_s)
             return reason

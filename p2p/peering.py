@@ -27,7 +27,7 @@ from p2p.greeting import Greeting, Introduction, Ledger
 from p2p.hello import PROTOCOL_VERSION, misfit
 from p2p.mdns import Announcement, Sighting, run_mdns
 from p2p.peering_status import BootstrapLog, PeeringStatus, RefusalRow, peer_rows, refusal_rows
-from p2p.roster import OUTBOUND_MIN, PEERS_TARGET, Disconnect, Errand, Roster
+from p2p.roster import OUTBOUND_MIN, PEERS_TARGET, REFUSED_WAIT_S, Disconnect, Errand, Roster
 from p2p.transport import PeerChange, Transport
 
 DIALS_MAX = 4  # at once; 256 dials at once leave py-libp2p broken (F10)
@@ -135,9 +135,9 @@ class Peering:
             raise Unreachable("; ".join(reasons) or f"no address of {peer} is known")
         await trio.lowlevel.checkpoint()
 
-    def expel(self, peer: PeerId, reason: str) -> None:
-        """Disconnect a peer for its conduct, tell nobody, and do not dial it for REFUSED_WAIT_S."""
-        self._greeting.refuse(peer, reason)
+    def expel(self, peer: PeerId, reason: str, wait_s: float = REFUSED_WAIT_S) -> None:
+        """Disconnect a peer for its conduct; for `wait_s` it is neither dialled nor received."""
+        self._greeting.expel(peer, reason, wait_s)
 
     def status(self) -> PeeringStatus:
         """A snapshot for people: who is connected, and why others are not."""

@@ -1,0 +1,685 @@
+"""Peering over the loopback network and a mock clock: bootstrap, reconcile, refuse, measure, storm, twins."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+from trio.testing import MockClock
+
+from crypto.identity import Identity, PeerId
+from p2p.address import parse_address
+from p2p.book import Book, Source
+from p2p.bootstrap import BootstrapPeer, bootstrap_peer, load_book, read_bootstrap_file, save_book
+from p2p.calls import Calls
+from p2p.errors import BadAddress, BadFile, Refused, RemoteError, Unreachable
+from p2p.hello import INSTANCES_MAX, PROTOCOL_VERSION, RPC_PROTOCOL, Hello, Instances, objection, read_hello, to_value
+from p2p.loopback import Faults, LoopbackNetwork
+from p2p.mdns import Sighting
+from p2p.peering import DIALS_MAX, RECONCILE_S, Peering, PeeringConfig
+from p2p.peering_status import PeeringStatus
+from p2p.roster import PINGS_MISSED_MAX, REFUSED_WAIT_S, Roster
+from p2p.transport import Transport
+
+
+@dataclass
+class Node:
+    """A running node of the tests."""
+
+    identity: Identity
+    transport: Any
+    calls: Calls
+    book: Book
+    peering: Peering
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    duplicates: list[str] = field(default_factory=list)
+
+    @property
+    def id(self) -> PeerId:
+        return self.identity.peer_id
+
+    @property
+    def address(self) -> str:
+        return str(self.transport.addresses()[0])
+
+    @property
+    def status(self) -> PeeringStatus:
+        return self.peering.status()
+
+
+class Swarm:
+    """Nodes on one loopback network; each dies with its scope."""
+
+    def __init__(self, network: LoopbackNetwork, nursery: trio.Nursery) -> None:
+        self.network = network
+        self._nursery = nursery
+        self._count = 0
+
+    async def start(self, *bootstrap: str, identity: Identity | None = None, **options: Any) -> Node:
+        self._count += 1
+        identity = identity or Identity.make()
+        join = {key: options.pop(key) for key in ("ip", "port") if key in options}
+        wrap: Callable[[Any], Any] = options.pop("wrap", lambda transport: transport)
+        config = PeeringConfig(
+            network=options.pop("network", "main"),
+            agent="test",
+            instance=f"{self._count:032x}",
+            bootstrap=tuple(bootstrap_peer(text, "a friend") for text in bootstrap),
+            mdns=False,
+            **options,
+        )
+        node: Node = await self._nursery.start(self._run, identity, config, join, wrap)
+        return node
+
+    async def _run(
+        self,
+        identity: Identity,
+        config: PeeringConfig,
+        join: dict[str, Any],
+        wrap: Callable[[Any], Any],
+        *,
+        task_status: trio.TaskStatus[Node],
+    ) -> None:
+        rng = random.Random(config.instance)
+        scope = trio.CancelScope()
+        with scope:
+            async with self.network.join(identity, **join) as joined:
+                transport = wrap(joined)
+                duplicates: list[str] = []
+                book = Book(identity.peer_id, rng)
+                peering = Peering(transport, book, config, rng, duplicates.append)
+                calls = Calls(transport, RPC_PROTOCOL, peering.handlers())
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(calls.run)
+                    await nursery.start(peering.run, calls)
+                    task_status.started(Node(identity, transport, calls, book, peering, scope, duplicates))
+
+
+@pytest.fixture
+async def swarm() -> AsyncIterator[Swarm]:
+    network = LoopbackNetwork(random.Random(7), Faults(stream_delay_s=(0.001, 0.01)))
+    async with trio.open_nursery() as nursery:
+        yield Swarm(network, nursery)
+        nursery.cancel_scope.cancel()
+
+
+async def until(condition: Callable[[], object], within_s: float = 120.0) -> float:
+    """Wait for something that a test expects; the mock clock makes it cheap. Gives the seconds it took."""
+    began = trio.current_time()
+    with trio.fail_after(within_s):
+        while not condition():  # noqa: ASYNC110  # the condition is of several nodes
+            await trio.sleep(0.1)
+    return trio.current_time() - began
+
+
+def missing_address(port: int = 9) -> str:
+    return f"/ip4/127.0.0.1/tcp/{port}/p2p/{Identity.make().peer_id}"
+
+
+# --- joining
+
+
+async def test_two_nodes_meet_by_bootstrap_and_measure_each_other(autojump_clock: MockClock, swarm: Swarm) -> None:
+    a = await swarm.start()
+    b = await swarm.start(a.address)
+    took = await until(lambda: a.id in b.peering.peers() and b.id in a.peering.peers())
+    assert took < 1.0
+    await until(lambda: a.peering.rtt_ms(b.id) is not None and b.peering.rtt_ms(a.id) is not None)
+    assert 2.0 <= (b.peering.rtt_ms(a.id) or 0) <= 20.0
+    (row,) = b.status.peers
+    assert (row.peer, row.direction, row.phase, row.agent) == (a.id, "out", "greeted", "test")
+    (boot,) = b.status.bootstrap
+    assert (boot.state, boot.reason, boot.note, boot.tries) == ("connected", "", "a friend", 1)
+    assert a.status.peers[0].direction == "in"
+    assert b.status.connected == b.status.known == 1
+    msgspec.json.encode(b.status.to_dict())
+
+
+async def test_peers_of_a_peer_become_known_and_connected(autojump_clock: MockClock, swarm: Swarm) -> None:
+    hub = await swarm.start()
+    rest = [await swarm.start(hub.address) for _ in range(4)]
+    everybody = {hub.id, *(node.id for node in rest)}
+    await until(lambda: all(node.peering.peers() | {node.id} == everybody for node in rest), 60.0)
+
+
+async def test_alone_it_says_which_bootstrap_peer_failed_and_why(autojump_clock: MockClock, swarm: Swarm) -> None:
+    there = await swarm.start()
+    nobody, wrong = missing_address(), f"{there.address.rsplit('/', 1)[0]}/{Identity.make().peer_id}"
+    node = await swarm.start(nobody, wrong)
+    await until(lambda: all(row.state == "failed" for row in node.status.bootstrap))
+    first, second = node.status.bootstrap
+    assert "nobody listens" in first.reason
+    assert there.id in second.reason
+    assert node.status.connected == 0
+
+
+async def test_it_bootstraps_again_whenever_it_is_alone(autojump_clock: MockClock, swarm: Swarm) -> None:
+    hub_identity = Identity.make()
+    hub = await swarm.start(identity=hub_identity, port=4001)
+    node = await swarm.start(hub.address)
+    for outage_s in (1.0, 30.0, 600.0, 7200.0):
+        await until(lambda: node.peering.peers() == {hub_identity.peer_id})
+        hub.scope.cancel()
+        await until(lambda: not node.peering.peers())
+        await trio.sleep(outage_s)
+        assert node.status.bootstrap[0].state == "failed"
+        hub = await swarm.start(identity=hub_identity, port=4001)
+        took = await until(lambda: node.peering.peers() == {hub_identity.peer_id})
+        assert took <= 15.0 * 1.5 + RECONCILE_S
+
+
+async def test_a_bootstrap_file_may_name_the_node_itself(autojump_clock: MockClock, swarm: Swarm) -> None:
+    identity = Identity.make()
+    own = f"/ip4/127.0.0.1/tcp/4001/p2p/{identity.peer_id}"
+    elsewhere = f"/ip4/10.9.9.9/tcp/4001/p2p/{identity.peer_id}"
+    node = await swarm.start(own, elsewhere, identity=identity, port=4001)
+    await trio.sleep(60.0)
+    here, there = node.status.bootstrap
+    assert (here.state, here.reason) == ("this node", "names this node itself")
+    assert "copied data directory" in there.reason
+    assert here.tries == there.tries == 0
+
+
+# --- refusing
+
+
+async def test_another_network_is_refused_on_both_sides_with_the_reason(
+    autojump_clock: MockClock, swarm: Swarm
+) -> None:
+    a = await swarm.start(network="main")
+    b = await swarm.start(a.address, network="x")
+    await until(lambda: a.peering.refusals() and b.peering.refusals())
+    await until(lambda: not a.transport.peers() and not b.transport.peers(), 5.0)
+    assert a.peering.refusals()[0].reason == "other network 'x' while ours is 'main'"
+    assert b.peering.refusals()[0].reason == "other network 'main' while ours is 'x'"
+    assert b.peering.refusals()[0].address == a.address
+    assert b.status.bootstrap[0].state == "failed"
+    assert b.status.bootstrap[0].reason == "other network 'main' while ours is 'x'"
+    assert not a.peering.peers()
+    assert not b.peering.peers()
+
+
+async def test_a_refused_peer_is_left_alone_and_connect_says_why(autojump_clock: MockClock, swarm: Swarm) -> None:
+    a = await swarm.start(network="main")
+    b = await swarm.start(a.address, network="x")
+    await until(b.peering.refusals)
+    await trio.sleep(REFUSED_WAIT_S - 60.0)
+    assert b.status.bootstrap[0].tries == 1
+    with pytest.raises(Refused, match="other network 'main' while ours is 'x'"):
+        await b.peering.connect(a.id)
+    await until(lambda: b.status.bootstrap[0].tries == 2, 120.0)
+
+
+async def test_a_refusal_is_forgotten_when_the_peer_comes_back_right(autojump_clock: MockClock, swarm: Swarm) -> None:
+    identity = Identity.make()
+    a = await swarm.start()
+    wrong = await swarm.start(a.address, identity=identity, network="x")
+    await until(a.peering.refusals)
+    wrong.scope.cancel()
+    right = await swarm.start(a.address, identity=identity)
+    await until(lambda: right.id in a.peering.peers())
+    assert a.peering.refusals() == ()
+
+
+async def test_another_version_is_refused_whatever_else_it_says(autojump_clock: MockClock, swarm: Swarm) -> None:
+    a = await swarm.start()
+    async with plain_peer(swarm, {}) as (transport, calls):
+        await transport.dial(a.address)
+        answer = await calls.call(a.id, "hello", {"protocol": 2, "network": ["something", "new"]})
+        assert answer["refused"] == "other protocol version 2 while ours is 1"
+        await until(lambda: a.id not in transport.peers(), 5.0)
+        (refusal,) = a.peering.refusals()
+        assert refusal.reason == "other protocol version 2 while ours is 1"
+
+
+async def test_a_peer_that_answers_nonsense_is_refused(autojump_clock: MockClock, swarm: Swarm) -> None:
+    async def nonsense(call: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        return {"protocol": 1, "network": "main", "agent": "x" * 1000}
+
+    async with plain_peer(swarm, {"hello": nonsense}) as (transport, _):
+        a = await swarm.start(transport.addresses()[0])
+        await until(a.peering.refusals)
+        assert "broke the protocol: not a Hello" in a.peering.refusals()[0].reason
+        await until(lambda: not transport.peers(), 5.0)
+
+
+@pytest.mark.parametrize(
+    "body", [None, 5, {}, {"protocol": True}, {"protocol": 1, "network": "main"}, {"protocol": "1"}]
+)
+async def test_a_caller_of_nonsense_is_told_and_dropped(autojump_clock: MockClock, swarm: Swarm, body: Any) -> None:
+    a = await swarm.start()
+    async with plain_peer(swarm, {}) as (transport, calls):
+        await transport.dial(a.address)
+        with pytest.raises(RemoteError, match="not a Hello") as caught:
+            await calls.call(a.id, "hello", body)
+        assert caught.value.code == "bad_hello"
+        await until(lambda: a.id not in transport.peers(), 5.0)
+
+
+async def test_a_plain_libp2p_client_may_stay(autojump_clock: MockClock, swarm: Swarm) -> None:
+    a = await swarm.start()
+    async with swarm.network.join(Identity.make()) as client:
+        await client.dial(a.address)
+        await trio.sleep(300.0)
+        assert a.id in client.peers()
+        assert a.status.peers[0].phase == "foreign"
+        assert a.peering.peers() == frozenset()
+
+
+async def test_an_expelled_peer_is_neither_dialled_nor_received(autojump_clock: MockClock, swarm: Swarm) -> None:
+    a = await swarm.start()
+    b = await swarm.start(a.address)
+    await until(lambda: b.id in a.peering.peers() and a.id in b.peering.peers())
+    a.peering.expel(b.id, "false inference", 100.0)
+    await until(lambda: not a.transport.peers(), 5.0)
+    await until(lambda: any("false inference" in row.reason for row in b.peering.refusals()))
+    assert not a.peering.peers()
+
+
+# --- keeping
+
+
+async def test_a_frozen_peer_is_dropped_after_missed_pings(autojump_clock: MockClock, swarm: Swarm) -> None:
+    a = await swarm.start()
+    b = await swarm.start(a.address)
+    await until(lambda: a.id in b.peering.peers())
+    swarm.network.freeze(a.id)
+    assert await until(lambda: not b.peering.peers()) < 60.0
+    assert f"{PINGS_MISSED_MAX} pings" in b.status.bootstrap[0].reason or "answer" in b.status.bootstrap[0].reason
+    swarm.network.thaw(a.id)
+    await until(lambda: a.id in b.peering.peers(), 60.0)
+
+
+async def test_a_partition_heals(autojump_clock: MockClock, swarm: Swarm) -> None:
+    a = await swarm.start()
+    b = await swarm.start(a.address)
+    await until(lambda: a.id in b.peering.peers())
+    swarm.network.partition(a.id, b.id)
+    await until(lambda: not b.peering.peers() and not a.peering.peers(), 120.0)
+    await trio.sleep(600.0)
+    swarm.network.heal()
+    assert await until(lambda: a.id in b.peering.peers() and b.id in a.peering.peers(), 60.0) < 40.0
+
+
+async def test_the_reconciler_finds_what_the_watcher_missed(autojump_clock: MockClock, swarm: Swarm) -> None:
+    class Deaf:
+        """A transport that never says who came and went."""
+
+        def __init__(self, inner: Transport) -> None:
+            self._inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+        def watch(self, watcher: Any) -> None:
+            pass
+
+    a = await swarm.start(wrap=Deaf)
+    b = await swarm.start(a.address)
+    await until(lambda: b.id in a.peering.peers(), 2 * RECONCILE_S)
+    b.scope.cancel()
+    await until(lambda: not a.status.peers, 2 * RECONCILE_S)
+
+
+async def test_a_peer_that_cuts_us_off_is_not_dialled_in_a_circle(autojump_clock: MockClock, swarm: Swarm) -> None:
+    a = await swarm.start()
+    b = await swarm.start(a.address)
+
+    async with trio.open_nursery() as nursery:
+
+        async def cutter() -> None:
+            while True:
+                await until(lambda: a.id in b.peering.peers(), 3600.0)
+                swarm.network.drop_connection(a.id, b.id)
+
+        nursery.start_soon(cutter)
+        await trio.sleep(600.0)
+        nursery.cancel_scope.cancel()
+    assert 20 <= b.status.bootstrap[0].tries <= 120  # every 15 s or so, not every moment
+
+
+async def test_no_more_than_four_dials_at_once(autojump_clock: MockClock, swarm: Swarm) -> None:
+    busy = most = 0
+
+    class Counting:
+        def __init__(self, inner: Transport) -> None:
+            self._inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+        async def dial(self, address: str) -> PeerId:
+            nonlocal busy, most
+            busy += 1
+            most = max(most, busy)
+            try:
+                await trio.sleep(1.0)
+                return await self._inner.dial(address)
+            finally:
+                busy -= 1
+
+    others = [await swarm.start() for _ in range(12)]
+    node = await swarm.start(*(other.address for other in others[:8]), wrap=Counting)
+    for other in others[8:]:
+        node.book.add(parse_address(other.address), Source.ADVERT, trio.current_time())
+    async with trio.open_nursery() as nursery:  # those asked for at once count as well
+        for other in others[8:]:
+            nursery.start_soon(node.peering.connect, other.id)
+    await until(lambda: len(node.peering.peers()) == 12)
+    assert most == DIALS_MAX
+
+
+async def test_connect_reaches_a_known_peer_and_says_why_it_cannot(autojump_clock: MockClock, swarm: Swarm) -> None:
+    a, b = await swarm.start(), await swarm.start(peers_target=0, outbound_min=0)
+    with pytest.raises(Unreachable, match="no address of"):
+        await b.peering.connect(a.id)
+    gone = parse_address(missing_address())
+    b.book.add(gone, Source.ADVERT, trio.current_time())
+    with pytest.raises(Unreachable, match="nobody listens"):
+        await b.peering.connect(gone.peer)
+    b.book.add(parse_address(a.address), Source.ADVERT, trio.current_time())
+    await b.peering.connect(a.id)
+    await b.peering.connect(a.id)
+    await until(lambda: a.id in b.peering.peers())
+
+
+async def test_adverts_teach_no_nearer_address_than_our_peers(autojump_clock: MockClock, swarm: Swarm) -> None:
+    a = await swarm.start()
+    stranger = Identity.make().peer_id
+    told_addresses = [f"/ip4/192.168.7.7/tcp/1/p2p/{stranger}", f"/ip4/8.8.8.8/tcp/1/p2p/{stranger}", "rubbish"]
+    a.peering.learn(stranger, told_addresses)
+    assert [address.host for address in a.book.addresses(stranger, 0.0)] == ["8.8.8.8"]
+    b = await swarm.start(a.address)
+    await until(lambda: b.id in a.peering.peers())
+    a.peering.learn(stranger, told_addresses)
+    assert {address.host for address in a.book.addresses(stranger, 0.0)} == {"8.8.8.8", "192.168.7.7"}
+
+
+async def test_addresses_are_given_to_greeted_peers_only_and_not_often(autojump_clock: MockClock, swarm: Swarm) -> None:
+    a = await swarm.start()
+    b = await swarm.start(a.address)
+    await until(lambda: b.id in a.peering.peers())
+    async with plain_peer(swarm, {}) as (transport, calls):
+        await transport.dial(a.address)
+        with pytest.raises(RemoteError, match="say hello first"):
+            await calls.call(a.id, "peers", {})
+        hello = Hello(protocol=1, network="main", agent="t", instance="a" * 32, addresses=[])
+        await calls.call(a.id, "hello", to_value(hello))
+        answer = await calls.call(a.id, "peers", {})
+        assert answer == {"peers": [{"peer": b.id, "addresses": [b.address]}]}
+        with pytest.raises(RemoteError, match="at most every 10 s"):
+            await calls.call(a.id, "peers", {})
+
+
+async def test_nobody_sends_others_to_a_host_that_is_not_its_own(autojump_clock: MockClock, swarm: Swarm) -> None:
+    """An address that a peer claims at another host than it is seen at is not passed on before it has worked."""
+    a = await swarm.start(peers_target=0, outbound_min=0)
+    async with plain_peer(swarm, {}) as (liar, calls):
+        await liar.dial(a.address)
+        victim = f"/ip4/8.8.8.8/tcp/80/p2p/{liar.peer_id}"
+        hello = Hello(protocol=1, network="main", agent="t", instance="a" * 32, addresses=[victim])
+        await calls.call(a.id, "hello", to_value(hello))
+        async with plain_peer(swarm, {}) as (other, other_calls):
+            await other.dial(a.address)
+            await other_calls.call(a.id, "hello", to_value(msgspec.structs.replace(hello, addresses=[])))
+            assert await other_calls.call(a.id, "peers", {}) == {"peers": []}
+
+
+# --- the storm
+
+
+@pytest.mark.slow
+async def test_a_storm_of_32_nodes_settles(autojump_clock: MockClock, swarm: Swarm) -> None:
+    hub = await swarm.start()
+    nodes = [hub]
+    started = trio.current_time()
+    async with trio.open_nursery() as nursery:
+
+        async def one() -> None:
+            nodes.append(await swarm.start(hub.address))
+
+        for _ in range(31):
+            nursery.start_soon(one)
+    assert trio.current_time() - started < 1.0
+    took = await until(lambda: min(len(node.peering.peers()) for node in nodes) >= 8, 120.0)
+    assert took < 60.0
+    await trio.sleep(60.0)
+    assert min(len(node.peering.peers()) for node in nodes) >= 8
+    assert len(reachable(nodes)) == 32
+    hub.scope.cancel()
+    nodes.remove(hub)
+    await trio.sleep(30.0)
+    assert min(len(node.peering.peers()) for node in nodes) >= 8  # nobody needs the hub any more
+    assert len(reachable(nodes)) == 31
+
+
+def reachable(nodes: list[Node]) -> set[PeerId]:
+    by_id = {node.id: node for node in nodes}
+    found, edge = {nodes[0].id}, [nodes[0].id]
+    while edge:
+        for peer in by_id[edge.pop()].peering.peers() - found:
+            if peer in by_id:
+                found.add(peer)
+                edge.append(peer)
+    return found
+
+
+# --- twins
+
+
+async def test_a_third_node_tells_two_twins_of_each_other(autojump_clock: MockClock, swarm: Swarm) -> None:
+    hub = await swarm.start()
+    identity = Identity.make()
+    first = await swarm.start(hub.address, identity=identity)
+    await until(lambda: hub.id in first.peering.peers())
+    second = await swarm.start(hub.address, identity=identity)
+    await until(lambda: first.duplicates or second.duplicates, 120.0)
+    (message,) = first.duplicates or second.duplicates
+    assert identity.peer_id in message
+    assert "keys identity rotate" in message
+    assert hub.id in message
+    assert message in (first.status.duplicate, second.status.duplicate)
+
+
+async def test_a_restart_is_no_twin(autojump_clock: MockClock, swarm: Swarm) -> None:
+    hub = await swarm.start()
+    identity = Identity.make()
+    for _ in range(4):
+        node = await swarm.start(hub.address, identity=identity)
+        await until(lambda: identity.peer_id in hub.peering.peers())
+        await trio.sleep(60.0)
+        assert node.duplicates == []
+        node.scope.cancel()
+        await until(lambda: not hub.peering.peers())
+
+
+async def test_a_twin_on_the_lan_is_seen_by_mdns_once(autojump_clock: MockClock, swarm: Swarm) -> None:
+    node = await swarm.start()
+    own = parse_address(node.address)
+    sighting = Sighting(peer=node.id, network="main", protocol=1, instance=f"{1:032x}", addresses=(own,))
+    node.peering.sighted(sighting)
+    assert node.duplicates == []  # ourselves
+    twin = Sighting(
+        peer=node.id,
+        network="main",
+        protocol=1,
+        instance="f" * 32,
+        addresses=(parse_address(f"/ip4/10.0.0.9/tcp/4002/p2p/{node.id}"),),
+    )
+    node.peering.sighted(twin)
+    node.peering.sighted(twin)
+    (message,) = node.duplicates
+    assert "/ip4/10.0.0.9/tcp/4002" in message
+
+
+def test_instances() -> None:
+    instances, peer = Instances(), PeerId("p")
+    assert instances.heard(peer, "a") == ""
+    assert instances.heard(peer, "a") == ""
+    assert instances.heard(peer, "b") == ""  # a restart, as far as anybody can tell
+    assert instances.heard(peer, "a") == "b"
+    assert instances.heard(peer, "b") == "a"
+    for index in range(100):
+        assert instances.heard(peer, str(index)) == ""
+    assert instances.heard(peer, str(100 - INSTANCES_MAX)) == "99"
+
+
+# --- the LAN
+
+
+async def test_a_node_seen_on_the_lan_is_dialled(autojump_clock: MockClock, swarm: Swarm) -> None:
+    a, b = await swarm.start(), await swarm.start()
+    for one, other in ((a, b), (b, a)):
+        one.peering.sighted(
+            Sighting(
+                peer=other.id,
+                network="main",
+                protocol=1,
+                instance="c" * 32,
+                addresses=(parse_address(other.address),),
+            )
+        )
+    assert await until(lambda: b.id in a.peering.peers() and a.id in b.peering.peers()) < 3.0
+
+
+async def test_another_network_on_the_lan_is_noted_and_left_alone(autojump_clock: MockClock, swarm: Swarm) -> None:
+    a, b = await swarm.start(), await swarm.start(network="x")
+    seen = Sighting(peer=b.id, network="x", protocol=1, instance="c" * 32, addresses=(parse_address(b.address),))
+    a.peering.sighted(seen)
+    await trio.sleep(30.0)
+    assert a.transport.peers() == frozenset()
+    assert a.peering.refusals()[0].reason == "other network 'x' while ours is 'main'"
+
+
+async def test_a_lie_on_the_lan_does_not_part_us_from_a_peer(autojump_clock: MockClock, swarm: Swarm) -> None:
+    a = await swarm.start()
+    b = await swarm.start(a.address)
+    await until(lambda: b.id in a.peering.peers())
+    lie = Sighting(peer=b.id, network="x", protocol=1, instance="c" * 32, addresses=(parse_address(b.address),))
+    a.peering.sighted(lie)
+    await trio.sleep(30.0)
+    assert b.id in a.peering.peers()
+    assert a.peering.refusals() == ()
+
+
+# --- words
+
+
+def test_objections_are_sentences() -> None:
+    hello = Hello(protocol=PROTOCOL_VERSION, network="main", agent="", instance="a" * 16, addresses=[])
+    assert objection("main", hello) == ""
+    assert objection("main", 2) == "other protocol version 2 while ours is 1"
+    assert objection("x", hello) == "other network 'main' while ours is 'x'"
+    assert objection("main", msgspec.structs.replace(hello, refused="spam")) == "it refused us: spam"
+    assert read_hello(to_value(hello)) == hello
+
+
+# --- the roster
+
+
+def test_the_newest_refusals_are_kept() -> None:
+    roster = Roster(random.Random(0))
+    for index in range(1000):
+        roster.refuse(PeerId(str(index)), "why", "", float(index))
+    assert len(roster.refusals()) == 256
+    assert roster.refusals()[-1].peer == "999"
+
+
+# --- the disk
+
+
+async def test_the_book_outlives_the_node(autojump_clock: MockClock, swarm: Swarm, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "address_book.json"
+    a = await swarm.start()
+    b = await swarm.start(a.address, book_path=path)
+    await until(lambda: a.id in b.peering.peers())
+    b.scope.cancel()
+    await until(path.exists)
+    again = await swarm.start(book_path=path)  # knows no bootstrap peer
+    assert await until(lambda: a.id in again.peering.peers()) < RECONCILE_S
+    assert list(path.parent.iterdir()) == [path]
+
+
+async def test_a_spoiled_book_is_put_aside_and_said(autojump_clock: MockClock, swarm: Swarm, tmp_path: Path) -> None:
+    path = tmp_path / "address_book.json"
+    path.write_bytes(b"\x00 not json")
+    node = await swarm.start(book_path=path)
+    assert "put aside" in node.status.book_problem
+    assert (tmp_path / "address_book.json.spoiled").read_bytes() == b"\x00 not json"
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be saved" in save_book(tmp_path / "file" / "book.json", b"{}")
+    (tmp_path / "book.json").mkdir()
+    book = Book(Identity.make().peer_id, random.Random(0))
+    assert "cannot be read" in load_book(tmp_path / "book.json", book, 0.0)
+    assert load_book(tmp_path / "none.json", book, 0.0) == ""
+
+
+# --- the bootstrap file
+
+
+def test_the_bootstrap_file(tmp_path: Path) -> None:
+    path, text = tmp_path / "bootstrap_peers.json", missing_address()
+    path.write_text("[]\n")
+    assert read_bootstrap_file(path) == ()
+    path.write_text(f'[{{"addr": "{text}", "note": "Ann"}}, {{"addr": " {text}"}}]')
+    assert read_bootstrap_file(path) == (BootstrapPeer(address=parse_address(text), note="Ann"),)
+
+
+def test_the_projects_own_bootstrap_file_is_valid() -> None:
+    assert read_bootstrap_file(Path(__file__).parent.parent / "bootstrap_peers.json") == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("", "must be a JSON list"),
+        ("{}", "must be a JSON list"),
+        ("[\n  {\n", "not JSON: Input data was truncated"),
+        ("[\n  {\n x", "not JSON.*line 3"),
+        ("\xff", "not JSON"),
+        ("[1]", r"entry 1 \(line 1\): 1 is not an object"),
+        ('[\n {"addr": 5}\n]', r'entry 1 \(line 2\): "addr" is 5, not a text'),
+        ('[{"note": "x"}]', '"addr" is missing'),
+        ('[{"addr": "/ip4/1.2.3.4/tcp/5"}]', "does not say which peer"),
+        ('[{"addr": "/ip4/1.2.3.4/tcp/5", "nte": ""}]', "unknown key 'nte'"),
+        ('[{"addr": "GOOD", "note": 5}]', '"note" must be a text'),
+        ('[{"addr": "GOOD", "note": "a, [b] {c} \\"d\\""},\n\n{"addr": "x"}]', r"1 bad of 2.*entry 2 \(line 3\): 'x'"),
+        ('[{"addr": "y"},\n{"addr": "x"}]', r"2 bad of 2.*entry 1 \(line 1\).*entry 2 \(line 2\)"),
+        ("[" + "1," * 300 + "1]", "at most 256"),
+        ("[]" + " " * (1 << 20), "over 1048576 bytes"),
+    ],
+)
+def test_a_bad_bootstrap_file_is_refused_with_line_and_reason(tmp_path: Path, content: str, wanted: str) -> None:
+    path = tmp_path / "bootstrap_peers.json"
+    path.write_bytes(content.replace("GOOD", missing_address()).encode("latin-1"))
+    with pytest.raises(BadFile, match=f"(?s){path}.*{wanted}"):
+        read_bootstrap_file(path)
+
+
+def test_a_missing_bootstrap_file_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(BadFile, match="No such file"):
+        read_bootstrap_file(tmp_path / "none.json")
+    with pytest.raises(BadAddress):
+        bootstrap_peer("10.0.0.1:4001")
+
+
+@asynccontextmanager
+async def plain_peer(swarm: Swarm, handlers: dict[str, Any]) -> AsyncIterator[tuple[Any, Calls]]:
+    """A peer without peering: what it says is the test's."""
+    async with swarm.network.join(Identity.make()) as transport:
+        calls = Calls(transport, RPC_PROTOCOL, handlers)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(calls.run)
+            yield transport, calls
+            nursery.cancel_scope.cancel()
