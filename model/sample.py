@@ -19,6 +19,7 @@ import torch
 from model.errors import ComputeFailed
 from model.requests import SamplingParameters
 
+TEMPERATURE_MIN = 1e-5  # below it is greedy: logits divided by less would leave fp32's range
 TOP_P_PREFIX = 1_024  # tokens sorted at first: the nucleus is nearly always within them
 
 
@@ -34,7 +35,7 @@ def choose(
     Raises ComputeFailed when no token has a finite logit.
     """
     logits_V = penalize(logits_V, params, generated, prompt)
-    if params.temperature == 0.0:
+    if params.temperature < TEMPERATURE_MIN:
         token = int(logits_V.argmax())
         if not bool(torch.isfinite(logits_V[token])):
             raise ComputeFailed("the model made numbers that are not finite for this request")
