@@ -21,6 +21,7 @@ PROTOCOL = "/test/stream/1"
 TOPIC = "test/topic"
 HANG_S = 20.0  # a guard against hanging, not a measure
 
+Clock = trio.abc.Clock | None
 Opener = Callable[[Identity], AbstractAsyncContextManager[Transport]]
 
 
@@ -43,16 +44,14 @@ def libp2p_opener() -> Opener:
 KINDS = {"loopback": loopback_opener, "delayed": delayed_opener, "libp2p": libp2p_opener}
 
 
-@pytest.fixture(
-    params=["loopback", pytest.param("delayed", marks=pytest.mark.slow), pytest.param("libp2p", marks=pytest.mark.slow)]
-)
+@pytest.fixture(params=["loopback", "delayed", pytest.param("libp2p", marks=pytest.mark.slow)])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(autouse=True)
-def clock(kind: str) -> trio.abc.Clock | None:
-    """Time jumps over waits, but not where sockets are real."""
+@pytest.fixture
+def clock(kind: str) -> Clock:
+    """Time jumps over waits, but not where sockets are real. pytest-trio takes it only from a test's own arguments."""
     return None if kind == "libp2p" else trio.testing.MockClock(autojump_threshold=0)
 
 
@@ -86,7 +85,7 @@ async def _guard() -> None:
 
 
 @pytest.fixture
-async def world(kind: str, clock: trio.abc.Clock | None, nursery: trio.Nursery) -> World:
+async def world(kind: str, nursery: trio.Nursery) -> World:
     nursery.start_soon(_guard)
     return World(KINDS[kind](), nursery)
 
@@ -130,7 +129,7 @@ async def idle(stream: Stream) -> None:
 # -- connections ------------------------------------------------------------------------------------------------------
 
 
-async def test_who_we_are_is_the_identity(world: World) -> None:
+async def test_who_we_are_is_the_identity(world: World, clock: Clock) -> None:
     identity = Identity.make()
     transport = await world.transport(identity)
     assert transport.peer_id == identity.peer_id
@@ -141,7 +140,7 @@ async def test_who_we_are_is_the_identity(world: World) -> None:
     assert transport.peers() == frozenset()
 
 
-async def test_a_dial_connects_both(world: World) -> None:
+async def test_a_dial_connects_both(world: World, clock: Clock) -> None:
     left, right = await world.transport(), await world.transport()
     assert await left.dial(right.addresses()[0]) == right.peer_id
     await eventually(lambda: left.peer_id in right.peers())
@@ -155,7 +154,7 @@ async def test_a_dial_connects_both(world: World) -> None:
     assert left.statistics().peers == right.statistics().peers == 1
 
 
-async def test_a_second_dial_does_nothing(world: World) -> None:
+async def test_a_second_dial_does_nothing(world: World, clock: Clock) -> None:
     left, right = await world.pair()
     changes: list[PeerChange] = []
     left.watch(changes.append)
@@ -164,7 +163,7 @@ async def test_a_second_dial_does_nothing(world: World) -> None:
     assert changes == []
 
 
-async def test_watchers_hear_of_each_change(world: World) -> None:
+async def test_watchers_hear_of_each_change(world: World, clock: Clock) -> None:
     left, right = await world.transport(), await world.transport()
     heard: dict[str, list[bool]] = {"left": [], "right": []}
     left.watch(lambda change: heard["left"].append(change.connected))
@@ -180,7 +179,7 @@ async def test_watchers_hear_of_each_change(world: World) -> None:
     await left.disconnect(right.peer_id)  # a no-op
 
 
-async def test_both_may_dial_at_once(world: World) -> None:
+async def test_both_may_dial_at_once(world: World, clock: Clock) -> None:
     left, right = await world.transport(), await world.transport()
     left.serve(PROTOCOL, echo)
     right.serve(PROTOCOL, echo)
@@ -195,7 +194,7 @@ async def test_both_may_dial_at_once(world: World) -> None:
         await stream.close()
 
 
-async def test_what_cannot_be_dialled_is_said(world: World) -> None:
+async def test_what_cannot_be_dialled_is_said(world: World, clock: Clock) -> None:
     left, right = await world.transport(), await world.transport()
     other = Identity.make().peer_id
     bare = right.addresses()[0].rpartition("/p2p/")[0]
@@ -208,7 +207,7 @@ async def test_what_cannot_be_dialled_is_said(world: World) -> None:
     assert await left.dial(right.addresses()[0]) == right.peer_id  # what failed before is no obstacle
 
 
-async def test_a_peer_that_leaves_is_gone(world: World, kind: str) -> None:
+async def test_a_peer_that_leaves_is_gone(world: World, clock: Clock) -> None:
     left = await world.transport()
     sink = Sink()
     left.serve(PROTOCOL, sink)
@@ -227,7 +226,7 @@ async def test_a_peer_that_leaves_is_gone(world: World, kind: str) -> None:
 # -- streams ----------------------------------------------------------------------------------------------------------
 
 
-async def test_frames_arrive_whole_and_in_order(world: World) -> None:
+async def test_frames_arrive_whole_and_in_order(world: World, clock: Clock) -> None:
     left, right = await world.pair()
     right.serve(PROTOCOL, echo)
     stream = await left.open_stream(right.peer_id, PROTOCOL)
@@ -251,7 +250,7 @@ async def test_frames_arrive_whole_and_in_order(world: World) -> None:
         await stream.receive()
 
 
-async def test_a_frame_over_the_bound_is_not_sent(world: World) -> None:
+async def test_a_frame_over_the_bound_is_not_sent(world: World, clock: Clock) -> None:
     left, right = await world.pair()
     right.serve(PROTOCOL, echo)
     stream = await left.open_stream(right.peer_id, PROTOCOL)
@@ -261,7 +260,7 @@ async def test_a_frame_over_the_bound_is_not_sent(world: World) -> None:
     assert await stream.receive() == b"still whole"
 
 
-async def test_the_handler_knows_its_peer(world: World) -> None:
+async def test_the_handler_knows_its_peer(world: World, clock: Clock) -> None:
     left, right = await world.pair()
     peers: list[PeerId] = []
 
@@ -277,7 +276,7 @@ async def test_the_handler_knows_its_peer(world: World) -> None:
     assert peers == [left.peer_id]
 
 
-async def test_streams_go_both_ways_over_one_connection(world: World) -> None:
+async def test_streams_go_both_ways_over_one_connection(world: World, clock: Clock) -> None:
     left, right = await world.pair()
     left.serve(PROTOCOL, echo)
     right.serve(PROTOCOL, echo)
@@ -288,7 +287,7 @@ async def test_streams_go_both_ways_over_one_connection(world: World) -> None:
         await stream.close()
 
 
-async def test_what_was_sent_before_a_close_arrives(world: World) -> None:
+async def test_what_was_sent_before_a_close_arrives(world: World, clock: Clock) -> None:
     left, right = await world.pair()
     sink = Sink()
     right.serve(PROTOCOL, sink)
@@ -304,7 +303,7 @@ async def test_what_was_sent_before_a_close_arrives(world: World) -> None:
         await stream.send(b"after the end")
 
 
-async def test_after_a_close_the_other_side_may_go_on(world: World) -> None:
+async def test_after_a_close_the_other_side_may_go_on(world: World, clock: Clock) -> None:
     left, right = await world.pair()
 
     async def answer_at_the_end(stream: Stream) -> None:
@@ -325,7 +324,7 @@ async def test_after_a_close_the_other_side_may_go_on(world: World) -> None:
         await stream.receive()
 
 
-async def test_a_reset_ends_both_sides(world: World) -> None:
+async def test_a_reset_ends_both_sides(world: World, clock: Clock) -> None:
     left, right = await world.pair()
     sink = Sink()
     right.serve(PROTOCOL, sink)
@@ -340,7 +339,7 @@ async def test_a_reset_ends_both_sides(world: World) -> None:
         await stream.receive()
 
 
-async def test_a_reset_by_the_handler_is_seen(world: World) -> None:
+async def test_a_reset_by_the_handler_is_seen(world: World, clock: Clock) -> None:
     left, right = await world.pair()
 
     async def reset(stream: Stream) -> None:
@@ -354,7 +353,7 @@ async def test_a_reset_by_the_handler_is_seen(world: World) -> None:
         await stream.receive()
 
 
-async def test_a_failing_handler_resets_its_stream_and_no_more(world: World) -> None:
+async def test_a_failing_handler_resets_its_stream_and_no_more(world: World, clock: Clock) -> None:
     left, right = await world.pair()
 
     async def fail(stream: Stream) -> None:
@@ -380,7 +379,7 @@ async def test_a_failing_handler_resets_its_stream_and_no_more(world: World) -> 
     assert right.statistics().drops["handler_failed"] == 2
 
 
-async def test_what_the_peer_does_not_serve_is_refused(world: World) -> None:
+async def test_what_the_peer_does_not_serve_is_refused(world: World, clock: Clock) -> None:
     left, right = await world.pair()
     with pytest.raises(Refused):
         await left.open_stream(right.peer_id, PROTOCOL)
@@ -392,7 +391,7 @@ async def test_what_the_peer_does_not_serve_is_refused(world: World) -> None:
     assert await stream.receive() == b"x"
 
 
-async def test_a_disconnect_breaks_streams(world: World) -> None:
+async def test_a_disconnect_breaks_streams(world: World, clock: Clock) -> None:
     left, right = await world.pair()
     sink = Sink()
     right.serve(PROTOCOL, sink)
@@ -408,7 +407,7 @@ async def test_a_disconnect_breaks_streams(world: World) -> None:
         await stream.send(b"y")
 
 
-async def test_a_slow_reader_holds_the_sender_until_it_reads(world: World) -> None:
+async def test_a_slow_reader_holds_the_sender_until_it_reads(world: World, clock: Clock) -> None:
     left, right = await world.pair()
     gate = trio.Event()
     sink = Sink()
@@ -439,7 +438,7 @@ async def test_a_slow_reader_holds_the_sender_until_it_reads(world: World) -> No
     assert sink.end == ["StreamClosed"]
 
 
-async def test_a_cancelled_receive_loses_nothing(world: World) -> None:
+async def test_a_cancelled_receive_loses_nothing(world: World, clock: Clock) -> None:
     left, right = await world.pair()
     right.serve(PROTOCOL, echo)
     stream = await left.open_stream(right.peer_id, PROTOCOL)
@@ -451,7 +450,7 @@ async def test_a_cancelled_receive_loses_nothing(world: World) -> None:
         assert await stream.receive() == b"%d" % number
 
 
-async def test_a_cancelled_send_spoils_no_other_stream(world: World) -> None:
+async def test_a_cancelled_send_spoils_no_other_stream(world: World, clock: Clock) -> None:
     left, right = await world.pair()
     right.serve("/test/idle/1", idle)
     right.serve(PROTOCOL, echo)
@@ -467,7 +466,7 @@ async def test_a_cancelled_send_spoils_no_other_stream(world: World) -> None:
         assert await good.receive() == b"%d" % number
 
 
-async def test_many_streams_at_once(world: World) -> None:
+async def test_many_streams_at_once(world: World, clock: Clock) -> None:
     left, right = await world.pair()
     right.serve(PROTOCOL, echo)
     before = left.statistics().streams_open
@@ -491,7 +490,7 @@ async def test_many_streams_at_once(world: World) -> None:
     await eventually(lambda: right.statistics().streams_open == 0)
 
 
-async def test_statistics_count_frames_and_bytes(world: World) -> None:
+async def test_statistics_count_frames_and_bytes(world: World, clock: Clock) -> None:
     left, right = await world.pair()
     right.serve(PROTOCOL, echo)
     stream = await left.open_stream(right.peer_id, PROTOCOL)
@@ -531,7 +530,7 @@ async def publish_until(publisher: Transport, payload: bytes, check: Callable[[]
         await trio.sleep(0.1)
 
 
-async def test_gossip_reaches_subscribers_and_not_its_publisher(world: World) -> None:
+async def test_gossip_reaches_subscribers_and_not_its_publisher(world: World, clock: Clock) -> None:
     left, right = await world.pair()
     ears = {transport.peer_id: Ear() for transport in (left, right)}
     for transport in (left, right):
@@ -543,7 +542,7 @@ async def test_gossip_reaches_subscribers_and_not_its_publisher(world: World) ->
     assert ears[left.peer_id].heard == []
 
 
-async def test_gossip_is_passed_on_with_its_first_senders_name(world: World) -> None:
+async def test_gossip_is_passed_on_with_its_first_senders_name(world: World, clock: Clock) -> None:
     nodes = [await world.transport() for _ in range(3)]
     ears = [Ear() for _ in nodes]
     for node, ear in zip(nodes, ears, strict=True):
@@ -554,7 +553,7 @@ async def test_gossip_is_passed_on_with_its_first_senders_name(world: World) -> 
     assert {peer for peer, _ in ears[2].heard} == {nodes[0].peer_id}
 
 
-async def test_gossip_judged_worthless_goes_no_further(world: World) -> None:
+async def test_gossip_judged_worthless_goes_no_further(world: World, clock: Clock) -> None:
     nodes = [await world.transport() for _ in range(3)]
     ears = [Ear(), Ear(verdict=False), Ear()]
     for node, ear in zip(nodes, ears, strict=True):
@@ -567,7 +566,7 @@ async def test_gossip_judged_worthless_goes_no_further(world: World) -> None:
     assert {peer for peer, _ in ears[2].heard} == {nodes[1].peer_id}
 
 
-async def test_gossip_over_its_bound_is_our_own_fault(world: World) -> None:
+async def test_gossip_over_its_bound_is_our_own_fault(world: World, clock: Clock) -> None:
     left, right = await world.pair()
     ear = Ear()
     await left.subscribe(TOPIC, Ear())
