@@ -61,7 +61,7 @@ def public_key_of(peer_id: str) -> bytes:
     if number.bit_length() > 8 * size:
         raise BadKey(f"the peer id {peer_id} is too long, {wanted}")
     raw = number.to_bytes(size, "big")
-    if not raw.startswith(_PREFIX) or peer_id_of(raw[len(_PREFIX) :]) != peer_id:
+    if peer_id_of(raw[len(_PREFIX) :]) != peer_id:  # so its prefix is ours, and it has no other spelling
         raise BadKey(f"the peer id {peer_id} is of another kind of key, {wanted}")
     return raw[len(_PREFIX) :]
 

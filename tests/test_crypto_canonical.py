@@ -156,6 +156,34 @@ def test_a_cut_or_longer_encoding_is_refused(value: Any, data: st.DataObject) ->
 
 
 @pytest.mark.parametrize(
+    ("hexed", "says"),
+    [
+        ("", "1 elements are missing"),
+        ("9201", "1 elements are missing"),
+        ("81a161", "1 elements are missing"),
+        ("dc01", "inside a header"),
+        ("c6000000", "inside a header"),
+        ("cb7ff0000000", "inside a float"),
+        ("ca", "inside a float"),
+        ("a26b", "1 bytes are missing"),
+        ("cd01", "1 bytes are missing"),
+        ("c4020a", "1 bytes are missing"),
+        ("0101", "1 bytes after the end"),
+        ("9001c0", "2 bytes after the end"),
+        ("a1ff", "not UTF-8"),
+        ("cb7ff0000000000000", "not finite"),
+        ("82a16101a16101", "same key twice"),
+        ("8101", "not a str"),
+        ("d40500", "type 0xd4 at byte 0"),
+        ("91c1", "type 0xc1 at byte 1"),
+    ],
+)
+def test_what_is_wrong_is_found_by_the_scan_and_said(hexed: str, says: str) -> None:
+    with pytest.raises(BadEncoding, match=says):
+        decode(bytes.fromhex(hexed))
+
+
+@pytest.mark.parametrize(
     ("raw", "limits", "says"),
     [
         (encode("x" * 20), Limits(bytes_max=20), "22 bytes|21 bytes"),

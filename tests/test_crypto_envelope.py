@@ -115,6 +115,15 @@ def test_the_domain_is_signed_outside_the_fields_too() -> None:
         opened(encode([*values, KEY.sign(encode(values))]))
 
 
+def test_both_domains_must_agree() -> None:
+    """A signer that puts one domain in the fields and another before them gets neither."""
+    values = wire_of(domain="round")[:-1]
+    raw = encode([*values, KEY.sign(b"openagi:advert:" + encode(values))])
+    for domain in ("advert", "round"):
+        with pytest.raises(BadSignature):
+            opened(raw, domain=domain)
+
+
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, len(GOLDEN) // 2 - 1), st.integers(1, 255))
