@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from node.errors import ConfigError
 
+KEY_FILE = "identity.key"  # in the data directory
 ENVIRONMENT_PREFIX = "OPENAGI_"
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 _LISTS = frozenset({"listen", "bootstrap"})

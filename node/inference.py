@@ -110,7 +110,7 @@ class Inference:
     @asynccontextmanager
     async def answer(self, work: GenerateWork, route: RouteHint) -> AsyncIterator[Answer]:
         """Answer a request wherever it is best answered. Leaving the block cancels it there within one step."""
-        with self._counted():
+        with self._counted(), _single():
             send, receive = trio.open_memory_channel[AnswerItem | RequestError](PIECES_BUFFERED)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._drive, work, route, send)
@@ -322,6 +322,17 @@ class Inference:
             except RequestError as exc:
                 attempt.failed(ranked.peer, exc)
         raise attempt.last_error or PeerFailed("no attempt was made")
+
+
+@contextmanager
+def _single() -> Iterator[None]:
+    """A nursery wraps what is raised in its block into a group; a caller waits for the one error itself."""
+    try:
+        yield
+    except ExceptionGroup as group:
+        if len(group.exceptions) > 1:
+            raise
+        raise group.exceptions[0] from None
 
 
 def _need(work: GenerateWork | EmbedWork, kind: str, attempt: _Attempt, route: RouteHint) -> Need:

@@ -25,7 +25,7 @@ import trio
 from crypto.identity import Identity
 from gossip.messages import advert_topic
 from gossip.service import GossipConfig, GossipService
-from node.config import NodeConfig
+from node.config import KEY_FILE, NodeConfig
 from node.errors import ConfigError
 from node.hosting import Hosting
 from node.inference import INFER_PROTOCOL, Inference
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 IN_FLIGHT_S = 30.0
 MEASURE_EVERY_S = 1.0
-KEY_FILE = "identity.key"
 _log = logging.getLogger("node")
 
 

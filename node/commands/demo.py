@@ -51,10 +51,10 @@ def demo(
         try:
             with Cluster(root) as cluster:
                 typer.echo("starting three nodes ...")
-                seed = cluster.start("server-1").wait_ready()
-                second = cluster.start("server-2", join=[seed])
+                seed = cluster.reserve("server-1")
+                servers = [cluster.start("server-1"), cluster.start("server-2", join=[seed])]
                 door = cluster.start("door", "--model", "none", join=[seed])
-                _show([door.wait_ready(), seed, second.wait_ready()], tokens, began)
+                _show([node.wait_ready() for node in (door, *servers)], tokens, began)
         except (DemoFailed, NotStarted) as exc:
             typer.echo(f"demo: {exc}", err=True)
             _logs(root)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from crypto.identity import Identity
+from node.config import KEY_FILE
 
 READY_S_MAX = 120.0
 STOP_S_MAX = 40.0
@@ -86,30 +90,40 @@ class Cluster:
         self.root = root
         self.network = network or f"cluster-{os.getpid()}"
         self.nodes: list[NodeProcess] = []
+        self._reserved: dict[str, str] = {}
         self._no_peers = root / "no_peers.json"
         self._no_peers.write_text("[]")
 
-    def start(self, name: str, *flags: str, join: Sequence[NodeProcess] = ()) -> NodeProcess:
+    def start(self, name: str, *flags: str, join: Sequence[NodeProcess | str] = ()) -> NodeProcess:
         """Start a node; later flags win. A second start under one name keeps its data directory."""
         ready = self.root / f"{name}.ready"
         ready.unlink(missing_ok=True)
         command = [sys.executable, "-m", "node", "run", "--data-dir", str(self.root / name)]
-        for key, value in self._defaults(ready).items():
+        for key, value in self._defaults(name, ready).items():
             if key not in flags:
                 command += [key, value]
         command += ["--no-mdns", *flags]
         for other in join:
-            command += ["--bootstrap", other.address]
+            command += ["--bootstrap", other if isinstance(other, str) else other.address]
         with (self.root / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         node = NodeProcess(name=name, process=process, root=self.root)
         self.nodes.append(node)
         return node
 
-    def _defaults(self, ready: Path) -> dict[str, str]:
+    def reserve(self, name: str) -> str:
+        """Choose port and identity of a node that starts later, so that others can name its address at once."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        identity = Identity.load_or_make(self.root / name / KEY_FILE)
+        self._reserved[name] = f"/ip4/127.0.0.1/tcp/{port}"
+        return f"{self._reserved[name]}/p2p/{identity.peer_id}"
+
+    def _defaults(self, name: str, ready: Path) -> dict[str, str]:
         return {
             "--http": "127.0.0.1:0",
-            "--listen": "/ip4/127.0.0.1/tcp/0",
+            "--listen": self._reserved.get(name, "/ip4/127.0.0.1/tcp/0"),
             "--network": self.network,
             "--bootstrap-file": str(self._no_peers),
             "--ready-file": str(ready),

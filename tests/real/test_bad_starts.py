@@ -72,7 +72,7 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
 def test_corrupt_safetensors(tmp_path: Path) -> None:
     from model.load import resolve
 
-    source, broken = Path(resolve("default")), tmp_path / "broken"
+    source, broken = resolve("default").path, tmp_path / "broken"
     broken.mkdir()
     for file in source.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())

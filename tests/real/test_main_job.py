@@ -52,11 +52,11 @@ def stream_and(node: NodeProcess, tokens: int, disturb: Any) -> tuple[str, str, 
 
 def three(cluster: Cluster) -> tuple[NodeProcess, NodeProcess, NodeProcess]:
     """Two nodes with the model and a door without; the door sees both."""
-    seed = cluster.start("a").wait_ready()
-    other = cluster.start("b", join=[seed])
-    door = cluster.start("door", "--model", "none", join=[seed])
-    other.wait_ready()
-    door.wait_ready()
+    address = cluster.reserve("a")
+    seed, other = cluster.start("a"), cluster.start("b", join=[address])
+    door = cluster.start("door", "--model", "none", join=[address])
+    for node in (seed, other, door):
+        node.wait_ready()
     sees(door, 2)
     return door, seed, other
 
@@ -68,7 +68,7 @@ def reference(tokens: int) -> str:
 
     from model.load import resolve
 
-    place = resolve("default")
+    place = resolve("default").path
     tokenizer = transformers.AutoTokenizer.from_pretrained(place)
     model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
@@ -147,7 +147,8 @@ def test_a_client_that_leaves_frees_the_slot_on_the_serving_peer(cluster: Cluste
     door = cluster.start("door", "--model", "none", join=[seed]).wait_ready()
     sees(door, 1)
     with httpx.stream("POST", f"{door.url}/v1/completions", json=body(900, stream=True), timeout=PATIENCE_S) as response:
-        next(events(response))
+        stream = events(response)
+        next(stream)
         assert running(seed) == 1
     eventually("the slot is free again", lambda: running(seed) == 0, 10)
     assert ask(door, 4).status_code == 200
