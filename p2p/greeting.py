@@ -126,8 +126,13 @@ class Greeting:
 
     async def _probe(self, peer: PeerId, calls: Calls) -> None:
         began = trio.current_time()
-        answer = read_ping(await calls.call(peer, "ping", to_value(Ping(instance=self._introduction.instance))))
+        try:
+            value = await calls.call(peer, "ping", to_value(Ping(instance=self._introduction.instance)))
+        except RemoteError:
+            self._ledger.roster.pinged(peer, trio.current_time() - began)  # no answer we like, yet it lives
+            return
         self._ledger.roster.pinged(peer, trio.current_time() - began)
+        answer = read_ping(value)
         self._instances.heard(peer, answer.instance)
         self._twin_told(peer, answer.twin)
 

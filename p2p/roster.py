@@ -24,6 +24,7 @@ GREET_GRACE_S = 2.0  # the one that dialled speaks first; then we do
 GREETS_MAX = 3  # tries, GREET_AGAIN_S apart
 GREET_AGAIN_S = 5.0
 PING_EVERY_S = 15.0
+PING_AGAIN_S = 2.0  # after one that was missed, to tell a hiccup from a frozen peer
 PINGS_MISSED_MAX = 2
 EXCHANGE_EVERY_S = 120.0
 EXCHANGE_SOON_S = 15.0  # while we want more peers: those that start together with us come to be known one by one
@@ -201,10 +202,10 @@ class Roster:
             member.rtt_s = rtt_s if old is None else old + RTT_WEIGHT * (rtt_s - old)
 
     def missed(self, peer: PeerId, now: float) -> None:
-        """A ping was not answered; the next goes out at once, to tell a hiccup from a frozen peer."""
+        """A ping was not answered; the next goes out soon."""
         if (member := self._members.get(peer)) is not None:
             member.missed += 1
-            member.ping_at = now
+            member.ping_at = now + PING_AGAIN_S
 
     def serve_exchange(self, peer: PeerId, now: float) -> bool:
         """Whether a peer may have addresses now: it is greeted and did not ask just before."""

@@ -338,7 +338,7 @@ async def test_a_peer_that_cuts_us_off_is_not_dialled_in_a_circle(autojump_clock
         async def cutter() -> None:
             while True:
                 await until(lambda: a.id in b.peering.peers(), 3600.0)
-                swarm.network.drop_connection(a.id, b.id)
+                swarm.network.break_connections(a.id, b.id)
 
         nursery.start_soon(cutter)
         await trio.sleep(600.0)
