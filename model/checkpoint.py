@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ TOKENIZER_BYTES_MAX = 256 << 20  # Gemma's is 33 MiB
 TENSORS_MAX = 200_000
 FILES_MAX = 2_000
 DIMENSIONS_MAX = 8
+PLAIN_NAME = re.compile(r"[a-z0-9_]+|None")  # of an attention function in transformers; a hub's kernel has a slash
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -73,11 +75,14 @@ def read_checkpoint(path: Path, *, inside: Path | None = None) -> Checkpoint:
     names = _names(path)
     if "config.json" not in names:
         raise NotFound(f"{path} has no config.json, so it holds no model that transformers can load")
+    if (path / "adapter_config.json").exists():
+        raise BadModel(f"{path} is an adapter (adapter_config.json), not a whole model; merge it into its base first")
     for name in names:
         _check_file(path / name, root)
     config = read_json(path / "config.json", CONFIG_BYTES_MAX)
     if not isinstance(config.get("model_type"), str):
         raise BadModel(f"{path / 'config.json'} names no model_type, so its architecture is unknown")
+    _check_keys(path, config)
     if config.get("quantization_config") is not None:
         raise BadModel(f"{path} is a quantized checkpoint, which is not supported; use the original in safetensors")
     if not set(VOCABULARIES) & set(names):
@@ -170,6 +175,20 @@ def _check_spans(path: Path, spans: list[tuple[int, int]], body_bytes: int) -> N
         at = end
     if at != body_bytes:
         raise BadModel(f"{path} holds {body_bytes:,} bytes of tensors, its header says {at:,}; fetch it again")
+
+
+def _check_keys(path: Path, config: dict[str, Any]) -> None:
+    """Keys by which a configuration would have other files read, or code fetched from the hub. Raises BadModel."""
+    stack: list[Any] = [config]
+    while stack:
+        for key, value in stack.pop().items():
+            code = key.endswith("_implementation") and not PLAIN_NAME.fullmatch(str(value))
+            if key == "transformers_weights" or code:
+                raise BadModel(
+                    f"{path / 'config.json'} sets {key} to {str(value)[:100]!r}, which could load other files or run "
+                    "code; remove that key if you trust the model"
+                )
+            stack.extend(item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict))
 
 
 def _names(path: Path) -> tuple[str, ...]:

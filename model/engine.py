@@ -283,6 +283,5 @@ class Engine:
 
 
 def _out_of_memory(exc: BaseException) -> OutOfMemory:
-    error = OutOfMemory(f"the device has no memory left for this request ({first_line(exc)}); try a shorter one")
-    error.__cause__ = exc
-    return error
+    """Without its cause: the traceback's frames would hold the very memory that is short."""
+    return OutOfMemory(f"the device has no memory left for this request ({first_line(exc)}); try a shorter one")
