@@ -25,6 +25,7 @@ from p2p.transport import GOSSIP_BYTES_MAX
 ADVERT_DOMAIN = "advert"
 ADVERT_LIFE_MS = 30_000  # three refreshes: two lost adverts in a row do not make a peer vanish
 ENVELOPE_BYTES = 256  # what an envelope adds to its body at most: key, signature, times, two labels
+CAPACITY_BYTES_MAX = GOSSIP_BYTES_MAX - ENVELOPE_BYTES - 384  # the rest of an advert without any address is under 300
 MODELS_MAX = 16  # a node's engines, with room; sixteen full entries still fit GOSSIP_BYTES_MAX
 ADDRESSES_MAX = 8  # interfaces of one machine, v4 and v6
 ADDRESS_CHARS_MAX = 256
@@ -110,14 +111,20 @@ def advert_topic(network: str) -> str:
 
 
 def checked_capacity(capacity: Capacity) -> Capacity:
-    """The same capacity, if peers would accept it.
+    """The same capacity, if peers would accept it: an advert of it can then be sealed whatever else it says.
 
-    Raises: LocalProtocolError (a field is out of its bounds; names the field).
+    Raises: LocalProtocolError (a field is out of its bounds, and which; or the models are too many to be told).
     """
     try:
-        fault = _contradiction(decode_struct(encode_struct(capacity), Capacity))
+        body = encode_struct(capacity)
+        fault = _contradiction(decode_struct(body, Capacity))
     except BadEncoding as exc:
-        fault = str(exc)
+        raise LocalProtocolError(f"this node's capacity cannot be advertised: {exc}") from exc
+    if not fault and len(body) > CAPACITY_BYTES_MAX:
+        fault = (
+            f"{len(capacity.models)} models take {len(body)} bytes and at most {CAPACITY_BYTES_MAX} fit: "
+            "serve fewer models or give them shorter names"
+        )
     if fault:
         raise LocalProtocolError(f"this node's capacity cannot be advertised: {fault}")
     return capacity

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from p2p.transport import PeerChange, Stream, Transport
 
 ADVERTS_PROTOCOL = "/openagi/adverts/1"  # the answer to opening a stream: adverts, one a frame, then the end
 ADVERTS_HANDED_MAX = 256
+NETWORK_PATTERN = "[a-z0-9][a-z0-9._-]{0,63}"  # what an envelope carries
 PULL_S = 5.0
 PULLERS = 4  # peers asked at once for what they know
 JOINS_WAITING_MAX = 256
@@ -71,6 +73,15 @@ class GossipConfig:
     state_path: Path | None = None
     on_duplicate: Callable[[str], None] = lambda _message: None
     wall_clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
+
+    def __post_init__(self) -> None:
+        """Raises ValueError with what came and what is wanted."""
+        if re.fullmatch(NETWORK_PATTERN, self.network) is None:
+            raise ValueError(f"network {self.network!r} came, wanted 1 to 64 of a-z 0-9 . _ -, beginning with a-z 0-9")
+        if re.fullmatch("[0-9a-f]{8,64}", self.instance) is None:
+            raise ValueError(f"instance {self.instance!r} came, wanted 8 to 64 hex digits")
+        if not 1 <= len(self.agent) <= 64:
+            raise ValueError(f"agent {self.agent!r} came, wanted 1 to 64 characters")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

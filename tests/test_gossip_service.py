@@ -353,6 +353,22 @@ async def test_a_capacity_out_of_bounds_is_refused_at_the_door(
             here.gossip.offer(replace(CAPACITY, slots_total=-1))
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"network": "Main"},
+        {"network": ""},
+        {"network": "n" * 65},
+        {"instance": "x"},
+        {"agent": ""},
+        {"agent": "a" * 65},
+    ],
+)
+def test_a_config_that_no_envelope_could_carry_is_refused(bad: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="came, wanted"):
+        config(**bad)
+
+
 # --- asked for what it knows ---
 
 
@@ -464,7 +480,7 @@ async def test_a_disk_that_cannot_be_written_costs_no_node(
 # --- pace ---
 
 
-@settings(max_examples=40)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from(("changed", "joined", "wait")), st.floats(0.0, 4.0)), max_size=60))
 def test_the_pace_is_kept_whatever_happens(history: list[tuple[str, float]]) -> None:
     pace, now, said, begun = AdvertPace(random.Random(1)), 0.0, list[float](), False
@@ -499,7 +515,7 @@ def test_small_changes_can_wait() -> None:
     assert matters(CAPACITY, replace(CAPACITY, slots_free=3))
 
 
-@settings(max_examples=40)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 5), st.floats(0.0, 3.0)), max_size=80))
 def test_buckets_grant_no_more_than_their_rate_and_stay_few(history: list[tuple[int, float]]) -> None:
     buckets, now, granted = Buckets(rate_per_s=2.0, burst=10.0, keys_max=6), 0.0, [0] * 6

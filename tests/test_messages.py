@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import to_builtins
 from msgspec.structs import replace
@@ -136,6 +136,21 @@ def test_a_capacity_that_peers_would_refuse_is_refused_here(bad: dict[str, Any])
         checked_capacity(replace(CAPACITY, **bad))
 
 
+@pytest.mark.parametrize("count", range(1, MODELS_MAX + 1))
+def test_a_capacity_that_was_accepted_can_always_be_sealed(count: int) -> None:
+    """Over the whole range of sizes, with everything else as long as it may be."""
+    for length in range(1, NAME_CHARS_MAX, 9):
+        models = tuple(replace(MODEL, name="m" * length, context_tokens=1 << 40) for _ in range(count))
+        try:
+            capacity = checked_capacity(replace(CAPACITY, models=models, trains="t" * NAME_CHARS_MAX))
+        except LocalProtocolError as exc:
+            assert "serve fewer models" in str(exc)  # noqa: PT017  # either outcome is right
+            continue
+        longest = Advert(instance="f" * 64, started_ms=1 << 53, agent="a" * 64, addresses=("/x",), capacity=capacity)
+        raw = seal_advert(IDENTITY, longest, network="n" * 64, sequence=2**63 - 1, time_ms=NOW_MS)
+        assert len(raw) <= GOSSIP_BYTES_MAX
+
+
 def test_a_good_capacity_passes() -> None:
     assert checked_capacity(CAPACITY) is CAPACITY
 
@@ -146,6 +161,7 @@ CAPACITY_FIELDS = (*Capacity.__struct_fields__, "unknown")
 MODEL_FIELDS = (*ModelOffer.__struct_fields__, "unknown")
 
 
+@settings(deadline=None)
 @given(
     level=st.sampled_from(("advert", "capacity", "model")),
     field=st.integers(0, 30),
@@ -169,12 +185,14 @@ def test_any_field_may_be_extreme(level: str, field: int, value: object) -> None
     assert all(math.isfinite(rate) for rate in (advert.capacity.decode_tok_s, advert.capacity.prefill_tok_s))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=600))
 def test_any_bytes_give_a_message_or_the_peers_error(body: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         advert_of(envelope_of(body))
 
 
+@settings(deadline=None)
 @given(position=st.integers(0, 10_000), flip=st.integers(1, 255))
 def test_a_changed_byte_gives_a_message_or_the_peers_error(position: int, flip: int) -> None:
     body = bytearray(encode(to_builtins(ADVERT)))

@@ -389,7 +389,7 @@ HAPPENINGS = st.lists(
 )
 
 
-@settings(max_examples=50)
+@settings(deadline=None, max_examples=50)
 @given(st.lists(CLAIMS, max_size=4), HAPPENINGS, st.integers(0, 9))
 def test_histories(claims: list[dict[str, Any]], history: list[tuple[str, int]], seed: int) -> None:
     seen, now, rng = Observations(), 0.0, random.Random(seed)

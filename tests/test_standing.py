@@ -161,7 +161,7 @@ CONDUCT = st.one_of(
 )
 
 
-@settings(max_examples=50)
+@settings(deadline=None, max_examples=50)
 @given(st.lists(CONDUCT, max_size=25))
 def test_scores_stay_in_range_and_bans_hold(history: list[tuple[Fault | Deed | float, PeerId]]) -> None:
     standing, now = Standing(), 0.0
@@ -255,6 +255,7 @@ def test_a_new_connection_mends_a_lost_one_but_no_black_hole() -> None:
 HAPPENINGS = st.sampled_from(("start", "work", "fail", "lose", "release", "reconnect", "wait", "wait"))
 
 
+@settings(deadline=None)
 @given(st.lists(HAPPENINGS, max_size=60))
 def test_no_history_cuts_a_peer_off_for_ever_or_lets_two_probes_go(history: list[str]) -> None:
     breaker, now = Breaker(), 0.0
