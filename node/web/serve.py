@@ -33,6 +33,8 @@ from p2p.errors import CannotListen
 
 HEAD_BYTES_MAX = 16 << 10  # a request line and its headers
 BACKLOG = 256
+# what Hypercorn and h11 may raise for what a client sent, or for how it left; all else is a bug and ends the node
+FOREIGN = (h11.ProtocolError, OSError, trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError)
 
 log = logging.getLogger("node.web")
 
@@ -146,7 +148,7 @@ class _Server:
                 nursery.start_soon(_abort_when_cancelled, connection)
                 await _Connection(self._wrapped, self.config, self.context, ConnectionState({}), connection).run()
                 nursery.cancel_scope.cancel()
-        except* Exception:  # a guard: whatever one client's bytes do to Hypercorn, the node goes on
+        except* FOREIGN:  # what one client's bytes do to Hypercorn must not end the node
             self._counts.drops["connection_failed"] += 1
             log.exception("an HTTP connection failed and was closed")
 
@@ -190,10 +192,20 @@ class _BoundedStream:
 
 
 class _Http11Only(H11Protocol):
-    """Hypercorn's HTTP/1.1 without its ways into HTTP/2."""
+    """Hypercorn's HTTP/1.1 without its ways into HTTP/2 and WebSocket.
+
+    A frame after the upgrade that a refusing application has not answered yet raises LocalProtocolError out of
+    Hypercorn's reader, and so would end the node: such a request is an ordinary GET here.
+    """
 
     async def _check_protocol(self, event: h11.Request) -> None:
         pass
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        plain = [(name, value) for name, value in request.headers if name != b"upgrade"]
+        await super()._create_stream(
+            h11.Request(method=request.method, target=request.target, headers=plain, http_version=request.http_version)
+        )
 
 
 class _Connection(TCPServer):
