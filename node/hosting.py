@@ -1,16 +1,16 @@
 """The model this node hosts: its engine, the one thread it runs in, and the answers that flow out of it.
 
-Rules: torch runs in one worker thread, one `step()` a hop, so that cancellation waits for at most one step. One task
-(`run`) owns the runtime; requests reach it as orders that are carried out before the next step. Every admitted
-request ends in exactly one of: Finished, an error, cancellation by its owner.
+Rules: torch runs in one worker thread, one turn a hop: the orders, a few texts to embed, one `step()`; so nobody waits
+for more than that. One task (`run`) owns the runtime; requests reach it as orders that are carried out before the next
+step. Every admitted request ends in exactly one of: Finished, an error, cancellation by its owner.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,7 +18,7 @@ import trio
 
 from model.config import ModelFacts
 from model.errors import BadInput, EngineFull, ModelError
-from model.requests import EngineStatistics, GenerationRequest, Output, SamplingParameters
+from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, SamplingParameters
 from model.runtime_face import Runtime
 from node.errors import BadRequest, InternalError, NoRoom, NotReady, RequestError, UnknownModel
 from node.work import (
@@ -35,7 +35,14 @@ from node.work import (
 
 PROGRESS_EVERY_S = 0.5
 EMBED_QUEUE_MAX = 64
+EMBED_TEXTS_PER_TURN = 32
+EMBED_LENGTH_PER_TURN = 4_096  # letters or token ids: under half a second of a small encoder on two cores
+CHANGE_EVERY_S = 1.0  # while only rates change
 NO_ROOM_RETRY_S = 1.0
+LOGPROB_MIN = -9999.0  # stands for minus infinity, which no wire form carries
+
+Turn = Callable[[], list[Output]]
+Hop = Callable[[Turn], Awaitable[list[Output]]]  # runs a turn where it may block; not to be cancelled halfway
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,6 +55,7 @@ class _Job:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     admitted: bool = False
+    wrote: bool = False  # a first piece came: from now on its pieces say how far it is
     told_at: float = -math.inf
     told: Progress | None = None
 
@@ -56,24 +64,39 @@ class _Job:
 class _EmbedJob:
     work: EmbedWork
     done: trio.Event = field(default_factory=trio.Event)
+    made: list[Embeddings] = field(default_factory=list)
     result: Embedded | RequestError | None = None
     cancelled: bool = False
+
+    def next_texts(self) -> list[str | tuple[int, ...]]:
+        """The next few texts, as many as one turn may take."""
+        begin = sum(len(part.vectors) for part in self.made)
+        texts, length = list[str | tuple[int, ...]](), 0
+        for text in self.work.texts[begin : begin + EMBED_TEXTS_PER_TURN]:
+            length += len(text)
+            if texts and length > EMBED_LENGTH_PER_TURN:
+                break
+            texts.append(text)
+        return texts
 
 
 class Hosting:
     """Admission to the local engine and its loop. `on_change` is called (sync) whenever its capacity changed."""
 
-    def __init__(self, runtime: Runtime, *, peer: str, on_change: Callable[[], None]) -> None:
+    def __init__(self, runtime: Runtime, *, peer: str, on_change: Callable[[], None], hop: Hop | None = None) -> None:
+        """hop: where turns run; None: in a worker thread of their own."""
         self.runtime = runtime
         self.draining = False
         self._peer = peer
         self._on_change = on_change
-        self._limiter = trio.CapacityLimiter(1)
+        self._changed_at = -math.inf
+        self._hop: Hop = hop or partial(trio.to_thread.run_sync, limiter=trio.CapacityLimiter(1))
         self._jobs: dict[str, _Job] = {}
         self._orders: deque[Callable[[], Output | None]] = deque()  # an output is an order's own failure
         self._embeds: deque[_EmbedJob] = deque()
         self._wake = trio.Event()
-        self._ended = trio.lowlevel.ParkingLot()
+        self._open = 0  # requests whose owner has not left yet
+        self._left = trio.lowlevel.ParkingLot()
         self._count = 0
         self._statistics = runtime.statistics()
 
@@ -86,31 +109,34 @@ class Hosting:
                 await self._wake.wait()
             orders = list(self._orders)
             self._orders.clear()
-            embed = self._embeds.popleft() if self._embeds else None
-            for output in await trio.to_thread.run_sync(partial(self._turn, orders, embed), limiter=self._limiter):
+            embed = self._embeds[0] if self._embeds else None
+            for output in await self._hop(partial(self._turn, orders, embed)):
                 self._deliver(output)
-            if embed is not None:
+            if embed is not None and (embed.cancelled or embed.result is not None):
+                self._embeds.popleft()
                 embed.done.set()
             self._tell_progress()
-            fresh = self.runtime.statistics()
-            if fresh != self._statistics:
-                self._statistics = fresh
-                self._on_change()
+            self._tell_change()
 
     def statistics(self) -> EngineStatistics:
         """The engine's figures after its last step."""
         return self._statistics
 
     async def wait_idle(self) -> None:
-        """Wait until no request is admitted."""
+        """Wait until no request is admitted, and the owner of each has taken its last item."""
         await trio.lowlevel.checkpoint()
-        while self._jobs:
-            await self._ended.park()
+        while self._open:
+            await self._left.park()
 
     @property
     def requests_running(self) -> int:
         """Requests admitted and not ended."""
-        return len(self._jobs)
+        return self._open
+
+    @property
+    def embeds_waiting(self) -> int:
+        """Embedding requests not ended, the one under way included."""
+        return len(self._embeds)
 
     def facts(self, kind: str) -> ModelFacts | None:
         """The model that answers requests of a kind (causal: text, encoder: vectors), None when there is none."""
@@ -135,38 +161,50 @@ class Hosting:
 
         Raises NotReady, UnknownModel, NoRoom. Leaving the block cancels the request in the engine within one step.
         """
-        self._admit(work.model, work.revision, "causal")
-        send, receive = trio.open_memory_channel[AnswerItem | RequestError](math.inf)  # at most max_tokens items
+        self._check(work.model, work.revision, "causal")
+        send, receive = trio.open_memory_channel[AnswerItem | RequestError](
+            math.inf
+        )  # max_tokens items, and progress while it waits
         self._count += 1
         job = _Job(work=work, send=send, key=f"{self._count}")
         self._jobs[job.key] = job
         self._order(partial(self._start, job))
-        try:
-            yield receive
-        finally:
-            if self._jobs.pop(job.key, None) is not None:
-                self._order(partial(self._cancel, job.key))
-            receive.close()
-            self._ended.unpark_all()
+        with self._admitted():
+            try:
+                yield receive
+            finally:
+                if self._jobs.pop(job.key, None) is not None:
+                    self._order(partial(self._cancel, job.key))
+                receive.close()
 
     async def embed(self, work: EmbedWork) -> Embedded:
-        """Embed texts between two steps. Raises RequestError kinds. If cancelled, a waiting order is dropped."""
-        self._admit(work.model, None, "encoder")
+        """Embed texts, a few between two steps. Raises RequestError kinds. If cancelled, what is left is dropped."""
+        self._check(work.model, None, "encoder")
         if len(self._embeds) >= EMBED_QUEUE_MAX:
             raise NoRoom(f"{EMBED_QUEUE_MAX} embedding requests are waiting here", retry_after_s=NO_ROOM_RETRY_S)
         job = _EmbedJob(work=work)
         self._embeds.append(job)
         self._wake.set()
-        try:
-            await job.done.wait()
-        finally:
-            job.cancelled = True
+        with self._admitted():
+            try:
+                await job.done.wait()
+            finally:
+                job.cancelled = True
         assert job.result is not None
         if isinstance(job.result, RequestError):
             raise job.result
         return job.result
 
-    def _admit(self, model: str | None, revision: str | None, kind: str) -> None:
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+            self._left.unpark_all()
+
+    def _check(self, model: str | None, revision: str | None, kind: str) -> None:
         if self.draining:
             raise NotReady("this node is stopping", retry_after_s=NO_ROOM_RETRY_S)
         if not self.serves(model, revision, kind):
@@ -182,7 +220,7 @@ class Hosting:
     def _turn(self, orders: list[Callable[[], Output | None]], embed: _EmbedJob | None) -> list[Output]:
         outputs = [failure for order in orders if (failure := order()) is not None]
         if embed is not None and not embed.cancelled:
-            embed.result = self._embed_now(embed.work)
+            embed.result = self._embed_some(embed)
         if self.runtime.has_work:
             outputs.extend(self.runtime.step())
         return outputs
@@ -214,20 +252,24 @@ class Hosting:
         job.completion_tokens = len(work.delivered)
         return None
 
-    def _embed_now(self, work: EmbedWork) -> Embedded | RequestError:
+    def _embed_some(self, job: _EmbedJob) -> Embedded | RequestError | None:
+        """Embed the next few texts; the result when these were the last."""
         try:
-            made = self.runtime.embed(list(work.texts))
+            job.made.append(self.runtime.embed(job.next_texts()))
         except ModelError as exc:
             return _request_error(exc)
+        vectors = tuple(vector for part in job.made for vector in part.vectors)
+        if len(vectors) < len(job.work.texts):
+            return None
         facts = self.runtime.embedding_facts
         return Embedded(
             served_by=self._peer,
             model=facts.name,
             revision=facts.revision,
-            dimensions=made.dimensions,
-            vectors=tuple(made.vectors),
-            truncated=tuple(made.truncated),
-            prompt_tokens=made.tokens,
+            dimensions=job.made[0].dimensions,
+            vectors=vectors,
+            truncated=tuple(cut for part in job.made for cut in part.truncated),
+            prompt_tokens=sum(part.tokens for part in job.made),
         )
 
     # on the loop
@@ -244,6 +286,7 @@ class Hosting:
         self._tell_started(job)
         if output.tokens or output.text:
             job.completion_tokens += len(output.tokens)
+            job.wrote = True
             job.send.send_nowait(Piece(tokens=output.tokens, text=output.text, logprobs=_logprobs(output)))
         if output.finish is not None:
             del self._jobs[job.key]
@@ -273,7 +316,7 @@ class Hosting:
         """Say at most every PROGRESS_EVERY_S, to requests that wait for their first token, how far they are."""
         now = trio.current_time()
         for job in self._jobs.values():
-            if job.prompt_tokens == 0 or now - job.told_at < PROGRESS_EVERY_S:
+            if job.wrote or job.prompt_tokens == 0 or now - job.told_at < PROGRESS_EVERY_S:
                 continue
             job.told_at = now
             self._tell_started(job)
@@ -286,6 +329,15 @@ class Hosting:
             if progress != job.told:
                 job.told = progress
                 job.send.send_nowait(progress)
+
+    def _tell_change(self) -> None:
+        """Say at once that there is more or less room, and of rates now and then: a step must cost no advert."""
+        before, self._statistics, now = self._statistics, self.runtime.statistics(), trio.current_time()
+        fresh = self._statistics
+        is_room = (fresh.slots_free, fresh.queue_length) != (before.slots_free, before.queue_length)
+        if is_room or (fresh != before and now - self._changed_at >= CHANGE_EVERY_S):
+            self._changed_at = now
+            self._on_change()
 
 
 def _parameters(work: GenerateWork) -> SamplingParameters:
@@ -306,7 +358,14 @@ def _parameters(work: GenerateWork) -> SamplingParameters:
 
 
 def _logprobs(output: Output) -> tuple[TokenLogprob, ...]:
-    return tuple(TokenLogprob(text=item.text, logprob=item.logprob, top=item.top) for item in output.logprobs)
+    return tuple(
+        TokenLogprob(
+            text=item.text,
+            logprob=max(LOGPROB_MIN, item.logprob),
+            top=tuple((text, max(LOGPROB_MIN, logprob)) for text, logprob in item.top),
+        )
+        for item in output.logprobs
+    )
 
 
 def _request_error(error: ModelError) -> RequestError:
