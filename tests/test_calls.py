@@ -362,21 +362,63 @@ async def test_an_item_that_is_too_large_is_a_bug_of_the_handler(clock: trio.abc
             await caller.calls.call(callee.id, "large", None)
 
 
+def unsent_bytes(peer: Peer) -> list[int]:
+    """What waits for the writers of a peer's streams, inbound then outbound."""
+    streams = [stream for streams in peer.calls._in.values() for stream in streams]
+    return [stream.outbox._unsent_bytes for stream in (*streams, *peer.calls._out.values())]
+
+
 async def test_results_wait_for_room_in_the_outbox(clock: trio.abc.Clock) -> None:
-    async def blob(incoming: Incoming) -> Value:
-        return bytes(900_000)
+    blob = bytes(900_000)
+
+    async def give(incoming: Incoming) -> Value:
+        return blob
 
     net = Net()
-    async with net.pair({"blob": blob}) as (caller, callee):
+    async with net.pair({"give": give}) as (caller, callee):
+        got: list[Value] = []
 
         async def one() -> None:
-            assert len(str(await caller.calls.call(callee.id, "blob", None))) > 900_000
+            got.append(await caller.calls.call(callee.id, "give", None))
 
-        with trio.fail_after(1):
-            async with trio.open_nursery() as nursery:
-                for _ in range(20):
-                    nursery.start_soon(one)
-                await caller.calls.call(callee.id, "blob", None)
+        await one()
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(one)
+            await trio.testing.wait_all_tasks_blocked()
+            net.network.partition(callee.id, caller.id, both_ways=False)
+            for _ in range(20):
+                nursery.start_soon(one)
+            await settle()
+            assert unsent_bytes(callee)[0] < call_stream.OUTBOX_BYTES_MAX + len(blob) + 100
+            assert callee.calls.statistics().calls_in_open > 10
+            net.network.heal()
+        assert got == [blob] * 41
+        assert_idle(caller, callee)
+
+
+@pytest.mark.parametrize("how", ["crash", "thaw"])
+async def test_calls_wait_for_room_in_the_outbox(how: str, clock: trio.abc.Clock) -> None:
+    net = Net()
+    async with net.pair() as (caller, callee), trio.open_nursery() as nursery:
+        await caller.calls.call(callee.id, "echo", None)
+        net.network.freeze(callee.id)
+        ends: list[object] = []
+
+        async def one() -> None:
+            try:
+                ends.append(len(str(await caller.calls.call(callee.id, "echo", "x" * 900_000))))
+            except Unreachable as exc:
+                ends.append(type(exc))
+
+        for _ in range(20):
+            nursery.start_soon(one)
+        await settle()
+        assert unsent_bytes(caller)[0] < call_stream.OUTBOX_BYTES_MAX + 1_000_000
+        assert caller.calls.statistics().calls_out < 10  # the others wait
+        getattr(net.network, how)(callee.id)
+        await settle()
+        assert ends == ([Unreachable] * 20 if how == "crash" else [900_000] * 20)
         assert_idle(caller, callee)
 
 
@@ -420,7 +462,7 @@ async def test_of_a_peers_streams_the_oldest_gives_way(clock: trio.abc.Clock) ->
         for _ in range(calls.STREAMS_IN_MAX + 1):
             streams.append(await caller.node.open_stream(callee.id, PROTOCOL))
             await settle()
-        with pytest.raises(Unreachable):
+        with pytest.raises(Unreachable), trio.fail_after(1):
             await streams[0].receive()
         await streams[-1].send(rpc.encode_frame(rpc.Call(1, "echo", "still")))
         assert rpc.decode_frame(await streams[-1].receive()) == rpc.End(1, "still")
@@ -523,6 +565,66 @@ async def test_stopping_the_caller_ends_its_calls_and_their_handlers(clock: trio
         assert callee.seen.count("ended") == 3
         with pytest.raises(Unreachable):
             await caller.calls.call(callee.id, "echo", None)
+
+
+async def test_stopping_the_callees_calls_alone_ends_calls_and_handlers(clock: trio.abc.Clock) -> None:
+    net = Net()
+    async with net.peer() as caller, net.network.join(Identity.make()) as node, trio.open_nursery() as nursery:
+        callee = Peer(node, Calls(node, PROTOCOL, {}))
+        callee.calls = Calls(node, PROTOCOL, methods(callee))
+        async with trio.open_nursery() as running:
+            await running.start(callee.calls.run)
+            await caller.node.dial(node.addresses()[0])
+            ends = await begin_waiting(caller, callee, nursery, 3)
+            running.cancel_scope.cancel()
+        await settle()
+        assert [type(end) for end in ends] == [Unreachable] * 3
+        assert callee.seen.count("ended") == 3
+        with pytest.raises(Unreachable):  # its node lives, and nobody there answers any more
+            await caller.calls.call(node.peer_id, "echo", None)
+        assert node.statistics().streams_open == 0
+
+
+class SlowToReset:
+    """A stream, and the transport that opens it, whose reset takes a while and is not shielded by itself."""
+
+    peer = Identity.make().peer_id
+
+    def __init__(self, reset_s: float) -> None:
+        self.reset_s = reset_s
+        self.was_reset = False
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> SlowToReset:
+        await trio.lowlevel.checkpoint()
+        return self
+
+    def serve(self, protocol: str, handler: object) -> None:
+        pass
+
+    async def send(self, frame: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def receive(self) -> bytes:
+        await trio.sleep_forever()
+        return b""
+
+    async def reset(self) -> None:
+        await trio.sleep(self.reset_s)
+        self.was_reset = True
+
+
+@pytest.mark.parametrize(("reset_s", "is_done"), [(0.5, True), (3600.0, False)])
+async def test_stopping_resets_streams_within_a_bound(reset_s: float, is_done: bool, clock: trio.abc.Clock) -> None:
+    slow = SlowToReset(reset_s)
+    stopped = Calls(slow, PROTOCOL, {})  # type: ignore[arg-type]  # as much of a transport as this needs
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(stopped.run)
+        with trio.move_on_after(0.1):
+            await stopped.call(slow.peer, "echo", None)
+        nursery.cancel_scope.cancel()
+    assert trio.current_time() - began <= 0.1 + call_stream.RESET_S_MAX
+    assert slow.was_reset is is_done
 
 
 async def test_a_frozen_peer_holds_up_nobody_else(clock: trio.abc.Clock) -> None:

@@ -290,6 +290,10 @@ def test_nothing_is_given_back_for_a_call_that_is_over() -> None:
         caller.receive(sent(callee.item(call_id, None)))
     caller.receive(callee.end(call_id, None))
     assert caller.consumed(call_id, rpc.WINDOW) is None
+    caller, callee, call_id = opened()
+    caller.receive(sent(callee.item(call_id, None)))
+    caller.cancel(call_id)
+    assert caller.consumed(call_id, rpc.WINDOW) is None
 
 
 # -- histories --------------------------------------------------------------------------------------------------------
