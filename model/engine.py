@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -131,9 +132,10 @@ class Engine:
         """One round: admit, one token for each request that decodes, one chunk of prompts. Never raises for a
         request's fault: that request ends with Output.error."""
         self._counts["steps"] += 1
+        outputs: list[Output] = []
         for request_id in self._schedule.admit():
-            self._start(self._requests[request_id])
-        outputs = self._decode()
+            outputs += self._guarded(request_id, partial(self._start, self._requests[request_id]))
+        outputs += self._decode()
         outputs += self._prefill()
         for output in outputs:
             if output.error is not None:
@@ -168,6 +170,7 @@ class Engine:
             )
 
     def _start(self, request: GenerationRequest) -> None:
+        """A running sequence for an admitted request."""
         self._running[request.request_id] = _Sequence(
             request=request,
             text=self._loaded.tokens.stream(request.prompt, request.sampling.stop, request.delivered_chars),
@@ -190,29 +193,32 @@ class Engine:
         if not ready:
             return []
         begin = self._clock()
-        outputs = [self._advance(sequence, 1) for sequence in ready]
+        outputs: list[Output] = []
+        for sequence in ready:
+            outputs += self._guarded(sequence.request.request_id, partial(self._advance, sequence, 1))
         self._counts["decoded"] += len(ready)
         self._decode_rate.note(len(ready), self._clock() - begin)
-        return [output for output in outputs if output is not None]
+        return outputs
 
     def _prefill(self) -> list[Output]:
         outputs: list[Output] = []
         room = self._config.prefill_chunk
         begin = self._clock()
         for _ in range(len(self._turns)):
-            sequence = self._running[self._turns[0]]
+            request_id = self._turns[0]
+            sequence = self._running[request_id]
             if sequence.replayed < len(sequence.request.delivered):
-                output = self._replay(sequence)
+                made = self._guarded(request_id, partial(self._replay, sequence))
             elif room > 0:
                 count = min(room, sequence.pending)
-                output = self._advance(sequence, count)
+                made = self._guarded(request_id, partial(self._advance, sequence, count))
                 room -= count
             else:
                 break
             self._turns.rotate(-1)
-            if output is not None:
-                outputs.append(output)
-                self._turns.remove(sequence.request.request_id)
+            if made:
+                outputs += made
+                self._turns.remove(request_id)
         done = self._config.prefill_chunk - room
         self._counts["prefilled"] += done
         self._prefill_rate.note(done, self._clock() - begin)
@@ -230,23 +236,24 @@ class Engine:
         sequence.replayed = until
         return None
 
-    def _advance(self, sequence: _Sequence, count: int) -> Output | None:
-        """Feeds `count` pending tokens; when none is left, chooses the next one. Errors end this request alone."""
-        request_id = sequence.request.request_id
+    def _guarded(self, request_id: str, act: Callable[[], Output | None]) -> list[Output]:
+        """Does one thing for one request; what it makes, or its error, which ends this request alone."""
         try:
-            return self._advance_unguarded(sequence, count)
+            output = act()
         except ModelError as exc:
-            return Output(request_id=request_id, error=exc)
+            output = Output(request_id=request_id, error=exc)
         except (MemoryError, torch.OutOfMemoryError) as exc:
-            return Output(request_id=request_id, error=_out_of_memory(exc))
+            output = Output(request_id=request_id, error=_out_of_memory(exc))
         except FOREIGN as exc:
             if any(text in str(exc) for text in OUT_OF_MEMORY_TEXT):
-                return Output(request_id=request_id, error=_out_of_memory(exc))
+                return [Output(request_id=request_id, error=_out_of_memory(exc))]
             error = ComputeFailed(f"the model failed on this request ({type(exc).__name__}: {first_line(exc)})")
             error.__cause__ = exc
-            return Output(request_id=request_id, error=error)
+            output = Output(request_id=request_id, error=error)
+        return [] if output is None else [output]
 
-    def _advance_unguarded(self, sequence: _Sequence, count: int) -> Output | None:
+    def _advance(self, sequence: _Sequence, count: int) -> Output | None:
+        """Feeds `count` pending tokens; when none is left, chooses the next one. Raises what the model raises."""
         begin = sequence.cached
         logits_V = self._forward.logits(sequence.kv, sequence.tokens, begin, begin + count)
         sequence.cached += count

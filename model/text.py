@@ -29,7 +29,7 @@ class TextStream:
         self._window = list(prompt[-CONTEXT_TOKENS:])
         self._seen = len(decode(self._window).rstrip(REPLACEMENT)) if self._window else 0
         self._clean = 0  # tokens of the window up to the last character boundary but one
-        self._stops = stop
+        self._stops = tuple(text for text in stop if text)
         self._skip = skip_chars
         self._pending = ""
         self.stopped = False

@@ -20,6 +20,17 @@ from model.text import TextStream
 ENCODE_CHARS_MAX = 1 << 20
 
 
+class _PanicsAreErrors:
+    """The tokenizers library is Rust: its panics are no Exception, so they would end the node; here a ValueError."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, _: object) -> None:
+        if kind is not None and kind.__name__ == "PanicException":
+            raise ValueError(f"the tokenizer gave up: {exc}") from None
+
+
 class Tokens:
     """The tokenizer of one model."""
 
@@ -41,7 +52,8 @@ class Tokens:
     def load(cls, path: Path) -> Tokens:
         """The tokenizer in a model's directory, with no code of the model's own. Raises BadModel."""
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+            with _PanicsAreErrors():
+                tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
         except FOREIGN as exc:
             raise BadModel(f"{path}: the tokenizer cannot be loaded ({first_line(exc)}); fetch it again") from exc
         return cls(tokenizer)
@@ -82,16 +94,18 @@ class Tokens:
         return [self._encode(text, special=True) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens left out."""
-        if self._fast is not None:
-            return str(self._fast.decode(ids, skip_special_tokens=True))
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        """The text of ids, special tokens left out. Raises ValueError if the tokenizer gives up."""
+        with _PanicsAreErrors():
+            if self._fast is not None:
+                return str(self._fast.decode(ids, skip_special_tokens=True))
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def decode_token(self, token: int) -> str:
         """One token's own text, special ones spelled out: for lists of log probabilities."""
-        if self._fast is not None:
-            return str(self._fast.decode([token], skip_special_tokens=False))
-        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+        with _PanicsAreErrors():
+            if self._fast is not None:
+                return str(self._fast.decode([token], skip_special_tokens=False))
+            return str(self._tokenizer.decode([token], skip_special_tokens=False))
 
     def stream(self, prompt: Sequence[int], stop: tuple[str, ...] = (), skip_chars: int = 0) -> TextStream:
         """The incremental text of an answer to `prompt`."""
@@ -101,10 +115,11 @@ class Tokens:
         if len(text) > ENCODE_CHARS_MAX:
             raise BadInput(f"the text has {len(text):,} characters; at most {ENCODE_CHARS_MAX:,} are taken")
         try:
-            if self._fast is not None:
-                ids = self._fast.encode_batch_fast([text], add_special_tokens=special)[0].ids
-            else:
-                ids = self._tokenizer.encode(text, add_special_tokens=special)
+            with _PanicsAreErrors():
+                if self._fast is not None:
+                    ids = self._fast.encode_batch_fast([text], add_special_tokens=special)[0].ids
+                else:
+                    ids = self._tokenizer.encode(text, add_special_tokens=special)
         except FOREIGN as exc:
             raise BadInput(f"the text cannot be turned into tokens ({first_line(exc)})") from exc
         if not ids and isinstance(begin := self._tokenizer.bos_token_id, int):

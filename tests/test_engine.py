@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from model.errors import BadInput, ComputeFailed, EngineFull, OutOfMemory
 from model.load import Found, Loaded, load
 from model.requests import GenerationRequest, Output, SamplingParameters
 from model.schedule import Schedule
+from model.text import TextStream
 from tests.tiny_models import CONTEXT, save_causal, sentencepiece_tokenizer
 
 KINDS = ("llama", "qwen3", "gpt2", "mistral", "gemma", "gemma2", "phi", "mamba")
@@ -282,10 +284,7 @@ def test_no_step_prefills_more_than_a_chunk(llama: Loaded) -> None:
 
 
 def replaced(loaded: Loaded, model: Any) -> Loaded:
-    return Loaded(
-        facts=loaded.facts, path=loaded.path, model=model, tokens=loaded.tokens, end_tokens=loaded.end_tokens,
-        device=loaded.device,
-    )  # fmt: skip
+    return replace(loaded, model=model)
 
 
 class Failing:
@@ -337,6 +336,31 @@ def test_one_bad_forward_ends_one_request(
     assert str(made["bad"].error)
     assert made["good"].tokens == made["also"].tokens == good.tokens
     assert engine.statistics().failed == 1
+    assert engine.statistics().slots_free == 4
+
+
+class FailingTokens:
+    """A tokenizer whose decoder fails on one token."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def stream(self, prompt: tuple[int, ...], stop: tuple[str, ...], skip_chars: int) -> TextStream:
+        def decode(ids: Any) -> str:
+            if 7 in ids:
+                raise ValueError("the tokenizer gave up")
+            return str(self.inner.decode(ids))
+
+        return TextStream(decode, prompt, stop, skip_chars)
+
+
+@pytest.mark.parametrize("where", [{"prompt": (1, 7)}, {"prompt": (1, 2), "delivered": (3, 7, 3)}])
+def test_a_decoder_that_fails_ends_one_request(llama: Loaded, where: dict[str, Any]) -> None:
+    good = run(Engine(llama), make((1, 2, 3), max_tokens=4))["r"]
+    engine = Engine(replace(llama, tokens=FailingTokens(llama.tokens)))
+    made = run(engine, make(name="bad", max_tokens=4, **where), make((1, 2, 3), "good", max_tokens=4))
+    assert isinstance(made["bad"].error, ComputeFailed)
+    assert made["good"].tokens == good.tokens
     assert engine.statistics().slots_free == 4
 
 

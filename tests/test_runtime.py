@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from model.config import EngineConfig, RuntimeConfig
 from model.errors import BadInput, NotFound
@@ -127,6 +128,36 @@ def test_openmp_waits_passively(causal: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "PASSIVE", done.stderr
+
+
+@needs_default
+@pytest.mark.slow
+def test_the_default_model_equals_generate_and_is_taken_over_without_a_seam() -> None:
+    runtime = Runtime.load("default", FP32)
+    prompt = runtime.encode("The King said to his youngest daughter,")
+    ids = torch.tensor([prompt])
+    whole = runtime._loaded.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, pad_token_id=0
+    )
+    expected = tuple(whole[0, len(prompt) :].tolist())
+    sampling = SamplingParameters(temperature=0.0, max_tokens=40)
+    runtime.add(GenerationRequest(request_id="r", prompt=prompt, sampling=sampling))
+    seen = [((), "")]
+    while runtime.has_work:
+        for output in runtime.step():
+            seen.append((seen[-1][0] + output.tokens, seen[-1][1] + output.text))
+    assert seen[-1][0] == expected
+    for split in (1, 7, 20, 39):
+        tokens, text = seen[min(split, len(seen) - 1)]
+        runtime.add(
+            GenerationRequest(
+                request_id="s", prompt=prompt, delivered=tokens, delivered_chars=len(text), sampling=sampling
+            )
+        )
+        while runtime.has_work:
+            for output in runtime.step():
+                tokens, text = tokens + output.tokens, text + output.text
+        assert (tokens, text) == seen[-1]
 
 
 @needs_default

@@ -7,8 +7,10 @@ import time
 from typing import Any
 
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from model.errors import BadInput, BadModel
 from model.template import TEMPLATE_CHARS_MAX, ChatTemplate
@@ -147,6 +149,17 @@ def test_encode_is_bounded_and_total() -> None:
     assert tokens.decode(tokens.encode("König 王 🙂")) == "König 王 🙂"
     with pytest.raises(BadInput, match=r"1,048,577 characters; at most 1,048,576"):
         tokens.encode("a" * (ENCODE_CHARS_MAX + 1))
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_panics_is_bad_input() -> None:
+    """A Rust panic is no Exception: it would end the whole node."""
+    core = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    evil = Tokens(transformers.PreTrainedTokenizerFast(tokenizer_object=core))
+    assert evil.encode("b") == (1,)
+    with pytest.raises(BadInput, match="gave up"):
+        evil.encode("a" * 40 + "b")
 
 
 def test_render_uses_the_models_template() -> None:
