@@ -161,14 +161,14 @@ class Greeting:
                 pass  # asked again later; whether the peer lives is for the pings to say
 
     def _hello(self, peer: PeerId, *, refused: str = "", twin: str = "") -> Value:
-        seen_at = self._transport.remote_address(peer)
+        own, seen_at = self._transport.peer_id, self._transport.remote_address(peer)
         return to_value(
             Hello(
                 protocol=PROTOCOL_VERSION,
                 network=self._introduction.network,
                 agent=self._introduction.agent,
                 instance=self._introduction.instance,
-                addresses=worth_telling(self._transport.addresses(), seen_scope(seen_at), HELLO_ADDRESSES_MAX),
+                addresses=worth_telling(self._transport.addresses(), own, seen_scope(seen_at), HELLO_ADDRESSES_MAX),
                 seen_at=seen_at or "",
                 refused=refused,
                 twin=twin,

@@ -451,12 +451,12 @@ async def test_a_storm_of_32_nodes_settles(autojump_clock: MockClock, swarm: Swa
     assert trio.current_time() - started < 1.0
     took = await until(lambda: min(len(node.peering.peers()) for node in nodes) >= 8, 120.0)
     assert took < 60.0
-    await trio.sleep(60.0)
+    await trio.sleep(20.0)
     assert min(len(node.peering.peers()) for node in nodes) >= 8
     assert len(reachable(nodes)) == 32
     hub.scope.cancel()
     nodes.remove(hub)
-    await trio.sleep(30.0)
+    await trio.sleep(20.0)
     assert min(len(node.peering.peers()) for node in nodes) >= 8  # nobody needs the hub any more
     assert len(reachable(nodes)) == 31
 
