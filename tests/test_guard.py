@@ -70,6 +70,7 @@ async def test_a_handler_that_raises_ends_its_stream_only() -> None:
         await good.send(b"still here")
         assert await good.receive() == b"still here"
         assert bob.statistics().drops == {"handler_failed": 3}
+        assert bob.statistics().streams_open == 1
 
 
 @slow
@@ -276,11 +277,12 @@ async def test_a_write_is_whole_although_cancelled() -> None:
         while got < size:
             got += len(await theirs.receive_some(1 << 20))
 
-    async with trio.open_nursery() as nursery:
-        with trio.CancelScope() as scope:
+    with trio.move_on_after(10):
+        async with trio.open_nursery() as nursery:
             nursery.start_soon(drain)
-            scope.cancel()
-            await socket.write(bytes(size))
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await socket.write(bytes(size))
     assert got == socket.bytes_out == size
     await socket.close()
     await theirs.aclose()
@@ -419,14 +421,18 @@ async def test_320_inbound_connections_one_after_the_other_are_all_served() -> N
 @slow
 async def test_silent_sockets_do_not_keep_an_honest_peer_out() -> None:
     async with node(upgrade_s=60.0, pending_max=8) as bob, node() as alice, trio.open_nursery() as nursery:
+        closed = 0
 
         async def sit() -> None:
-            async with await raw_socket(bob):
-                await trio.sleep_forever()
+            nonlocal closed
+            async with await raw_socket(bob) as stream:
+                while await stream.receive_some():
+                    pass
+                closed += 1
 
         for _ in range(40):
             nursery.start_soon(sit)
-        await until(lambda: bob.statistics().drops.get("pending_yielded", 0) >= 30)
+        await until(lambda: bob.statistics().drops.get("pending_yielded", 0) == closed == 32)
         with trio.fail_after(10):
             await alice.dial(bob.addresses()[0])
         nursery.cancel_scope.cancel()
@@ -539,6 +545,7 @@ async def test_disconnecting_a_peer_that_takes_nothing_is_bounded() -> None:
             with trio.fail_after(15):
                 await bob.disconnect(peer)
         assert bob.peers() == frozenset()
+        assert bob.statistics().drops == {"stuck": 1}  # the socket was closed before its write stalled
 
 
 @slow
