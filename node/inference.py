@@ -50,9 +50,10 @@ class _Attempt:
     started: Started | None = None
     last_error: RequestError | None = None
 
-    def failed(self, who: str, error: RequestError) -> None:
-        """That one is not asked again for this request."""
-        self.tried.add(who)
+    def failed(self, who: str, error: RequestError, *, may_have_room_later: bool = False) -> None:
+        """That one is not asked again for this request, unless all it said was that it is full now."""
+        if not (may_have_room_later and isinstance(error, NoRoom)):
+            self.tried.add(who)
         self.last_error = error
 
     def take(self, item: AnswerItem) -> None:
@@ -63,8 +64,7 @@ class _Attempt:
 
     def continued(self, work: GenerateWork) -> GenerateWork:
         """The same request, for the next peer: less time, more delivered."""
-        left_ms = max(1, int((self.deadline - trio.current_time()) * 1000))
-        changes: dict[str, Any] = {"remaining_ms": left_ms}
+        changes: dict[str, Any] = {"remaining_ms": self.left_ms()}
         if self.started is not None:
             changes |= {
                 "model": self.started.model,
@@ -73,6 +73,10 @@ class _Attempt:
                 "delivered_chars": work.delivered_chars + self.chars,
             }
         return msgspec.structs.replace(work, **changes)
+
+    def left_ms(self) -> int:
+        """Milliseconds to the deadline, at least 1."""
+        return max(1, int((self.deadline - trio.current_time()) * 1000))
 
 
 class Answer:
@@ -101,7 +105,7 @@ class Inference:
         self._network = network
         self.hosting: Hosting | None = None
         self.draining = False
-        self.counts: Counter[str] = Counter()  # requests, takeovers, cancelled, error:CODE, peer_failed:REASON, tokens
+        self.counts: Counter[str] = Counter()  # requests; finished, cancelled, error:CODE; takeovers, ...
         self._remote = Remote(network, self.counts)
         self._running = 0
         self._ended = trio.lowlevel.ParkingLot()
@@ -121,18 +125,14 @@ class Inference:
 
     async def embed(self, work: EmbedWork, route: RouteHint) -> Embedded:
         """Embed texts here or at a peer. Raises RequestError. If cancelled, the work is given up wherever it runs."""
-        with self._counted():
+        with self._counted(), self._outcome():
             began = trio.current_time()
             attempt = _Attempt(deadline=began + work.remaining_ms / 1000)
-            try:
-                with trio.move_on_at(attempt.deadline):
-                    embedded = await self._embed_attempts(work, route, attempt)
-                    self._finished(began, embedded.prompt_tokens, 0)
-                    return embedded
-                raise DeadlinePassed(f"the request's {work.remaining_ms / 1000:.0f} s are over; give it more time")
-            except RequestError as exc:
-                self.counts[f"error:{exc.code}"] += 1
-                raise
+            with trio.move_on_at(attempt.deadline):
+                embedded = await self._embed_attempts(work, route, attempt)
+                self._answered(began, embedded.prompt_tokens, 0)
+                return embedded
+            raise DeadlinePassed(f"the request's {work.remaining_ms / 1000:.0f} s are over; give it more time")
 
     @property
     def running(self) -> int:
@@ -169,8 +169,20 @@ class Inference:
             self._running -= 1
             self._ended.unpark_all()
 
-    def _finished(self, began: float, prompt_tokens: int, completion_tokens: int) -> None:
-        self.counts["finished"] += 1
+    @contextmanager
+    def _outcome(self) -> Iterator[None]:
+        """Count the one way in which a request ends."""
+        outcome = "cancelled"
+        try:
+            yield
+            outcome = "finished"
+        except RequestError as exc:
+            outcome = f"error:{exc.code}"
+            raise
+        finally:
+            self.counts[outcome] += 1
+
+    def _answered(self, began: float, prompt_tokens: int, completion_tokens: int) -> None:
         self.counts["prompt_tokens"] += prompt_tokens
         self.counts["completion_tokens"] += completion_tokens
         self._latency_s_sum += trio.current_time() - began
@@ -181,24 +193,21 @@ class Inference:
         """Feed `send` with the one whole answer or the one error."""
         began = trio.current_time()
         attempt = _Attempt(deadline=began + work.remaining_ms / 1000)
-        end: RequestError | None = None
         with send:
             try:
-                with trio.move_on_at(attempt.deadline) as scope:
-                    await self._attempts(work, route, attempt, send)
-                if scope.cancelled_caught:
-                    raise DeadlinePassed(
-                        f"the request's {work.remaining_ms / 1000:.0f} s are over; {len(attempt.tokens)} tokens were "
-                        "delivered. Ask for fewer tokens or give it more time"
-                    )
+                with self._outcome():
+                    with trio.move_on_at(attempt.deadline) as scope:
+                        await self._attempts(work, route, attempt, send)
+                    if scope.cancelled_caught:
+                        raise DeadlinePassed(
+                            f"the request's {work.remaining_ms / 1000:.0f} s are over; {len(attempt.tokens)} tokens "
+                            "were delivered. Ask for fewer tokens or give it more time"
+                        )
             except RequestError as exc:
-                end = exc
-            if end is not None:
-                self.counts[f"error:{end.code}"] += 1
-                await send.send(end)
+                await send.send(exc)
             else:
                 prompt_tokens = attempt.started.prompt_tokens if attempt.started is not None else 0
-                self._finished(began, prompt_tokens, len(attempt.tokens))
+                self._answered(began, prompt_tokens, len(attempt.tokens))
 
     async def _attempts(
         self,
@@ -214,9 +223,7 @@ class Inference:
             if isinstance(target, WhyNot):
                 if attempt.started is None or target.why is not Why.ALL_FULL:
                     raise self._nobody(target, work, attempt)
-                await trio.sleep(
-                    min(FULL_WAIT_S, target.retry_after_s or FULL_WAIT_S)
-                )  # half an answer is worth a wait
+                await trio.sleep(FULL_WAIT_S)  # half an answer is worth a wait
                 continue
             tries += 1
             if attempt.started is not None:
@@ -224,11 +231,20 @@ class Inference:
             try:
                 await self._serve_at(target, now, attempt, send)
                 return
-            except (BadRequest, TooLarge):
-                raise
+            except (BadRequest, TooLarge) as exc:
+                if not attempt.tokens:
+                    raise
+                # the client's part was taken once: at fault is what an earlier peer delivered
+                self._failed(target, attempt, PeerFailed(f"the answer cannot be continued: {exc}"))
             except RequestError as exc:
-                attempt.failed(self._network.transport.peer_id if isinstance(target, Hosting) else target.peer, exc)
+                self._failed(target, attempt, exc)
         raise attempt.last_error or PeerFailed("no attempt was made")
+
+    def _failed(self, target: Hosting | Candidate, attempt: _Attempt, error: RequestError) -> None:
+        if isinstance(target, Hosting):
+            attempt.failed(self._network.transport.peer_id, error)
+        else:
+            attempt.failed(target.peer, error, may_have_room_later=True)
 
     async def _serve_at(
         self,
@@ -255,24 +271,33 @@ class Inference:
 
     def _choose(self, work: GenerateWork, route: RouteHint, attempt: _Attempt) -> Hosting | Candidate | WhyNot:
         """The engine here if it may and has room, else the best peer, else the queue here, else why nobody."""
-        own = self._network.transport.peer_id
-        here = self.hosting
-        if here is not None and (
-            route.route is Route.REMOTE
-            or route.peer not in (None, own)
-            or own in attempt.tried
-            or not here.serves(work.model, work.revision, "causal")
-        ):
-            here = None
-        here_only = route.route is Route.LOCAL or route.peer == own
-        if here is not None and (here_only or here.has_room()):
+        here = self._here(work, route, attempt)
+        if here is not None and (self._stays_here(route) or here.has_room()):
             return here
-        if here_only:
+        if self._stays_here(route):
             return WhyNot.none_serves()
         ranked = self._ranked(_need(work, "causal", attempt, route))
         if here is not None and (isinstance(ranked, WhyNot) or ranked.offer.capacity.slots_free < 1):
             return here
         return ranked
+
+    def _choose_embedder(self, work: EmbedWork, route: RouteHint, attempt: _Attempt) -> Hosting | Candidate | WhyNot:
+        """The model here if it may, else the best peer, else why nobody."""
+        here = self._here(work, route, attempt)
+        if here is not None:
+            return here
+        return WhyNot.none_serves() if self._stays_here(route) else self._ranked(_need(work, "encoder", attempt, route))
+
+    def _stays_here(self, route: RouteHint) -> bool:
+        return route.route is Route.LOCAL or route.peer == self._network.transport.peer_id
+
+    def _here(self, work: GenerateWork | EmbedWork, route: RouteHint, attempt: _Attempt) -> Hosting | None:
+        """The engine here, if the client lets it answer, it can, and it has not failed this request."""
+        own, here = self._network.transport.peer_id, self.hosting
+        if here is None or route.route is Route.REMOTE or route.peer not in (None, own) or own in attempt.tried:
+            return None
+        revision, kind = (work.revision, "causal") if isinstance(work, GenerateWork) else (None, "encoder")
+        return here if here.serves(work.model, revision, kind) else None
 
     def _ranked(self, need: Need) -> Candidate | WhyNot:
         ranking = self._network.gossip.rank(need)
@@ -306,21 +331,17 @@ class Inference:
         return names
 
     async def _embed_attempts(self, work: EmbedWork, route: RouteHint, attempt: _Attempt) -> Embedded:
-        own = self._network.transport.peer_id
-        here = self.hosting if route.route is not Route.REMOTE and route.peer in (None, own) else None
-        if here is not None and here.serves(work.model, None, "encoder"):
-            return await here.embed(work)
         for _ in range(ATTEMPTS_MAX):
-            local_only = route.route is Route.LOCAL or route.peer == own
-            ranked = WhyNot.none_serves() if local_only else self._ranked(_need(work, "encoder", attempt, route))
-            if isinstance(ranked, WhyNot):
-                raise self._nobody(ranked, work, attempt)
+            now = msgspec.structs.replace(work, remaining_ms=attempt.left_ms())
+            target = self._choose_embedder(now, route, attempt)
+            if isinstance(target, WhyNot):
+                raise self._nobody(target, work, attempt)
             try:
-                return await self._remote.embed(ranked, work)
+                return await (target.embed(now) if isinstance(target, Hosting) else self._remote.embed(target, now))
             except (BadRequest, TooLarge):
                 raise
             except RequestError as exc:
-                attempt.failed(ranked.peer, exc)
+                self._failed(target, attempt, exc)
         raise attempt.last_error or PeerFailed("no attempt was made")
 
 
@@ -332,7 +353,7 @@ def _single() -> Iterator[None]:
     except ExceptionGroup as group:
         if len(group.exceptions) > 1:
             raise
-        raise group.exceptions[0] from None
+        raise group.exceptions[0] from group.exceptions[0].__cause__
 
 
 def _need(work: GenerateWork | EmbedWork, kind: str, attempt: _Attempt, route: RouteHint) -> Need:

@@ -2,7 +2,9 @@
 
 Rules: a peer is judged by work: tokens must come, or the progress that it reports must grow, or after STALL_S of
 waiting it counts as frozen, however open its connection is. Time spent waiting for our own client does not count.
-What a peer sends is checked against what was asked: revision, number of tokens. Every outcome is observed.
+And it has FIRST_TOKEN_SHARE of the request's time for its first token, whatever progress it reports, so that time is
+left for another peer. What a peer sends is checked against what was asked. Every outcome is observed; a breach of the
+protocol, and letting down a request after its start, lower its standing.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from crypto.identity import PeerId
 from gossip.routing import Candidate
 from gossip.service import GossipService
 from gossip.standing import Fault
-from node.errors import REQUEST_ERRORS, PeerFailed
+from node.errors import REQUEST_ERRORS, BadRequest, NoRoom, PeerFailed
 from node.work import (
     AnswerItem,
     Embedded,
@@ -34,13 +36,19 @@ from node.work import (
     to_wire,
 )
 from p2p.calls import Calls, Outgoing
-from p2p.errors import P2PError, RemoteError, RemoteProtocolError, Unreachable
+from p2p.errors import LocalProtocolError, P2PError, RemoteError, RemoteProtocolError, Unreachable
 from p2p.peering import Peering
 from p2p.transport import Transport
 
 STALL_S = 5.0  # no token and no progress for so long: frozen
 DIAL_S = 5.0
+FIRST_TOKEN_SHARE = 0.75
 EMBED_S_MAX = 60.0  # embeddings report no progress; a batch of TEXTS_MAX takes seconds
+EMBED_SHARE = 0.5  # of the request's time, if that is less
+TOKEN_CHARS_MAX = 1024  # the longest tokens of common vocabularies are 128 spaces
+
+
+ANSWERED = {**REQUEST_ERRORS, "busy": NoRoom}  # by the code of a peer's error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,17 +61,23 @@ class Network:
     gossip: GossipService
 
 
+class LetDown(PeerFailed):
+    """The peer had accepted the request, and then stopped working on it."""
+
+
 class PeerItems:
     """A peer's items, strictly decoded and checked. Raises what Outgoing raises, RemoteProtocolError, PeerFailed."""
 
-    def __init__(self, outgoing: Outgoing, work: GenerateWork, began: float) -> None:
+    def __init__(self, outgoing: Outgoing, peer: PeerId, work: GenerateWork, began: float) -> None:
         self._outgoing = outgoing
+        self._peer = peer
         self._work = work
         self._began = began
         self._patience_s = STALL_S
         self._seen: Progress | None = None
-        self._started = False
+        self._started: Started | None = None
         self._tokens = len(work.delivered)
+        self._chars = work.delivered_chars
         self.ended = False
         self.first_token_s: float | None = None
 
@@ -76,15 +90,24 @@ class PeerItems:
         return self
 
     async def __anext__(self) -> AnswerItem:
-        if self.ended:
-            raise StopAsyncIteration
-        waits = trio.current_time()
-        with trio.move_on_after(self._patience_s):
+        while not self.ended:
+            item = await self._in_time()
+            if self._take(item):
+                return item
+        raise StopAsyncIteration
+
+    async def _in_time(self) -> AnswerItem:
+        waits, first_by = trio.current_time(), math.inf
+        if self.first_token_s is None:
+            first_by = self._began + FIRST_TOKEN_SHARE * self._work.remaining_ms / 1000
+        with trio.move_on_at(min(waits + self._patience_s, first_by)):
             item = await self._next()
             self._patience_s -= trio.current_time() - waits
-            self._check(item)
             return item
-        raise PeerFailed(f"no token and no progress for {STALL_S:.0f} s: the peer is frozen or cut off")
+        kind = PeerFailed if self._started is None else LetDown
+        if trio.current_time() >= first_by:
+            raise kind(f"no token within {first_by - self._began:.0f} s, {FIRST_TOKEN_SHARE:.0%} of the request's time")
+        raise kind(f"no token and no progress for {STALL_S:.0f} s: the peer is frozen or cut off")
 
     async def _next(self) -> AnswerItem:
         try:
@@ -93,30 +116,63 @@ class PeerItems:
             self.ended = True
             return from_wire(self._outgoing.result, Finished)
 
-    def _check(self, item: AnswerItem) -> None:
-        if self._started is isinstance(item, Started):
+    def _take(self, item: AnswerItem) -> bool:
+        """Check an item; whether it tells the client anything. Raises RemoteProtocolError."""
+        if (self._started is not None) is isinstance(item, Started):
             raise RemoteProtocolError("an answer must open with Started, once")
         match item:
             case Started():
-                self._started = True
+                self._check_server(item)
+                self._started = item
                 self._advance()
-                if self._work.revision not in (None, item.revision):
-                    raise RemoteProtocolError(f"asked for revision {self._work.revision}, got {item.revision}")
             case Progress():
-                if self._seen is None or _grown(self._seen, item):
-                    self._seen = item
-                    self._advance()
+                return self._is_further(item)
             case Piece():
-                self._tokens += len(item.tokens)
-                if self._tokens > self._work.sampling.max_tokens:
-                    raise RemoteProtocolError(f"over the {self._work.sampling.max_tokens} tokens that were asked for")
+                self._check_amount(item)
                 if item.tokens:
                     self._advance()
                     if self.first_token_s is None:
                         self.first_token_s = trio.current_time() - self._began
+                return bool(item.tokens or item.text)
             case Finished():
                 if not self.ended or item.completion_tokens != self._tokens:
                     raise RemoteProtocolError(f"{self._tokens} tokens came, the record says {item.completion_tokens}")
+                assert self._started is not None
+                if item.prompt_tokens != self._started.prompt_tokens:
+                    raise RemoteProtocolError(
+                        f"the prompt had {self._started.prompt_tokens} tokens, now {item.prompt_tokens}"
+                    )
+        return True
+
+    def _check_server(self, item: Started) -> None:
+        if item.served_by != self._peer:
+            raise RemoteProtocolError(f"it says that {item.served_by} serves")
+        if self._work.model not in (None, item.model):
+            raise RemoteProtocolError(f"asked for {self._work.model}, got {item.model}")
+        if self._work.revision not in (None, item.revision):
+            raise RemoteProtocolError(f"asked for revision {self._work.revision}, got {item.revision}")
+
+    def _check_amount(self, item: Piece) -> None:
+        self._tokens += len(item.tokens)
+        self._chars += len(item.text)
+        if self._tokens > self._work.sampling.max_tokens:
+            raise RemoteProtocolError(f"over the {self._work.sampling.max_tokens} tokens that were asked for")
+        if self._chars > TOKEN_CHARS_MAX * self._tokens:
+            raise RemoteProtocolError(f"{self._chars} characters for {self._tokens} tokens")
+
+    def _is_further(self, item: Progress) -> bool:
+        """Whether work was done. Once all is prefilled the next thing is a token: steps alone prove nothing then."""
+        assert self._started is not None
+        whole = self._started.prompt_tokens + len(self._work.delivered)
+        if item.prefilled_tokens > whole:
+            raise RemoteProtocolError(f"{item.prefilled_tokens} tokens prefilled of {whole}")
+        before, self._seen = self._seen, item
+        if before is not None and not _grown(before, item):
+            self._seen = before
+            return False
+        if before is None or before.prefilled_tokens < whole:
+            self._advance()
+        return True
 
     def _advance(self) -> None:
         self._patience_s = STALL_S
@@ -140,7 +196,7 @@ class Remote:
         with self._observed(candidate.peer):
             await self._connect(candidate)
             async with self._network.calls.open(candidate.peer, "generate", to_wire(work)) as outgoing:
-                items = PeerItems(outgoing, work, began)
+                items = PeerItems(outgoing, candidate.peer, work, began)
                 yield items
             self._succeeded(candidate.peer, items, began)
 
@@ -149,21 +205,24 @@ class Remote:
         began = trio.current_time()
         with self._observed(candidate.peer):
             await self._connect(candidate)
-            with trio.move_on_after(min(EMBED_S_MAX, work.remaining_ms / 1000)):
+            patience_s = min(EMBED_S_MAX, EMBED_SHARE * work.remaining_ms / 1000)
+            with trio.move_on_after(patience_s):
                 reply = await self._network.calls.call(candidate.peer, "embed", to_wire(work))
                 embedded = from_wire(reply, Embedded)
-                _check_vectors(embedded, len(work.texts))
+                _check_vectors(embedded, candidate.peer, work)
                 self._succeeded(candidate.peer, None, began)
                 return embedded
-            raise PeerFailed(f"{candidate.peer} gave no embeddings within {EMBED_S_MAX:.0f} s")
+            raise PeerFailed(f"no embeddings within {patience_s:.0f} s")
 
     def _succeeded(self, peer: PeerId, items: PeerItems | None, began: float) -> None:
         watch, now = self._network.gossip.observations, trio.current_time()
         if items is None:
             watch.finished(peer, 0, now - began, now)
-        elif items.ended and items.first_token_s is not None:
-            watch.first_token(peer, items.first_token_s)
-            watch.finished(peer, items.tokens_received, now - began - items.first_token_s, now)
+        elif items.ended:
+            first_s = items.first_token_s
+            if first_s is not None:
+                watch.first_token(peer, first_s)
+            watch.finished(peer, items.tokens_received, now - began - (first_s or 0.0), now)
 
     @contextmanager
     def _observed(self, peer: PeerId) -> Iterator[None]:
@@ -172,17 +231,22 @@ class Remote:
         try:
             yield
         except RemoteError as exc:
-            error = REQUEST_ERRORS.get(exc.code, PeerFailed)(f"{peer} answered: {exc.message}")
+            error = ANSWERED.get(exc.code, PeerFailed)(f"{peer} answered: {exc.message}")
             self._failed(peer, exc.code)
             raise error from exc
         except RemoteProtocolError as exc:
             self._network.gossip.blame(peer, Fault.MALFORMED, str(exc))
             self._failed(peer, "protocol")
             raise PeerFailed(f"{peer} broke the protocol: {exc}") from exc
+        except LocalProtocolError as exc:
+            self._failed(peer, BadRequest.code)
+            raise BadRequest(f"the request cannot be sent to a peer: {exc}; make it smaller") from exc
         except P2PError as exc:
             self._failed(peer, "unreachable")
             raise PeerFailed(f"{peer} cannot be reached: {exc}") from exc
         except PeerFailed as exc:
+            if isinstance(exc, LetDown):
+                self._network.gossip.blame(peer, Fault.TIMEOUT, exc.message)
             self._failed(peer, "stalled")
             raise PeerFailed(f"{peer}: {exc.message}") from exc
         finally:
@@ -203,9 +267,13 @@ class Remote:
         raise Unreachable(f"no connection to it within {DIAL_S:.0f} s")
 
 
-def _check_vectors(embedded: Embedded, texts: int) -> None:
-    if len(embedded.vectors) != texts or len(embedded.truncated) != texts:
-        raise RemoteProtocolError(f"{texts} texts were sent, {len(embedded.vectors)} vectors came")
+def _check_vectors(embedded: Embedded, peer: PeerId, work: EmbedWork) -> None:
+    if embedded.served_by != peer or work.model not in (None, embedded.model):
+        raise RemoteProtocolError(
+            f"asked it for {work.model or 'vectors'}, got {embedded.model} of {embedded.served_by}"
+        )
+    if not len(embedded.vectors) == len(embedded.truncated) == len(work.texts):
+        raise RemoteProtocolError(f"{len(work.texts)} texts were sent, {len(embedded.vectors)} vectors came")
     for vector in embedded.vectors:
         if len(vector) != 4 * embedded.dimensions:
             raise RemoteProtocolError(f"a vector of {len(vector)} bytes, {embedded.dimensions} dimensions were stated")
