@@ -197,8 +197,6 @@ class LoopbackStream:
         if self._failure:  # a reset of ours that the sender has not heard of
             return
         arrives = trio.current_time() + self._wire.draw_s(self._wire.faults.stream_delay_s)
-        if self._frames:
-            arrives = max(arrives, self._frames[-1][0])
         self._frames.append((arrives, frame))
         self._unread_bytes += len(frame)
         self._changed.unpark_all()

@@ -22,6 +22,7 @@ from p2p.loopback_wire import Faults
 from p2p.transport import Stream
 
 PROTOCOL = "/test/rpc/1"
+HANG_S = 10_000.0  # of the mock clock, which jumps there at once when nothing else can happen
 
 
 @pytest.fixture
@@ -51,12 +52,13 @@ class Net:
 
     @asynccontextmanager
     async def peer(self, handlers: Mapping[str, Handler] | None = None) -> AsyncIterator[Peer]:
-        async with self.network.join(Identity.make()) as node, trio.open_nursery() as nursery:
-            peer = Peer(node, Calls(node, PROTOCOL, {}))
-            peer.calls = Calls(node, PROTOCOL, handlers if handlers is not None else methods(peer))
-            await nursery.start(peer.calls.run)
-            yield peer
-            nursery.cancel_scope.cancel()
+        with trio.fail_after(HANG_S):
+            async with self.network.join(Identity.make()) as node, trio.open_nursery() as nursery:
+                peer = Peer(node, Calls(node, PROTOCOL, {}))
+                peer.calls = Calls(node, PROTOCOL, handlers if handlers is not None else methods(peer))
+                await nursery.start(peer.calls.run)
+                yield peer
+                nursery.cancel_scope.cancel()
 
     @asynccontextmanager
     async def pair(self, handlers: Mapping[str, Handler] | None = None) -> AsyncIterator[tuple[Peer, Peer]]:
