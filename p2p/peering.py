@@ -9,9 +9,7 @@ Source: SECURITY.md F10, S1; NETWORK.md rules 6 and 7.
 
 from __future__ import annotations
 
-import errno
 import random
-import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from p2p.address import Address, Scope, seen_scope, told
 from p2p.book import Book, Source
 from p2p.bootstrap import BootstrapPeer, load_book, save_book
 from p2p.calls import Calls, Handler
+from p2p.dialling import dial, dial_reason
 from p2p.errors import Refused, RemoteProtocolError, Unreachable
 from p2p.greeting import Greeting, Introduction, Ledger
 from p2p.hello import PROTOCOL_VERSION, misfit
@@ -35,7 +34,6 @@ from p2p.transport import PeerChange, Transport
 DIALS_MAX = 4  # at once; 256 dials at once leave py-libp2p broken (F10)
 DIAL_JITTER_S = 0.2
 DIAL_TIMEOUT_S = 15.0  # the host's own limit, 10 s, comes first and says more
-CAUSES_MAX = 64  # of an error that are looked at for a reason
 CONNECT_ADDRESSES_MAX = 3  # that `connect` tries before it gives up
 DISCONNECT_TIMEOUT_S = 5.0
 RECONCILE_S = 5.0
@@ -265,7 +263,7 @@ class Peering:
         try:
             async with self._limiter:
                 with trio.fail_after(DIAL_TIMEOUT_S):
-                    peer = await self._transport.dial(address.text)
+                    peer = await dial(self._transport, address)
             if peer != address.peer:
                 reason = f"wrong peer id: {peer} answers at {address.bare}, not {address.peer}"
                 await self._disconnect(peer, reason)
@@ -344,26 +342,3 @@ class Peering:
         if self._config.book_path is not None:
             raw = self._book.to_json(trio.current_time(), time.time())
             self._notes["save"] = await trio.to_thread.run_sync(save_book, self._config.book_path, raw)
-
-
-_REASONS = {
-    errno.ECONNREFUSED: "connection refused: nothing listens at {}; is that node running, at that port?",
-    errno.EHOSTUNREACH: "no route to {}; is that machine up, and on the same network?",
-    errno.ENETUNREACH: "no network leads to {}; is this machine connected?",
-    errno.ECONNRESET: "{} cut the connection; is it another program, a firewall, or a node with another --psk-file?",
-    errno.ETIMEDOUT: "{} timed out; is that machine up, and its port open in the firewall?",
-}
-
-
-def dial_reason(exc: BaseException, address: Address) -> str:
-    """Why a dial failed, for a person: by the system's error where there is one under it, else in the host's words."""
-    pending, seen = [exc], 0
-    while pending and seen < CAUSES_MAX:
-        cause, seen = pending.pop(), seen + 1
-        if isinstance(cause, socket.gaierror):
-            return f"the name {address.host} cannot be resolved: {cause.strerror}"
-        if isinstance(cause, OSError) and cause.errno in _REASONS:
-            return _REASONS[cause.errno].format(address.bare)
-        pending += list(cause.exceptions) if isinstance(cause, BaseExceptionGroup) else []
-        pending += [under for under in (cause.__cause__, cause.__context__) if under is not None]
-    return str(exc)

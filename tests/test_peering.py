@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import random
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from p2p.address import parse_address
 from p2p.book import Book, Source
 from p2p.bootstrap import BootstrapPeer, bootstrap_peer, load_book, read_bootstrap_file, save_book
 from p2p.calls import Calls
+from p2p.dialling import dial_reason
 from p2p.errors import BadAddress, BadFile, Refused, RemoteError, Unreachable
 from p2p.hello import INSTANCES_MAX, PROTOCOL_VERSION, RPC_PROTOCOL, Hello, Instances, objection, read_hello, to_value
 from p2p.loopback import Faults, LoopbackNetwork
@@ -185,6 +188,47 @@ async def test_a_bootstrap_file_may_name_the_node_itself(autojump_clock: MockClo
     assert (here.state, here.reason) == ("this node", "names this node itself")
     assert "copied data directory" in there.reason
     assert here.tries == there.tries == 0
+
+
+class Names(trio.abc.HostnameResolver):
+    """The name server of the tests."""
+
+    async def getaddrinfo(self, host: Any, port: Any, family: Any = 0, *rest: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        if host != b"node.example":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        found = [(socket.AF_INET6, ("::1", port, 0, 0)), (socket.AF_INET, ("127.0.0.1", port))]
+        return [(kind, 1, 6, "", where) for kind, where in found if family in (0, kind)]
+
+    async def getnameinfo(self, *rest: Any) -> Any:
+        raise AssertionError("nobody asks")
+
+
+async def test_a_name_is_resolved_and_each_of_its_addresses_tried(autojump_clock: MockClock, swarm: Swarm) -> None:
+    trio.socket.set_custom_hostname_resolver(Names())
+    a = await swarm.start(port=4001)
+    good, bad = (f"/dns/{name}/tcp/4001/p2p/{a.id}" for name in ("node.example", "nowhere.example"))
+    b = await swarm.start(good)
+    await until(lambda: a.id in b.peering.peers())
+    assert b.status.bootstrap[0].state == "connected"
+    assert b.status.peers[0].direction == "out"
+    c = await swarm.start(bad)
+    await until(lambda: c.status.bootstrap[0].reason)
+    assert c.status.bootstrap[0].reason == "the name nowhere.example cannot be resolved: Name or service not known"
+
+
+def test_dial_reasons_are_found_under_groups_and_causes() -> None:
+    address = parse_address(missing_address())
+    deep = Unreachable("all attempts failed")
+    deep.__cause__ = ExceptionGroup("all", [ValueError(), OSError(errno.ECONNREFUSED, "x")])
+    assert dial_reason(deep, address) == (
+        "connection refused: nothing listens at /ip4/127.0.0.1/tcp/9; is that node running, at that port?"
+    )
+    assert "firewall" in dial_reason(OSError(errno.ETIMEDOUT, "x"), address)
+    assert dial_reason(Unreachable("another peer answers there"), address) == "another peer answers there"
+    loop = Unreachable("round")
+    loop.__cause__ = loop
+    assert dial_reason(loop, address) == "round"
 
 
 # --- refusing
@@ -451,12 +495,12 @@ async def test_a_storm_of_32_nodes_settles(autojump_clock: MockClock, swarm: Swa
     assert trio.current_time() - started < 1.0
     took = await until(lambda: min(len(node.peering.peers()) for node in nodes) >= 8, 120.0)
     assert took < 60.0
-    await trio.sleep(20.0)
+    await trio.sleep(10.0)
     assert min(len(node.peering.peers()) for node in nodes) >= 8
     assert len(reachable(nodes)) == 32
     hub.scope.cancel()
     nodes.remove(hub)
-    await trio.sleep(20.0)
+    await trio.sleep(10.0)
     assert min(len(node.peering.peers()) for node in nodes) >= 8  # nobody needs the hub any more
     assert len(reachable(nodes)) == 31
 
