@@ -169,6 +169,8 @@ async def test_a_reset_stream_is_not_a_clean_end() -> None:
         with pytest.raises(Unreachable):
             await stream.receive()
         assert alice.peers() == {bob.peer_id}
+        (conn,) = alice._swarm.get_connections()
+        assert set(conn.muxed_conn.stream_events) <= set(conn.muxed_conn.streams)  # libp2p's reader leaves one behind
 
 
 async def test_a_cut_or_oversize_frame_is_told_apart() -> None:
@@ -205,7 +207,7 @@ async def test_a_handler_that_returns_ends_the_stream_and_leaves_nothing() -> No
             stream = await alice.open_stream(peer, RPC)
             await stream.send(b"x")
             assert await stream.receive() == b"x"
-            with pytest.raises(StreamClosed):
+            with pytest.raises(StreamClosed), trio.fail_after(10):
                 await stream.receive()
             await stream.close()
         (conn,) = bob._swarm.get_connections()
@@ -247,6 +249,8 @@ async def test_a_receiver_decides_what_is_forwarded() -> None:
         await alice.publish(TOPIC, b"good")
         await until(lambda: heard)
         assert heard == [b"good"]
+        used = bob._pubsub.subscribed_topics_send[TOPIC].statistics().current_buffer_used
+        assert used == 0  # libp2p's queue of 32, which nobody reads
 
 
 async def test_a_private_network_lets_in_who_holds_its_key() -> None:
