@@ -22,7 +22,6 @@ from crypto.errors import BadEncoding, BadSignature, WrongNetwork
 from crypto.identity import PeerId
 from gossip.errors import RemoteProtocolError
 from gossip.messages import ADVERT_DOMAIN, ADVERT_LIFE_MS, Advert, Capacity, ModelKind, advert_of
-from p2p.transport import GOSSIP_BYTES_MAX
 
 ADVERT_LIFE_S = ADVERT_LIFE_MS / 1000
 ADVERTS_MAX = 4096  # at most 20 MB, whoever sends them
@@ -159,8 +158,6 @@ class Directory:
         return receipt
 
     def _receive(self, raw: bytes, publisher: PeerId | None, now: float, now_ms: int) -> Receipt:
-        if len(raw) > GOSSIP_BYTES_MAX:
-            return Receipt(outcome=Outcome.MALFORMED, detail=f"{len(raw)} bytes, at most {GOSSIP_BYTES_MAX}")
         try:
             envelope = open_envelope(
                 raw, domain=ADVERT_DOMAIN, network=self._network, now_ms=now_ms, skew_ms=_ANY_TIME_MS

@@ -12,7 +12,16 @@ from msgspec.structs import replace
 from crypto.canonical import encode_struct
 from crypto.envelope import seal
 from crypto.identity import Identity
-from gossip.directory import ADVERT_LIFE_S, EVIDENCE_MAX, FLOOR_KEEP_S, SKEW_MS, Directory, Outcome, Receipt
+from gossip.directory import (
+    ADVERT_LIFE_S,
+    EVIDENCE_MAX,
+    FLOOR_KEEP_S,
+    OFFSETS_MAX,
+    SKEW_MS,
+    Directory,
+    Outcome,
+    Receipt,
+)
 from gossip.messages import ADVERT_DOMAIN, ADVERT_LIFE_MS, GOODBYE, Advert, Capacity, ModelKind, ModelOffer, seal_advert
 
 IDENTITIES = tuple(Identity.make() for _ in range(6))
@@ -193,6 +202,13 @@ def test_also_when_it_is_so_wrong_that_all_are_refused() -> None:
     for who in IDENTITIES[1:4]:
         assert heard(book, said(who, 1, time_ms=NOW_MS + 600_000)) is Outcome.FUTURE
     assert book.statistics(0.0).clock_offset_ms == 600_000
+
+
+def test_clocks_are_remembered_of_few() -> None:
+    book = directory()
+    for _ in range(OFFSETS_MAX + 5):
+        heard(book, said(Identity.make(), 1, time_ms=NOW_MS + 600_000))
+    assert len(book._offsets) == OFFSETS_MAX
 
 
 def test_forged_and_broken_bytes_change_nothing() -> None:
