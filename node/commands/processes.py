@@ -94,11 +94,16 @@ class Cluster:
         self._no_peers = root / "no_peers.json"
         self._no_peers.write_text("[]")
 
-    def start(self, name: str, *flags: str, join: Sequence[NodeProcess | str] = ()) -> NodeProcess:
-        """Start a node; later flags win. A second start under one name keeps its data directory."""
+    def start(
+        self, name: str, *flags: str, join: Sequence[NodeProcess | str] = (), inside: Sequence[str] = ()
+    ) -> NodeProcess:
+        """Start a node; later flags win. A second start under one name keeps its data directory.
+
+        inside: a command that runs the node somewhere, such as ("ip", "netns", "exec", NAME).
+        """
         ready = self.root / f"{name}.ready"
         ready.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "node", "run", "--data-dir", str(self.root / name)]
+        command = [*inside, sys.executable, "-m", "node", "run", "--data-dir", str(self.root / name)]
         for key, value in self._defaults(name, ready).items():
             if key not in flags:
                 command += [key, value]

@@ -146,7 +146,9 @@ def test_a_client_that_leaves_frees_the_slot_on_the_serving_peer(cluster: Cluste
     seed = cluster.start("a", "--max-batch", "1").wait_ready()
     door = cluster.start("door", "--model", "none", join=[seed]).wait_ready()
     sees(door, 1)
-    with httpx.stream("POST", f"{door.url}/v1/completions", json=body(900, stream=True), timeout=PATIENCE_S) as response:
+    with httpx.stream(
+        "POST", f"{door.url}/v1/completions", json=body(900, stream=True), timeout=PATIENCE_S
+    ) as response:
         stream = events(response)
         next(stream)
         assert running(seed) == 1
