@@ -771,3 +771,84 @@ async def test_random_cancels_leave_nothing_behind(clock: trio.abc.Clock) -> Non
         # the one long-lived stream: its keeper, its writer; there its handler and its writer
         assert trio.lowlevel.current_statistics().tasks_living - tasks_before <= 4
         assert await caller.calls.call(callee.id, "echo", 1) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+async def test_under_faults_every_call_ends_and_nothing_is_left(seed: int, clock: trio.abc.Clock) -> None:
+    """Three peers call each other while connections break, freeze and part; a call ends as promised, or in time."""
+    rng = random.Random(seed)
+    net = Net(Faults(stream_delay_s=(0.0, 0.2)))
+    async with net.peer() as a, net.peer() as b, net.peer() as c:
+        peers = [a, b, c]
+        for peer in peers:
+            peer.gate.set()
+        outcomes: list[str] = []
+
+        async def connect() -> None:
+            for here, there in ((a, b), (b, c), (c, a)):
+                try:
+                    await here.node.dial(there.node.addresses()[0])
+                except Unreachable:
+                    pass
+
+        async def caller(here: Peer) -> None:
+            for number in range(25):
+                there = rng.choice([peer for peer in peers if peer is not here])
+                method, body = rng.choice([("echo", number), ("count", 20), ("wait", None), ("refuse", None)])
+                outcome = "out of time"
+                with trio.move_on_after(rng.choice([0.05, 1.0, 20.0])):
+                    try:
+                        result = await here.calls.call(there.id, method, body)
+                        assert result == {"echo": number, "count": "counted", "wait": "waited"}[method]
+                        outcome = "result"
+                    except RemoteError as exc:
+                        outcome = "result" if (method, exc.code) == ("refuse", "full") else f"{method}: {exc.code}"
+                    except (Unreachable, Refused):
+                        outcome = "unreachable"
+                outcomes.append(outcome)
+
+        async def chaos() -> None:
+            while True:
+                await trio.sleep(rng.uniform(0, 2))
+                one, two = (peer.id for peer in rng.sample(peers, 2))
+                match rng.randrange(5):
+                    case 0:
+                        net.network.break_connections(one, two)
+                    case 1:
+                        net.network.partition(one, two, both_ways=rng.random() < 0.5)
+                    case 2:
+                        net.network.freeze(one)
+                    case 3:
+                        await rng.choice(peers).node.disconnect(one)
+                    case _:
+                        net.network.heal()
+                        for peer in peers:
+                            net.network.thaw(peer.id)
+                        await connect()
+
+        await connect()
+        async with trio.open_nursery() as disturbing:
+            disturbing.start_soon(chaos)
+            async with trio.open_nursery() as nursery:
+                for peer in peers:
+                    for _ in range(3):
+                        nursery.start_soon(caller, peer)
+            disturbing.cancel_scope.cancel()
+        net.network.heal()
+        for peer in peers:
+            net.network.thaw(peer.id)
+        await connect()
+        await trio.sleep(60)
+
+        assert len(outcomes) == 9 * 25
+        assert len(set(outcomes)) == 3, "the faults were too mild or too hard to show anything"
+        assert_idle(*peers)
+        for here in peers:
+            assert here.calls.statistics().drops.keys() <= {"streams_over_bound"}
+            for there in peers:
+                if here is not there:
+                    assert await here.calls.call(there.id, "echo", 1) == 1
+            statistics = here.calls.statistics()
+            assert statistics.streams_out == 2
+            assert here.node.statistics().streams_open == statistics.streams_out + statistics.streams_in
