@@ -29,7 +29,7 @@ class Bench:
     def __init__(self, **config: Any) -> None:
         self.front = FakeFront()
         self.app = build_app(self.front, Random(7), DoorConfig(**config))
-        transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8765")
 
     async def post(self, path: str, body: object, **headers: str) -> httpx.Response:

@@ -217,7 +217,8 @@ def test_prompts() -> None:
     assert prompts_of([1, 2], "prompt", count_max=4) == ((1, 2),)
     assert prompts_of([[1], [2, 3]], "prompt", count_max=4) == ((1,), (2, 3))
     assert prompts_of("", "prompt", count_max=4, empty_allowed=True) == ("",)
-    for wrong in ("", [], [[]], [""], [-1], [1 << 31], [True], 5, {}, ["a", None]):
+    wrongs: list[object] = ["", [], [[]], [""], [-1], [1 << 31], [True], 5, {}, ["a", None]]
+    for wrong in wrongs:
         with pytest.raises(BadRequest):
             prompts_of(wrong, "prompt", count_max=4)
 

@@ -198,7 +198,7 @@ async def test_a_slow_client_holds_the_answer_back(autojump_clock: MockClock) ->
     call = Slow("/v1/completions", STREAMED)
     app = build_app(front, Random(7))
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(app, call.scope, call.receive, call.send)
+        nursery.start_soon(app, call.scope, call.receive, call.send)  # type: ignore[arg-type]
         await trio.sleep(60)
         assert front.running == 1
         assert front.items <= 3 * ITEMS_QUEUED_MAX
