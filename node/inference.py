@@ -31,11 +31,12 @@ from node.errors import (
 from node.front import FrontStatistics, Route, RouteHint
 from node.hosting import NO_ROOM_RETRY_S, Hosting
 from node.remote import Network, Remote
-from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Piece, Started
+from node.work import REMAINING_MS_MAX, AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Piece, Started
 
 INFER_PROTOCOL = "/openagi/infer/1"
 PIECES_BUFFERED = 64  # a client that reads slower than the model writes holds this many pieces back
 ATTEMPTS_MAX = 8
+DEADLINE_GRACE_MS = 100
 FULL_WAIT_S = 0.5  # between looks for room, for an answer that has begun
 
 
@@ -75,8 +76,9 @@ class _Attempt:
         return msgspec.structs.replace(work, **changes)
 
     def left_ms(self) -> int:
-        """Milliseconds to the deadline, at least 1."""
-        return max(1, int((self.deadline - trio.current_time()) * 1000))
+        """Milliseconds that the next server has: a little more than is left, so that it is we who say it is over."""
+        left_ms = max(0, int((self.deadline - trio.current_time()) * 1000))
+        return min(left_ms + DEADLINE_GRACE_MS, REMAINING_MS_MAX)
 
 
 class Answer:

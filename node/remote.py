@@ -22,7 +22,8 @@ from crypto.identity import PeerId
 from gossip.routing import Candidate
 from gossip.service import GossipService
 from gossip.standing import Fault
-from node.errors import REQUEST_ERRORS, BadRequest, NoRoom, PeerFailed
+from node.errors import REQUEST_ERRORS, BadRequest, NoRoom, NotReady, PeerFailed
+from node.hosting import NO_ROOM_RETRY_S
 from node.work import (
     AnswerItem,
     Embedded,
@@ -231,7 +232,10 @@ class Remote:
         try:
             yield
         except RemoteError as exc:
-            error = ANSWERED.get(exc.code, PeerFailed)(f"{peer} answered: {exc.message}")
+            kind = ANSWERED.get(exc.code, PeerFailed)
+            error = kind(
+                f"{peer} answered: {exc.message}", retry_after_s=NO_ROOM_RETRY_S if kind in (NoRoom, NotReady) else None
+            )
             self._failed(peer, exc.code)
             raise error from exc
         except RemoteProtocolError as exc:

@@ -19,6 +19,7 @@ TOKENS_MAX = 131_072
 STOPS_MAX = 8
 TEXTS_MAX = 256
 LOGPROBS_MAX = 20
+REMAINING_MS_MAX = 86_400_000  # a day
 
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=64)]
@@ -67,7 +68,7 @@ class GenerateWork(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     sampling: Sampling = Sampling()
     delivered: TokenIds = ()
     delivered_chars: Count = 0
-    remaining_ms: Annotated[int, Meta(ge=1, le=86_400_000)] = 120_000
+    remaining_ms: Annotated[int, Meta(ge=1, le=REMAINING_MS_MAX)] = 120_000
 
 
 class EmbedWork(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="embed"):
@@ -76,7 +77,7 @@ class EmbedWork(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, t
     request_id: RequestId
     model: Name | None = None
     texts: Annotated[tuple[Text | TokenIds, ...], Meta(min_length=1, max_length=TEXTS_MAX)]
-    remaining_ms: Annotated[int, Meta(ge=1, le=86_400_000)] = 120_000
+    remaining_ms: Annotated[int, Meta(ge=1, le=REMAINING_MS_MAX)] = 120_000
 
 
 class Started(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="started"):

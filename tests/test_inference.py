@@ -13,11 +13,10 @@ from model.errors import ComputeFailed
 from node.errors import BadRequest, DeadlinePassed, NoRoom, NotReady, PeerFailed, RequestError, UnknownModel
 from node.front import Route, RouteHint
 from node.remote import STALL_S
-from node.work import EmbedWork, GenerateWork, Piece, Progress, Sampling
+from node.work import EmbedWork, GenerateWork, Piece, Progress
 from p2p.errors import RemoteError
-from p2p.loopback_wire import Faults
-from tests.fake_runtime import VOCABULARY, FakeRuntime, facts, token_at, vector_of
-from tests.node_swarm import AUTO, Got, Node, Swarm, ask, eventually, expected, work
+from tests.fake_runtime import FakeRuntime, facts, vector_of
+from tests.node_swarm import AUTO, Got, Node, Swarm, ask, eventually, expected, prefer, work
 
 LOCAL, REMOTE = RouteHint(route=Route.LOCAL), RouteHint(route=Route.REMOTE)
 LONG = 60  # tokens: six seconds of the fake engine
@@ -31,14 +30,6 @@ async def swarm() -> AsyncIterator[Swarm]:
 
 def at(node: Node) -> RouteHint:
     return RouteHint(peer=node.id)
-
-
-def prefer(door: Node, first: Node, *others: Node) -> None:
-    """Let the door measure the others as far away, so that it asks `first` first."""
-    for other in others:
-        for _ in range(20):
-            door.network.gossip.observations.rtt(other.id, 60.0)
-    door.network.gossip.observations.rtt(first.id, 0.001)
 
 
 async def started(got: Got, within_s: float = 10, tokens: int = 1) -> None:
@@ -137,27 +128,6 @@ async def test_a_peer_that_dies_in_mid_stream_is_replaced_without_a_trace(
     assert door.inference.counts["takeovers"] == 2
 
 
-async def test_an_answer_whose_last_record_was_lost_ends_right(swarm: Swarm, autojump_clock: MockClock) -> None:
-    """All tokens came, and the peer died before it said so."""
-    door = await swarm.start()
-    peers = [await swarm.start(FakeRuntime()) for _ in range(2)]
-    await swarm.settled()
-
-    async def lost(node: Node) -> None:
-        await eventually(lambda: bool(node.engine.added) or node.scope.cancel_called, 10)
-
-    got = Got()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: ask(door, work(tokens=10), got=got))
-        await started(got, tokens=9)
-        server = next(peer for peer in peers if peer.engine.busy)
-        swarm.wire.wire.faults = Faults(stream_delay_s=(0.0, 0.0))
-        other = next(peer for peer in peers if peer is not server)
-        other.engine.step_s = 0.01
-        await swarm.crash(server)
-    assert got.is_right("hello", 10)
-
-
 async def test_a_frozen_peer_is_replaced_after_its_patience(swarm: Swarm, autojump_clock: MockClock) -> None:
     door = await swarm.start()
     peers = [await swarm.start(FakeRuntime()) for _ in range(2)]
@@ -241,23 +211,19 @@ async def test_a_pinned_peer_has_no_deputy(swarm: Swarm, autojump_clock: MockClo
 
 async def test_half_an_answer_waits_for_room(swarm: Swarm, autojump_clock: MockClock) -> None:
     """Its peer died, the other one is full: it goes on there as soon as there is room, though refused at first."""
-    door, peer, other = await swarm.start(), await swarm.start(FakeRuntime()), None
+    door, peer = await swarm.start(), await swarm.start(FakeRuntime())
     other = await swarm.start(FakeRuntime(slots=1, queue_max=0))
     await swarm.settled()
     got, filler = Got(), Got()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: ask(door, work(tokens=LONG), at_first(peer), got=got))
         nursery.start_soon(lambda: ask(other, work("fill", 80), LOCAL, got=filler))
+        await trio.sleep(1)
+        nursery.start_soon(lambda: ask(door, work(tokens=LONG), got=got))
         await started(got, tokens=10)
+        assert got.started[0].served_by == peer.id
         await swarm.crash(peer)
     assert filler.is_right("fill", 80)
     assert got.is_right("hello", LONG)
-
-
-def at_first(node: Node) -> RouteHint:
-    """No pin: the test relies on the other one being full."""
-    del node
-    return AUTO
 
 
 # --- patience ---
@@ -341,7 +307,6 @@ async def test_bad_input_is_the_callers_fault_and_asked_once(
     for asker in (door, peers[0]):
         got = await ask(asker, bad)
         assert isinstance(got.error, BadRequest)
-    assert sum(peer.network.transport.statistics().drops.get("x", 0) for peer in peers) == 0
     assert sum(peer.infer.statistics().calls_in for peer in peers) == 1
     for peer in peers:
         assert door.score(peer.id) == 0
@@ -356,22 +321,6 @@ async def test_a_request_that_cannot_be_sent_is_nobodys_failure(swarm: Swarm, au
     assert got.error.code in ("bad_request", "too_large")
     assert (await ask(door, work())).is_right("hello", 10)
     assert door.network.gossip.observations.observed(peer.id, trio.current_time()).state is State.CLOSED
-
-
-async def test_what_a_liar_delivered_is_not_the_clients_fault(swarm: Swarm, autojump_clock: MockClock) -> None:
-    """A first peer gave a token that is none and died; the next refuses it. The client did nothing wrong."""
-    door, peer = await swarm.start(), await swarm.start(FakeRuntime())
-    await swarm.settled()
-
-    async def lie(incoming: object) -> object:
-        raise AssertionError
-
-    del lie
-    asked = work(tokens=5)
-    got = await ask(door, asked)
-    assert got.is_right("hello", 5)
-    assert token_at((1,), 0) < VOCABULARY
-    assert peer.engine.added
 
 
 # --- the end of a node ---
@@ -479,4 +428,3 @@ async def test_embeddings_have_a_deadline_here_and_at_the_peer(swarm: Swarm, aut
             peer.id, "embed", {"type": "embed", "request_id": "q", "texts": ["t"] * 100, "remaining_ms": 3000}
         )
     assert failure.value.code == "deadline"
-    assert Sampling().max_tokens
