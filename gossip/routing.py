@@ -180,7 +180,7 @@ def _why(serving: int, too_short: int, full: int) -> Why:
 
 def _served(need: Need, offer: Offer, now: float) -> ModelOffer | None:
     """The model of this offer that meets the need: one made for it, then the longest context."""
-    if offer.expires_s <= now or offer.advert.is_goodbye or need.only not in (None, offer.peer):
+    if offer.expires_s <= now or need.only not in (None, offer.peer):
         return None
     best: ModelOffer | None = None
     for model in offer.capacity.models:  # plainly, for this runs over the whole directory

@@ -69,10 +69,11 @@ class Ban:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StandingStatistics:
-    """Counts since start by fault; peers with a score and peers banned now."""
+    """Counts since start by fault; peers with a score, networks with one, and peers banned now."""
 
     faults: dict[str, int]
     scored: int
+    groups: int
     banned: int
 
 
@@ -119,12 +120,12 @@ def group_of(address: str | None) -> str | None:
 class Standing:
     """This node's opinion of every peer. `now` is monotonic seconds."""
 
-    def __init__(self, *, peers_max: int = PEERS_MAX) -> None:
+    def __init__(self, *, peers_max: int = PEERS_MAX, groups_max: int = GROUPS_MAX) -> None:
         self._scores: dict[PeerId, _Score] = {}
         self._groups: dict[str, _Score] = {}
         self._bans: dict[PeerId, Ban] = {}
         self._faults: dict[str, int] = {fault.name.lower(): 0 for fault in Fault}
-        self._peers_max = peers_max
+        self._peers_max, self._groups_max = peers_max, groups_max
 
     # --- in ---
 
@@ -177,7 +178,7 @@ class Standing:
 
     def _group(self, group: str, now: float) -> _Score:
         if group not in self._groups:
-            if len(self._groups) >= GROUPS_MAX:
+            if len(self._groups) >= self._groups_max:
                 _drop_mildest(self._groups, now)
             self._groups[group] = _Score(at_s=now)
         return self._groups[group]
@@ -220,7 +221,12 @@ class Standing:
 
     def statistics(self, now: float) -> StandingStatistics:
         """A snapshot of the counters."""
-        return StandingStatistics(faults=dict(self._faults), scored=len(self._scores), banned=len(self.bans(now)))
+        return StandingStatistics(
+            faults=dict(self._faults),
+            scored=len(self._scores),
+            groups=len(self._groups),
+            banned=len(self.bans(now)),
+        )
 
     # --- over a restart ---
 

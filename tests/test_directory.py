@@ -67,6 +67,8 @@ def test_an_offer_lives_until_its_time_is_over() -> None:
     assert book.offers(ADVERT_LIFE_S - 0.01)
     assert book.offers(ADVERT_LIFE_S) == ()  # even before tick
     assert book.models(ADVERT_LIFE_S) == ()
+    assert book.offer_of(ALICE.peer_id, ADVERT_LIFE_S) is None
+    assert book.offer_of(ALICE.peer_id, 0.0) == offer
     assert book.tick(ADVERT_LIFE_S) == (ALICE.peer_id,)
     assert book.tick(ADVERT_LIFE_S) == ()
 

@@ -353,6 +353,17 @@ def test_a_lost_connection_that_is_back_is_tried_at_once() -> None:
     assert ranked(NEED, [offer(1)], seen, 1.0) == [peer(1)]
 
 
+def test_a_probe_that_the_client_gave_up_may_be_repeated() -> None:
+    seen = Observations()
+    seen.failed(peer(1), "stalled", 0.0)
+    offers = [offer(1, received_s=OPEN_S_MIN)]
+    for _ in range(3):
+        assert ranked(NEED, offers, seen, OPEN_S_MIN) == [peer(1)]
+        seen.started(peer(1), OPEN_S_MIN)
+        assert why(NEED, offers, seen, OPEN_S_MIN).why is Why.ALL_BROKEN
+        seen.ended(peer(1), OPEN_S_MIN)
+
+
 def test_a_killed_peer_costs_one_request_and_a_broken_stream_none() -> None:
     seen = Observations()
     for number in (1, 2):

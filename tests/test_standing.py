@@ -146,6 +146,18 @@ def test_a_million_strangers_take_no_room() -> None:
     assert standing.score(EVE, 0.0) == -10.0  # those with the least to remember went
 
 
+def test_networks_are_bounded_and_the_worst_is_remembered() -> None:
+    standing = Standing(groups_max=16)
+    standing.seen_at(EVE, PUBLIC.format(1), 0.0)
+    standing.blame(EVE, Fault.FATAL, 0.0)
+    for number in range(100):
+        peer = PeerId(f"s{number}")
+        standing.seen_at(peer, f"/ip4/93.10.{number}.1/tcp/1", 0.0)
+        standing.blame(peer, Fault.OVER_QUOTA, 0.0)
+    assert standing.statistics(0.0).groups <= 16
+    assert standing.seen_at(ANN, PUBLIC.format(2), 0.0) is Verdict.BANNED
+
+
 def test_bans_are_bounded() -> None:
     standing = Standing()
     for number in range(BANS_MAX + 5):
