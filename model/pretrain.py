@@ -125,9 +125,10 @@ class Muon(torch.optim.Optimizer):
 
     def _nesterov(self, matrix: torch.nn.Parameter) -> torch.Tensor:
         assert matrix.grad is not None
-        velocity = self.state[matrix].setdefault("velocity", torch.zeros_like(matrix))
+        velocity: torch.Tensor = self.state[matrix].setdefault("velocity", torch.zeros_like(matrix))
         velocity.lerp_(matrix.grad, 1 - self._momentum)
-        return matrix.grad.lerp(velocity, self._momentum)
+        nesterov: torch.Tensor = matrix.grad.lerp(velocity, self._momentum)
+        return nesterov
 
 
 def _orthogonal(update_NRC: torch.Tensor) -> torch.Tensor:
@@ -161,10 +162,9 @@ def bits_per_byte(
     nats, size, budget = 0.0, 0, chars_max
     was_training = model.training
     model.eval()
-    for passage in passages:
-        if budget is not None:
-            passage = passage[: min(len(passage), budget)]
-            budget -= len(passage)
+    for whole in passages:
+        passage = whole if budget is None else whole[:budget]
+        budget = None if budget is None else budget - len(passage)
         if not passage:
             break
         ids = [0, *tokenizer.backend_tokenizer.encode(passage).ids]
@@ -202,7 +202,7 @@ def train(
         batch = torch.stack(rows)
         logits_BTV = model(batch[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         for optimizer, peak in ((muon, config.muon_rate), (adam, config.adam_rate)):
             for group in optimizer.param_groups:

@@ -1,16 +1,16 @@
 """What a request can end in, other than an answer. node/web/errors.py maps each to an HTTP status.
 
-    RequestError(code, message, retryable)
-    |- BadRequest        the caller's input: say what came, what was wanted, what to do      400
-    |- TooLarge          the input is over a bound with a name                                413
-    |- UnknownModel      no live peer serves it; lists those that are served                  404
-    |- NoRoom            every peer that serves it is full: try later                         503 + Retry-After
-    |- NotReady          starting, loading or draining                                        503 + Retry-After
-    |- DeadlinePassed    the request's own time is over                                       408
-    |- PeerFailed        the serving peer died or broke the protocol; another may do          503
-    `- InternalError     a bug                                                                500
+RequestError(code, message, retryable)
+|- BadRequest        the caller's input: say what came, what was wanted, what to do      400
+|- TooLarge          the input is over a bound with a name                                413
+|- UnknownModel      no live peer serves it; lists those that are served                  404
+|- NoRoom            every peer that serves it is full: try later                         503 + Retry-After
+|- NotReady          starting, loading or draining                                        503 + Retry-After
+|- DeadlinePassed    the request's own time is over                                       408
+|- PeerFailed        the serving peer died or broke the protocol; another may do          503
+`- InternalError     a bug                                                                500
 
-    ConfigError (exit 2), DataDirLocked (exit 75): problems found at start.
+ConfigError (exit 2), DataDirLocked (exit 75): problems found at start.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """What can go wrong between peers.
 
-    P2PError
-    |- LocalProtocolError     we broke our own rules: a bug
-    |- RemoteProtocolError    they broke the rules: drop, lower standing
-    |- Unreachable            nobody answers there: try another
-    |- StreamClosed           the other side ended the stream cleanly
-    |- Refused                policy, theirs or ours: says which and why
-    |- CannotListen           nothing to listen on (exit 69)
-    |- BadAddress             an address that cannot be dialled: says what is wrong with it
-    |- BadFile                a bootstrap file or address book that cannot be read: says where and why
-    `- RemoteError            the peer's handler answered with an error; code, retryable
+P2PError
+|- LocalProtocolError     we broke our own rules: a bug
+|- RemoteProtocolError    they broke the rules: drop, lower standing
+|- Unreachable            nobody answers there: try another
+|- StreamClosed           the other side ended the stream cleanly
+|- Refused                policy, theirs or ours: says which and why
+|- CannotListen           nothing to listen on (exit 69)
+|- BadAddress             an address that cannot be dialled: says what is wrong with it
+|- BadFile                a bootstrap file or address book that cannot be read: says where and why
+`- RemoteError            the peer's handler answered with an error; code, retryable
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The house itself: floors, doors, circles, cores without waiting or chance, sizes (docs/STYLE.md, docs/ARCHITECTURE.md)."""
+"""The house itself: floors, doors, circles, cores without waiting or chance, sizes (docs/STYLE.md)."""
 
 from __future__ import annotations
 
@@ -45,6 +45,16 @@ CORES = (
     "gossip/directory.py",
     "gossip/standing.py",
     "gossip/routing.py",
+    "gossip/observations.py",
+    "gossip/breaker.py",
+    "gossip/pace.py",
+    "p2p/admission.py",
+    "p2p/roster.py",
+    "p2p/hello.py",
+    "p2p/address.py",
+    "model/schedule.py",
+    "model/requests.py",
+    "model/config.py",
     "node/work.py",
     "node/front.py",
 )
