@@ -14,7 +14,7 @@ import os
 import random
 import secrets
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from model.runtime_face import Runtime
 
 IN_FLIGHT_S = 30.0
+LAST_FRAMES_S = 0.2  # for what is written but not sent yet, to peers and clients
 MEASURE_EVERY_S = 1.0
 _log = logging.getLogger("node")
 
@@ -64,9 +65,16 @@ class Node:
     """The parts of one node over a transport that is open. Make it inside trio."""
 
     def __init__(
-        self, config: NodeConfig, identity: Identity, transport: Transport, bootstrap: tuple[BootstrapPeer, ...]
+        self,
+        config: NodeConfig,
+        identity: Identity,
+        transport: Transport,
+        bootstrap: tuple[BootstrapPeer, ...],
+        load: Callable[[NodeConfig], Runtime] | None = None,
     ) -> None:
+        """load: what makes the runtime, in a worker thread; None: the real one, which imports torch."""
         self._config = config
+        self._load = load or _load
         self._transport = transport
         self._rng = random.Random(secrets.randbits(64))
         instance = secrets.token_hex(16)
@@ -121,12 +129,12 @@ class Node:
         """Load the model, host it in the nursery, and say that the node is ready. Raises ModelError."""
         if self._config.model != "none":
             self.state.phase = "loading"
-            runtime = await trio.to_thread.run_sync(_load, self._config, abandon_on_cancel=True)
+            runtime = await trio.to_thread.run_sync(self._load, self._config, abandon_on_cancel=True)
             hosting = Hosting(runtime, peer=self._transport.peer_id, on_change=self._offer)
             await nursery.start(hosting.run)
+            if self._inference.draining:  # told to stop meanwhile
+                return
             self._inference.hosting = hosting
-        if self.state.phase == "stopping":
-            return
         self.state.phase = "running"
         self._offer()
         ready = self._ready()
@@ -193,6 +201,7 @@ class Node:
             await self._inference.wait_idle()
             if hosting is not None:
                 await hosting.wait_idle()
+            await trio.sleep(LAST_FRAMES_S)
 
 
 async def _signals(stop: trio.Event, scope: trio.CancelScope) -> None:

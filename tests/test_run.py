@@ -1,0 +1,292 @@
+"""node/run.py: the tree of tasks of a live node, its ready file, signals, its end. Real clock, real threads."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from crypto.identity import Identity
+from model.errors import BadModel, ModelError
+from model.requests import Output
+from node.config import NodeConfig
+from node.errors import ConfigError
+from node.inference import INFER_PROTOCOL
+from node.run import Node, _bootstrap, _psk
+from node.start import leaves
+from node.work import Finished, from_wire, to_wire
+from p2p.calls import Calls
+from p2p.errors import P2PError
+from p2p.loopback import LoopbackNetwork, LoopbackTransport
+from tests.fake_runtime import FakeRuntime
+from tests.node_swarm import work
+
+pytestmark = pytest.mark.slow
+ARCHITECTURE = Path(__file__).parent.parent / "docs" / "ARCHITECTURE.md"
+PATIENCE_S = 30  # hang guard
+
+# docs/ARCHITECTURE.md's names of the tasks in the node nursery, and what Trio calls them
+TASKS = {
+    "signals": "node.run._signals",
+    "control calls": "p2p.calls.Calls.run",
+    "inference calls": "p2p.calls.Calls.run",
+    "gossip": "gossip.service.GossipService.run",
+    "peering": "p2p.peering.Peering.run",
+    "measure": "node.run.Node._measure",
+    "host the model": "node.run.Node._host_model",
+    "hosting": "node.hosting.Hosting.run",
+    "web": "node.run.Node._web",
+}
+# the same, one floor deeper; what Hypercorn starts is its own
+INSIDE = {
+    "gossip.service.GossipService.run": [
+        "gossip.service.GossipService._enforce_verdicts",
+        "gossip.service.GossipService._keep_house",
+        "gossip.service.GossipService._pull_from_the_joined",
+        "gossip.service.GossipService._pull_from_the_joined",
+        "gossip.service.GossipService._pull_from_the_joined",
+        "gossip.service.GossipService._pull_from_the_joined",
+        "gossip.service.GossipService._speak",
+    ],
+    "p2p.peering.Peering.run": ["p2p.peering.Peering._keep", "p2p.peering.Peering._save_now_and_then"],
+    "node.run.Node._web": ["node.web.serve.serve"],
+}
+
+
+class SlowRuntime(FakeRuntime):
+    """Its steps take time of the worker thread."""
+
+    def step(self) -> list[Output]:
+        time.sleep(0.01)
+        return super().step()
+
+
+@dataclass
+class Running:
+    """A node.run.Node as a child of the test."""
+
+    node: Node
+    transport: LoopbackTransport
+    network: LoopbackNetwork
+    config: NodeConfig
+    task: Callable[[], trio.lowlevel.Task | None]
+
+    @property
+    def ready_file(self) -> Path:
+        assert self.config.ready_file is not None
+        return self.config.ready_file
+
+    async def ready(self) -> None:
+        await until(self.ready_file.exists)
+
+    async def ended(self) -> None:
+        await until(lambda: self.task() is None)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    with trio.fail_after(PATIENCE_S):
+        while not true():  # noqa: ASYNC110  # of things that know no trio
+            await trio.sleep(0.01)
+
+
+@asynccontextmanager
+async def running(
+    path: Path, load: Callable[[NodeConfig], Any] | None = None, **changes: Any
+) -> AsyncIterator[Running]:
+    network = LoopbackNetwork(random.Random(1))
+    fields = {"data_dir": path, "http": "off", "mdns": False, "ready_file": path / "ready.json", **changes}
+    config = NodeConfig(**fields)
+    identity = Identity.make()
+    async with network.join(identity) as transport, trio.open_nursery() as nursery:
+        node = Node(config, identity, transport, (), load or (lambda _config: SlowRuntime()))
+
+        def task() -> trio.lowlevel.Task | None:
+            return next((child for child in nursery.child_tasks if child.name == "node.run.Node.run"), None)
+
+        nursery.start_soon(node.run)
+        yield Running(node, transport, network, config, task)
+        nursery.cancel_scope.cancel()
+
+
+def signal_me(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+def names(task: trio.lowlevel.Task) -> list[str]:
+    return sorted(child.name for nursery in task.child_nurseries for child in nursery.child_tasks)
+
+
+def children(task: trio.lowlevel.Task) -> list[trio.lowlevel.Task]:
+    return [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+
+
+async def test_the_live_tree_of_tasks_is_the_one_in_the_documents(tmp_path: Path) -> None:
+    written = ARCHITECTURE.read_text().split("## Tree of tasks")[1].split("Stop order")[0]
+    labels = [line.strip()[3:].split("  ")[0] for line in written.splitlines() if line.startswith("   ")]
+    assert labels == list(TASKS)
+    async with running(tmp_path, http="127.0.0.1:0") as here:
+        await here.ready()
+        task = here.task()
+        assert task is not None
+        assert names(task) == sorted(TASKS.values())
+        for child in children(task):
+            if child.name != "p2p.calls.Calls.run":  # a task a stream
+                assert names(child) == INSIDE.get(child.name, []), child.name
+
+
+async def test_ready_means_ready(tmp_path: Path) -> None:
+    async with running(tmp_path, http="127.0.0.1:0") as here:
+        await here.ready()
+        said = json.loads(here.ready_file.read_text())
+        assert said["peer_id"] == here.transport.peer_id
+        assert said["listen"] == list(here.transport.addresses())
+        assert (said["model"], said["revision"], said["pid"]) == ("tale", "r1", os.getpid())
+        stream = await trio.open_tcp_stream("127.0.0.1", int(said["http"].split(":")[1]))
+        async with stream:
+            await stream.send_all(b"GET /readyz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+            assert b" 200 " in await stream.receive_some()
+        assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
+        assert here.node.state.readiness().ready
+        assert json.dumps(here.node.state.status())
+        signal_me()
+        await here.ended()
+        assert not here.ready_file.exists()
+
+
+async def test_a_node_without_a_model_is_ready(tmp_path: Path) -> None:
+    async with running(tmp_path, model="none") as here:
+        await here.ready()
+        assert json.loads(here.ready_file.read_text())["model"] is None
+        signal_me(signal.SIGINT)
+        await here.ended()
+
+
+async def test_a_model_that_cannot_be_loaded_ends_the_node_with_its_error(tmp_path: Path) -> None:
+    def load(_config: NodeConfig) -> Any:
+        raise BadModel("the weights are corrupt")
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with running(tmp_path, load):
+            await trio.sleep(PATIENCE_S)
+    errors = list(leaves(caught.value))
+    assert [type(error) for error in errors] == [BadModel]
+    assert isinstance(errors[0], ModelError)
+    assert not (tmp_path / "ready.json").exists()
+
+
+async def test_a_ready_file_that_cannot_be_written_is_a_clear_end(tmp_path: Path) -> None:
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with running(tmp_path, ready_file=tmp_path / "no" / "such" / "ready.json"):
+            await trio.sleep(PATIENCE_S)
+    (error,) = leaves(caught.value)
+    assert isinstance(error, ConfigError)
+    assert "ready.json" in str(error)
+
+
+async def test_a_signal_while_the_model_loads_does_not_wait_for_it(tmp_path: Path) -> None:
+    go_on = threading.Event()
+
+    def load(_config: NodeConfig) -> Any:
+        go_on.wait(PATIENCE_S)
+        return FakeRuntime()
+
+    try:
+        async with running(tmp_path, load) as here:
+            await until(lambda: here.node.state.phase == "loading")
+            readiness = here.node.state.readiness()
+            assert (readiness.ready, readiness.loading) == (False, True)
+            await trio.sleep(0.1)
+            signal_me()
+            await here.ended()
+            assert not here.ready_file.exists()
+    finally:
+        go_on.set()
+
+
+@asynccontextmanager
+async def caller(here: Running) -> AsyncIterator[Calls]:
+    """A peer that calls the node's engine."""
+    async with here.network.join(Identity.make()) as transport, trio.open_nursery() as nursery:
+        calls = Calls(transport, INFER_PROTOCOL, {})
+        await nursery.start(calls.run)
+        await transport.dial(here.transport.addresses()[0])
+        yield calls
+        nursery.cancel_scope.cancel()
+
+
+def pieces(items: list[Any]) -> int:
+    return sum(item["type"] == "piece" for item in items)
+
+
+async def test_the_first_signal_lets_a_peers_request_end(tmp_path: Path) -> None:
+    async with running(tmp_path) as here, caller(here) as calls:
+        await here.ready()
+        async with calls.open(here.transport.peer_id, "generate", to_wire(work(tokens=60))) as outgoing:
+            await anext(outgoing)
+            signal_me()
+            items = [item async for item in outgoing]
+            assert from_wire(outgoing.result, Finished).completion_tokens == 60
+        assert pieces(items) == 60
+        assert here.node.state.phase == "stopping"
+        assert not here.node.state.readiness().ready
+        await here.ended()
+
+
+async def test_a_slow_peer_gets_its_last_piece_before_the_end(tmp_path: Path) -> None:
+    """The engine is done, the pieces are still on their way: that is a request in flight too."""
+    async with running(tmp_path, lambda _config: FakeRuntime()) as here, caller(here) as calls:
+        await here.ready()
+        async with calls.open(here.transport.peer_id, "generate", to_wire(work(tokens=1000))) as outgoing:
+            await anext(outgoing)
+            await trio.sleep(0.5)  # 256 pieces of credit are used up, the rest waits there
+            signal_me()
+            await trio.sleep(0.5)
+            items = [item async for item in outgoing]
+            assert from_wire(outgoing.result, Finished).completion_tokens == 1000
+        assert pieces(items) == 1000
+        await here.ended()
+
+
+async def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
+    async with running(tmp_path) as here, caller(here) as calls:
+        await here.ready()
+        async with calls.open(here.transport.peer_id, "generate", to_wire(work(tokens=1900))) as outgoing:
+            await anext(outgoing)
+            signal_me()
+            await until(lambda: here.node.state.phase == "stopping")
+            await trio.sleep(0.1)
+            assert here.task() is not None
+            signal_me()
+            await here.ended()
+            here.network.crash(here.transport.peer_id)
+            with pytest.raises(P2PError):
+                async for _ in outgoing:
+                    pass
+        assert not here.ready_file.exists()
+
+
+def test_bad_settings_are_named(tmp_path: Path) -> None:
+    config = NodeConfig(data_dir=tmp_path, bootstrap_file=tmp_path / "none.json")
+    with pytest.raises(ConfigError, match=r"none\.json"):
+        _bootstrap(config)
+    key = tmp_path / "psk"
+    config = NodeConfig(data_dir=tmp_path, psk_file=key)
+    with pytest.raises(ConfigError, match="cannot read"):
+        _psk(config)
+    for text in ("xyz", "ab" * 31):
+        key.write_text(text)
+        with pytest.raises(ConfigError, match="64 hexadecimal digits"):
+            _psk(config)
+    key.write_text("ab" * 32 + "\n")
+    assert _psk(config) == b"\xab" * 32
