@@ -113,8 +113,6 @@ class _SavedAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: Source
     added: float
     succeeded: float | None
-    failed: float | None
-    failures: int
 
 
 class _Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -302,7 +300,10 @@ class Book:
         )
 
     def to_json(self, now: float, unix_s: float) -> bytes:
-        """The book for the disk. Operator's entries are kept too: they may have proved good."""
+        """The book for the disk. Operator's entries are kept too: they may have proved good.
+
+        Failures are not: a restart is a new chance, the network may be another one today.
+        """
         shift = unix_s - now
         saved = _Saved(
             version=1,
@@ -313,8 +314,6 @@ class Book:
                     source=entry.source,
                     added=entry.added + shift,
                     succeeded=None if entry.succeeded is None else entry.succeeded + shift,
-                    failed=None if entry.failed is None else entry.failed + shift,
-                    failures=entry.failures,
                 )
                 for peer in self._peers.values()
                 for entry in peer.entries.values()
@@ -345,8 +344,6 @@ class Book:
             # a clock that was set back must not make an address look young or blocked for ever
             entry.added = min(row.added - shift, now)
             entry.succeeded = None if row.succeeded is None else min(row.succeeded - shift, now)
-            entry.failed = None if row.failed is None else min(row.failed - shift, now)
-            entry.failures = 0  # a restart is a new chance: the network may be another one today
         self._anchors = [peer for peer in dict.fromkeys(saved.anchors) if peer in self._peers][:ANCHORS_MAX]
 
     def _entry(self, address: Address) -> _Entry | None:

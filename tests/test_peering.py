@@ -163,6 +163,7 @@ async def test_alone_it_says_which_bootstrap_peer_failed_and_why(autojump_clock:
     assert node.status.connected == 0
 
 
+@pytest.mark.slow
 async def test_it_bootstraps_again_whenever_it_is_alone(autojump_clock: MockClock, swarm: Swarm) -> None:
     hub_identity = Identity.make()
     hub = await swarm.start(identity=hub_identity, port=4001)
@@ -270,6 +271,7 @@ async def test_a_refusal_is_forgotten_when_the_peer_comes_back_right(autojump_cl
     right = await swarm.start(a.address, identity=identity)
     await until(lambda: right.id in a.peering.peers())
     assert a.peering.refusals() == ()
+    assert not a.book.held(right.id, trio.current_time())
 
 
 async def test_another_version_is_refused_whatever_else_it_says(autojump_clock: MockClock, swarm: Swarm) -> None:
@@ -342,6 +344,17 @@ async def test_a_frozen_peer_is_dropped_after_missed_pings(autojump_clock: MockC
     await until(lambda: a.id in b.peering.peers(), 60.0)
 
 
+async def test_a_peer_that_answers_pings_with_an_error_lives(autojump_clock: MockClock, swarm: Swarm) -> None:
+    a = await swarm.start()
+    async with plain_peer(swarm, {}) as (transport, calls):
+        await transport.dial(a.address)
+        hello = Hello(protocol=1, network="main", agent="t", instance="a" * 32, addresses=[])
+        await calls.call(a.id, "hello", to_value(hello))
+        await trio.sleep(120.0)
+        assert transport.peer_id in a.peering.peers()
+        assert a.peering.rtt_ms(transport.peer_id) is not None
+
+
 async def test_a_partition_heals(autojump_clock: MockClock, swarm: Swarm) -> None:
     a = await swarm.start()
     b = await swarm.start(a.address)
@@ -373,6 +386,7 @@ async def test_the_reconciler_finds_what_the_watcher_missed(autojump_clock: Mock
     await until(lambda: not a.status.peers, 2 * RECONCILE_S)
 
 
+@pytest.mark.slow
 async def test_a_peer_that_cuts_us_off_is_not_dialled_in_a_circle(autojump_clock: MockClock, swarm: Swarm) -> None:
     a = await swarm.start()
     b = await swarm.start(a.address)
@@ -385,11 +399,12 @@ async def test_a_peer_that_cuts_us_off_is_not_dialled_in_a_circle(autojump_clock
                 swarm.network.break_connections(a.id, b.id)
 
         nursery.start_soon(cutter)
-        await trio.sleep(600.0)
+        await trio.sleep(300.0)
         nursery.cancel_scope.cancel()
-    assert 20 <= b.status.bootstrap[0].tries <= 120  # every 15 s or so, not every moment
+    assert 10 <= b.status.bootstrap[0].tries <= 60  # every 15 s or so, not every moment
 
 
+@pytest.mark.slow
 async def test_no_more_than_four_dials_at_once(autojump_clock: MockClock, swarm: Swarm) -> None:
     busy = most = 0
 
@@ -573,7 +588,8 @@ def test_instances() -> None:
     assert instances.heard(peer, "b") == "a"
     for index in range(100):
         assert instances.heard(peer, str(index)) == ""
-    assert instances.heard(peer, str(100 - INSTANCES_MAX)) == "99"
+    assert instances.heard(peer, str(99 - INSTANCES_MAX)) == ""  # forgotten
+    assert instances.heard(peer, "99") == str(99 - INSTANCES_MAX)
 
 
 # --- the LAN
@@ -609,6 +625,7 @@ async def test_a_lie_on_the_lan_does_not_part_us_from_a_peer(autojump_clock: Moc
     await until(lambda: b.id in a.peering.peers())
     lie = Sighting(peer=b.id, network="x", protocol=1, instance="c" * 32, addresses=(parse_address(b.address),))
     a.peering.sighted(lie)
+    assert b.id in a.peering.peers()
     await trio.sleep(30.0)
     assert b.id in a.peering.peers()
     assert a.peering.refusals() == ()
