@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgpack
 import msgspec
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from crypto.canonical import (
@@ -97,7 +97,7 @@ def test_golden_bytes(value: Any, hexed: str) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(values)
 def test_what_is_written_is_read_back(value: Any) -> None:
     raw = encode(value)
@@ -107,7 +107,7 @@ def test_what_is_written_is_read_back(value: Any) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.text(), st.integers(0, 9)), st.randoms(use_true_random=False))
 def test_the_order_of_making_does_not_show(fields: dict[str, int], rng: Any) -> None:
     pairs = list(fields.items())
@@ -120,7 +120,7 @@ def test_tuples_are_arrays() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=200) | hostile())
 @example(b"")
 @example(b"\xc1")
@@ -145,7 +145,7 @@ def test_any_bytes_give_a_value_or_bad_encoding(raw: bytes) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(values, st.data())
 def test_a_cut_or_longer_encoding_is_refused(value: Any, data: st.DataObject) -> None:
     raw = encode(value)
@@ -337,7 +337,7 @@ def test_numeric_extremes_never_pass_the_decoder(field: str, extreme: Any) -> No
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(Numbers.__struct_fields__) | st.text(max_size=3), values, max_size=4))
 def test_any_map_is_a_struct_or_bad_encoding(fields: dict[str, Any]) -> None:
     try:

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from crypto.canonical import encode
@@ -125,7 +125,7 @@ def test_both_domains_must_agree() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, len(GOLDEN) // 2 - 1), st.integers(1, 255))
 def test_no_byte_can_be_changed(place: int, flip: int) -> None:
     raw = bytearray.fromhex(GOLDEN)
@@ -135,7 +135,7 @@ def test_no_byte_can_be_changed(place: int, flip: int) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=300))
 def test_any_bytes_are_refused_with_our_errors(raw: bytes) -> None:
     with pytest.raises(CryptoError):

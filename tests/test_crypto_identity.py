@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from crypto.errors import BadKey, BadSignature, CryptoError, UnsafePermissions
@@ -67,7 +67,7 @@ def test_the_peer_id_is_libp2ps_own() -> None:
         assert ID.from_string(ours.peer_id).extract_public_key().to_bytes() == public_key_of(ours.peer_id)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(min_size=KEY_BYTES, max_size=KEY_BYTES))
 def test_peer_ids_and_public_keys_are_one_to_one(public_key: bytes) -> None:
     peer_id = peer_id_of(public_key)
@@ -76,7 +76,7 @@ def test_peer_ids_and_public_keys_are_one_to_one(public_key: bytes) -> None:
     assert public_key_of(peer_id) == public_key
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(max_size=80) | st.text("123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz", max_size=60))
 @example("")
 @example("1" + GOLDEN_PEER_ID)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from p2p.errors import LocalProtocolError, RemoteProtocolError
@@ -17,7 +17,7 @@ def cut(raw: bytes, places: list[int]) -> list[bytes]:
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.binary(max_size=50), max_size=8), st.lists(st.integers(0, 1000), max_size=12))
 def test_frames_come_out_whole_however_they_are_cut(frames: list[bytes], places: list[int]) -> None:
     reader = FrameReader()
@@ -28,7 +28,7 @@ def test_frames_come_out_whole_however_they_are_cut(frames: list[bytes], places:
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.binary(max_size=20), min_size=1, max_size=4), st.integers(1, 200))
 def test_a_cut_frame_never_comes_out(frames: list[bytes], missing: int) -> None:
     raw = b"".join(map(encode_frame, frames))
@@ -41,7 +41,7 @@ def test_a_cut_frame_never_comes_out(frames: list[bytes], missing: int) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.binary(max_size=30), max_size=10), st.integers(1, 40))
 def test_any_bytes_give_frames_or_a_remote_error_and_little_is_kept(chunks: list[bytes], bytes_max: int) -> None:
     reader = FrameReader(bytes_max)
