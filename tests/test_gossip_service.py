@@ -19,7 +19,7 @@ from trio.testing import MockClock
 from crypto.identity import Identity, PeerId
 from gossip.errors import LocalProtocolError
 from gossip.messages import Advert, Capacity, ModelKind, ModelOffer, advert_topic, seal_advert
-from gossip.pace import INTERVAL_S, REFRESH_S, AdvertPace, Buckets, matters
+from gossip.pace import INTERVAL_S, JOINED_AGAIN_S, JOINED_S, REFRESH_S, AdvertPace, Buckets, matters
 from gossip.routing import Need, WhyNot
 from gossip.saved import FILE_BYTES_MAX, SavedState, load, save
 from gossip.service import ADVERTS_PROTOCOL, GOODBYE_S, GossipConfig, GossipService
@@ -501,6 +501,20 @@ def test_the_pace_is_kept_whatever_happens(history: list[tuple[str, float]]) -> 
         assert begun or pace.deadline() == float("inf")
         assert not begun or pace.deadline() <= max(now, *(said[-1:] or [now])) + REFRESH_S
     assert all(later - earlier >= INTERVAL_S - 1e-9 for earlier, later in pairwise(said))
+
+
+def test_a_newcomer_is_told_twice_for_it_is_not_in_the_mesh_at_once() -> None:
+    pace = AdvertPace(random.Random(1))
+    pace.joined(0.0)
+    assert pace.deadline() == float("inf")  # nothing to tell yet
+    pace.changed(0.0)
+    pace.published(0.0)
+    pace.joined(5.0)
+    assert pace.deadline() == 5.0 + JOINED_S
+    pace.published(5.0 + JOINED_S)
+    assert pace.deadline() == 5.0 + JOINED_AGAIN_S
+    pace.published(5.0 + JOINED_AGAIN_S)
+    assert pace.deadline() > 5.0 + 0.9 * REFRESH_S
 
 
 def test_small_changes_can_wait() -> None:

@@ -159,6 +159,13 @@ def test_what_was_measured_counts_more_than_what_is_claimed() -> None:
     assert firsts(NEED, offers, seen)[peer(1)] > 250
 
 
+@pytest.mark.parametrize("lie", [{"slots_total": 65_536}, {"decode_tok_s": 1e9}])
+def test_a_stranger_gains_little_by_boasting(lie: dict[str, Any]) -> None:
+    others = [offer(number, slots_total=8) for number in range(4)]
+    counts = firsts(NEED, [*others, offer(4, **{"slots_total": 8, **lie})], Observations())
+    assert counts[peer(4)] <= 90  # an honest fifth is 60; believed it would get 120 or all
+
+
 def test_a_failing_peer_comes_after_a_sound_one_and_is_forgiven_in_time() -> None:
     seen = Observations()
     for number in (1, 2):
