@@ -245,11 +245,12 @@ async def test_the_first_signal_lets_a_peers_request_end(tmp_path: Path) -> None
 
 async def test_a_slow_peer_gets_its_last_piece_before_the_end(tmp_path: Path) -> None:
     """The engine is done, the pieces are still on their way: that is a request in flight too."""
-    async with running(tmp_path, lambda _config: FakeRuntime()) as here, caller(here) as calls:
+    runtime = FakeRuntime()
+    async with running(tmp_path, lambda _config: runtime) as here, caller(here) as calls:
         await here.ready()
         async with calls.open(here.transport.peer_id, "generate", to_wire(work(tokens=1000))) as outgoing:
             await anext(outgoing)
-            await trio.sleep(0.5)  # 256 pieces of credit are used up, the rest waits there
+            await until(lambda: runtime.holds == 0)  # 256 pieces of credit are used up, the rest waits there
             signal_me()
             await trio.sleep(0.5)
             items = [item async for item in outgoing]
