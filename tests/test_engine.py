@@ -401,6 +401,7 @@ def test_rate_forgets_slowly() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(["add", "admit", "release"]), st.integers(0, 9), st.integers(1, 60))))
 @settings(max_examples=200, deadline=None)
+@pytest.mark.slow
 def test_schedule_keeps_its_bounds(history: list[tuple[str, int, int]]) -> None:
     config = EngineConfig(slots=3, kv_tokens=50, queue_max=2)
     schedule = Schedule(config)

@@ -37,6 +37,7 @@ NOISE = [1.6329574207903614, 1.2280662599423589, -0.45093208472419244, 1.8967813
     temperature=st.floats(0.0, 3.0), top_k=st.integers(0, 500), top_p=st.floats(0.01, 1.0), min_p=st.floats(0.0, 1.0),
 )  # fmt: skip
 @settings(max_examples=150, deadline=None)
+@pytest.mark.slow
 def test_a_token_is_a_pure_function(
     seed: int, position: int, size: int, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:

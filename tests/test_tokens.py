@@ -82,6 +82,7 @@ def test_text_law(family: str, ids: list[int], prompt: list[int], stop: list[str
 
 @given(ids=st.lists(st.integers(1, 319), max_size=80))
 @settings(max_examples=200, deadline=None)
+@pytest.mark.slow
 def test_stream_equals_decode_for_byte_level(ids: list[int]) -> None:
     tokens = FAMILIES["bytes"]
     prompt = tokens.encode("The king")
