@@ -157,11 +157,15 @@ class NodeState:
         if hosting is None or self.phase != "running":
             return Capacity(accepting=self.phase == "running")
         figures = hosting.statistics()
+        slots_total, slots_free, queue_length = figures.slots_total, figures.slots_free, figures.queue_length
+        if not slots_total:  # an encoder: it takes one request at a time, and others wait
+            waiting = hosting.embeds_waiting
+            slots_total, slots_free, queue_length = 1, int(waiting == 0), max(0, waiting - 1)
         return Capacity(
             models=tuple(self._own_offers()),
-            slots_total=figures.slots_total,
-            slots_free=figures.slots_free,
-            queue_length=figures.queue_length,
+            slots_total=slots_total,
+            slots_free=slots_free,
+            queue_length=queue_length,
             kv_tokens_free=figures.kv_tokens_free,
             decode_tok_s=figures.decode_tok_s,
             prefill_tok_s=figures.prefill_tok_s,
