@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from trio.testing import MockClock
 
 from crypto.identity import Identity, PeerId
+from gossip.directory import FLOOR_KEEP_S
 from gossip.errors import LocalProtocolError
 from gossip.messages import Advert, Capacity, ModelKind, ModelOffer, advert_topic, seal_advert
 from gossip.pace import INTERVAL_S, JOINED_AGAIN_S, JOINED_S, REFRESH_S, AdvertPace, Buckets, matters
@@ -193,6 +194,8 @@ async def test_a_killed_peer_is_forgotten_when_its_advert_ends(
         assert nodes[1].gossip.observations.observed(nodes[0].peer, 0.0).connected is False
         await trio.sleep(31)
         assert not any(nodes[0].peer in other.sees() for other in nodes[1:])
+        await trio.sleep(FLOOR_KEEP_S)
+        assert not any(nodes[0].peer in other.gossip.directory.floors() for other in nodes[1:])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -249,6 +252,21 @@ def statement(who: Identity, sequence: int, slots: int = 4, instance: str = "ab"
     capacity = replace(CAPACITY, slots_total=slots)
     advert = Advert(instance=instance, started_ms=START_MS, agent="liar", capacity=capacity)
     return seal_advert(who, advert, network="main", sequence=sequence, time_ms=time_ms or wall_clock_ms())
+
+
+async def test_a_banned_peer_is_not_heard_through_others_either(
+    network: LoopbackNetwork, autojump_clock: MockClock
+) -> None:
+    async with node(network) as honest, node(network) as between:
+        banned = Identity.make()
+        honest.gossip.blame(banned.peer_id, Fault.FATAL, "proven")
+        assert not honest.gossip._heard(banned.peer_id, statement(banned, 1))
+        assert honest.gossip.statistics().drops == {"banned": 1}
+        assert between.gossip._heard(banned.peer_id, statement(banned, 1))  # each has its own opinion
+        await connect(honest, between)  # and hands on what it knows
+        await trio.sleep(1)
+        assert honest.gossip.directory.floors() != {}
+        assert honest.sees() == set()
 
 
 async def test_who_passes_another_off_is_to_blame_and_not_the_other(
@@ -451,7 +469,7 @@ async def test_a_restart_keeps_sequences_and_bans(
 def test_a_lost_or_broken_file_starts_afresh(tmp_path: Path) -> None:
     path = tmp_path / "gossip.json"
     assert load(path) == SavedState()
-    for broken in (b"", b"{", b"[" * 100_000, b'{"v": 2}', b'{"extra": 1}', b"x" * (FILE_BYTES_MAX + 1)):
+    for broken in (b"", b"{", b"[" * 100_000, b'{"v": 2}', b'{"extra": 1}', b"{}" + b" " * FILE_BYTES_MAX):
         path.write_bytes(broken)
         assert load(path) == SavedState()
         assert not path.exists()
