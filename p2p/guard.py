@@ -23,12 +23,14 @@ import libp2p.stream_muxer.yamux.yamux
 import libp2p.utils
 import libp2p.utils.varint
 import trio
-from libp2p.exceptions import ParseError
+from libp2p.exceptions import BaseLibp2pError, ParseError
 from libp2p.io.exceptions import IncompleteReadError
 from libp2p.tools.anyio_service import LifecycleError
 
 MULTISTREAM_BYTES_MAX = 1024  # one line of protocol negotiation; ours are under 64 bytes
 WINDOW_BYTES_MAX = 1 << 20  # of one yamux stream, and of one frame; other implementations send 64 KiB at most
+LINGER_S = 5.0  # for the other side of a finished inbound stream to end its direction too
+LINGER_BYTES = 65_536  # thrown away at once meanwhile
 RESET_S = 1.0  # to tell a peer that its stream is over
 DAEMON_RESTART_S = 1.0  # before a failed background loop starts again
 
@@ -80,7 +82,9 @@ def guarded_stream_handler(
             return
         held[peer] += 1
         try:
-            if not await drops.contain("handler_failed", inner, net_stream):
+            if await drops.contain("handler_failed", inner, net_stream):
+                await end_stream(net_stream, drops)
+            else:
                 await reset_quietly(net_stream, drops)
         finally:
             held[peer] -= 1
@@ -88,6 +92,29 @@ def guarded_stream_handler(
                 del held[peer]
 
     return handle
+
+
+async def end_stream(net_stream: Any, drops: Drops) -> None:
+    """Close a stream whose handler is done; the other side has LINGER_S to end its direction, then it is reset.
+
+    Around: libp2p's gossip handler leaves its stream open, and yamux keeps an entry until both directions have ended.
+    """
+    muxed = net_stream.muxed_stream
+    if not muxed.send_closed:
+        with trio.move_on_after(RESET_S) as scope:
+            scope.shield = True
+            await drops.contain("close_failed", net_stream.close)
+    with trio.move_on_after(LINGER_S) as linger:
+        try:
+            while True:
+                await muxed.conn.read_stream(muxed.stream_id, LINGER_BYTES)
+        except BaseLibp2pError:
+            pass  # the end, whichever way
+    if linger.cancelled_caught:
+        drops.count("stream_not_ended")
+        await reset_quietly(net_stream, drops)
+    if muxed.stream_id not in muxed.conn.streams:
+        muxed.conn.stream_events.pop(muxed.stream_id, None)  # a reader that wakes after the end leaves one behind
 
 
 async def reset_quietly(net_stream: Any, drops: Drops) -> None:

@@ -27,7 +27,6 @@ SLICE_BYTES = 65_507  # with yamux' 12 bytes exactly one Noise record (65,535 - 
 READ_BYTES = 65_536
 WINDOW_POLL_S = 0.005  # yamux has no event for an opening window; doubled while it stays closed
 WINDOW_POLL_S_MAX = 0.1
-LINGER_S = 5.0  # for the other side of a finished inbound stream to end its direction too
 
 
 @dataclass(slots=True)
@@ -164,18 +163,6 @@ class Libp2pStream:
         if scope.cancelled_caught:
             self._drops.count("reset_stalled")
             self._abort()
-
-    async def finish(self) -> None:
-        """End an inbound stream whose handler returned: our direction, and theirs within LINGER_S."""
-        await self.close()
-        with trio.move_on_after(LINGER_S):
-            try:
-                while True:
-                    await self._read()
-                    await self._refill()
-            except (StreamClosed, Unreachable):
-                return
-        await self.reset()
 
     def _uncount(self) -> None:
         if self._counted:

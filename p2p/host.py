@@ -147,7 +147,7 @@ class Libp2pTransport:
         async def run(net: Any) -> None:
             stream = self._wrap(net)
             if await self._drops.contain("handler_failed", handler, stream):
-                await stream.finish()
+                await stream.close()  # the guard sees that the other side ends its direction too
             else:
                 await stream.reset()
 

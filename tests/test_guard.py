@@ -37,6 +37,7 @@ from tests.libp2p_peers import TOPIC, bare_connection, node, raw_socket, strange
 
 slow = pytest.mark.slow
 RPC = "/openagi/rpc/1"
+THEIRS = ("/meshsub/1.1.0", "/ipfs/ping/1.0.0", "/ipfs/id/1.0.0", "/ipfs/id/push/1.0.0")
 
 
 async def echo(stream: Stream) -> None:
@@ -582,6 +583,36 @@ async def test_a_peer_has_a_share_of_streams() -> None:
                 stream = await eve.host.get_network().new_stream(eve.peer)
                 await stream.write(b"\x13/multistream/1.0.0\n")
             await until(lambda: bob.statistics().drops.get("streams_per_peer", 0) >= 7)
+
+
+@slow
+@pytest.mark.parametrize(
+    "protocol", ["/meshsub/1.1.0", "/ipfs/ping/1.0.0", "/ipfs/id/1.0.0", "/ipfs/id/push/1.0.0", RPC]
+)
+async def test_a_stream_that_the_peer_ends_is_ended_here_too(protocol: str) -> None:
+    async with node() as bob:
+        bob.serve(RPC, echo)
+        async with stranger(bob) as eve:
+            stream = await eve.stream(protocol)
+            await stream.close_write()
+            with trio.fail_after(15), pytest.raises(StreamError):  # noqa: PT012
+                while True:
+                    await stream.read(1000)
+            number = stream.muxed_stream.stream_id
+            (conn,) = bob._swarm.get_connections()
+            await until(lambda: number not in conn.muxed_conn.streams and number not in conn.muxed_conn.stream_events)
+
+
+@slow
+async def test_a_stream_that_the_peer_never_ends_is_ended_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "LINGER_S", 0.5)
+    async with node() as bob:
+        async with stranger(bob) as eve:
+            for _ in range(10):
+                await eve.stream("/ipfs/id/1.0.0")
+            await until(lambda: bob.statistics().drops.get("stream_not_ended") == 10)
+            (conn,) = bob._swarm.get_connections()
+            await until(lambda: len(conn.muxed_conn.streams) <= 2)
 
 
 @slow
