@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from model.engine import Engine, Rate
 from model.errors import BadInput, ComputeFailed, EngineFull, OutOfMemory
 from model.load import Found, Loaded, load
 from model.requests import GenerationRequest, Output, SamplingParameters
+from model.sample import choose
 from model.schedule import Schedule
 from model.text import TextStream
 from tests.tiny_models import CONTEXT, save_causal, sentencepiece_tokenizer
@@ -161,6 +163,19 @@ def test_a_request_is_the_same_alone_and_among_others(llama: Loaded) -> None:
     among = run(engine, *others, make(prompt_of(9), temperature=0.9, seed=1))["r"]
     assert among.tokens == alone.tokens
     assert among.text == alone.text
+
+
+def test_a_sampled_token_is_a_function_of_logits_seed_and_position(llama: Loaded) -> None:
+    """What an auditor does: one pass over prompt and answer, then each choice anew."""
+    prompt = prompt_of(9)
+    sampling = SamplingParameters(temperature=0.9, top_p=0.95, seed=12, max_tokens=20, frequency_penalty=0.3)
+    engine = Engine(llama)
+    made = run(engine, GenerationRequest(request_id="r", prompt=prompt, sampling=sampling))["r"]
+    with torch.inference_mode():
+        logits = llama.model(input_ids=torch.tensor([[*prompt, *made.tokens]])).logits[0].float()
+    for position, token in enumerate(made.tokens):
+        before = Counter(made.tokens[:position])
+        assert choose(logits[len(prompt) - 1 + position], sampling, position, before, set(prompt)) == token
 
 
 def test_the_end_token_ends_without_text(llama: Loaded) -> None:
