@@ -292,7 +292,7 @@ class Hosting:
             del self._jobs[job.key]
             job.send.send_nowait(
                 Finished(
-                    reason=output.finish,
+                    reason="length" if output.finish == "length" else "stop",
                     prompt_tokens=job.prompt_tokens,
                     completion_tokens=job.completion_tokens,
                 )

@@ -34,10 +34,11 @@ from node.work import (
     Progress,
     Started,
     from_wire,
+    item_from_wire,
     to_wire,
 )
 from p2p.calls import Calls, Outgoing
-from p2p.errors import LocalProtocolError, P2PError, RemoteError, RemoteProtocolError, Unreachable
+from p2p.errors import LocalProtocolError, P2PError, Refused, RemoteError, RemoteProtocolError, Unreachable
 from p2p.peering import Peering
 from p2p.transport import Transport
 
@@ -112,7 +113,7 @@ class PeerItems:
 
     async def _next(self) -> AnswerItem:
         try:
-            return from_wire(await anext(self._outgoing), AnswerItem)  # type: ignore[arg-type]  # a union is a type here
+            return item_from_wire(await anext(self._outgoing))
         except StopAsyncIteration:
             self.ended = True
             return from_wire(self._outgoing.result, Finished)
@@ -245,6 +246,9 @@ class Remote:
         except LocalProtocolError as exc:
             self._failed(peer, BadRequest.code)
             raise BadRequest(f"the request cannot be sent to a peer: {exc}; make it smaller") from exc
+        except Refused as exc:
+            self._failed(peer, "busy")
+            raise NoRoom(f"{peer} takes no more: {exc}", retry_after_s=NO_ROOM_RETRY_S) from exc
         except P2PError as exc:
             self._failed(peer, "unreachable")
             raise PeerFailed(f"{peer} cannot be reached: {exc}") from exc
@@ -266,7 +270,10 @@ class Remote:
             return
         peering.learn(peer, candidate.addresses)
         with trio.move_on_after(DIAL_S):
-            await peering.connect(peer)
+            try:
+                await peering.connect(peer)
+            except Refused as exc:
+                raise Unreachable(str(exc)) from exc
             return
         raise Unreachable(f"no connection to it within {DIAL_S:.0f} s")
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from model.runtime_face import Runtime
 
 IN_FLIGHT_S = 30.0
+WEB_DRAIN_S = 2.0  # for the last bytes of answers, after what was in flight has ended
 LAST_FRAMES_S = 0.2  # for what is written but not sent yet, to peers and clients
 MEASURE_EVERY_S = 1.0
 _log = logging.getLogger("node")
@@ -146,9 +147,10 @@ class Node:
         self._gossip.offer(self.state.capacity())
 
     async def _measure(self) -> None:
-        """Hand round-trip times from peering to routing, and addresses from adverts to the address book."""
+        """Hand round-trip times from peering to routing, adverts' addresses and bans from gossip to peering."""
         network = self._transport
         learned: dict[str, int] = {}
+        expelled: frozenset[str] = frozenset()
         while True:
             await trio.sleep(MEASURE_EVERY_S)
             for peer in network.peers():
@@ -159,18 +161,24 @@ class Node:
                 if learned.get(offer.peer) != offer.sequence:
                     self._peering.learn(offer.peer, offer.advert.addresses)
             learned = {offer.peer: offer.sequence for offer in offers}
+            bans = self._gossip.standing.bans(trio.current_time())
+            for ban in bans:
+                if ban.peer not in expelled:
+                    self._peering.expel(ban.peer, f"banned: {ban.reason}")
+            expelled = frozenset(ban.peer for ban in bans)
 
     # the door
 
     async def _web(self, stop: trio.Event, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         from node.web.app import build_app
-        from node.web.serve import serve
+        from node.web.serve import ServeLimits, serve
 
         address = self._config.http_address()
         assert address is not None
         async with trio.open_nursery() as nursery:
             app = build_app(self.state, self._rng)
-            port = await nursery.start(partial(serve, app, address.host, address.port, stop=stop))
+            limits = ServeLimits(drain_s_max=WEB_DRAIN_S)
+            port = await nursery.start(partial(serve, app, address.host, address.port, limits=limits, stop=stop))
             host = f"[{address.host}]" if ":" in address.host else address.host
             task_status.started(f"{host}:{port}")
 

@@ -6,11 +6,13 @@ Started, then Progress and Piece in any order, then exactly one Finished; every 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
+from crypto.canonical import convert
+from crypto.errors import BadEncoding
 from p2p.errors import RemoteProtocolError
 
 PROMPT_CHARS_MAX = 200_000
@@ -116,7 +118,7 @@ class Piece(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
 class Finished(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="finished"):
     """The one end of a complete answer. reason: stop (end token or stop string) or length."""
 
-    reason: Annotated[str, Meta(pattern="^(stop|length)$")]
+    reason: Literal["stop", "length"]
     prompt_tokens: Count
     completion_tokens: Count
 
@@ -135,6 +137,13 @@ class Embedded(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
 
 AnswerItem = Started | Progress | Piece | Finished
 
+
+class _Boxed(Struct, frozen=True, array_like=True):
+    """An item in a struct: msgspec keeps what it learns of a struct, and learns a bare union anew at each use."""
+
+    item: AnswerItem
+
+
 _T = TypeVar("_T")
 
 
@@ -146,6 +155,11 @@ def to_wire(struct: Struct) -> Any:
 def from_wire(value: object, kind: type[_T]) -> _T:
     """Plain values as a struct of `kind`. Raises RemoteProtocolError that names the field at fault."""
     try:
-        return msgspec.convert(value, kind, strict=True, builtin_types=(bytes,))
-    except msgspec.ValidationError as exc:
+        return convert(value, kind)
+    except BadEncoding as exc:
         raise RemoteProtocolError(f"the peer's message does not fit: {exc}") from exc
+
+
+def item_from_wire(value: object) -> AnswerItem:
+    """Plain values as one item of an answer. Raises RemoteProtocolError that names the field at fault."""
+    return from_wire((value,), _Boxed).item
