@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import trio
 
 from crypto.identity import PeerId
+from gossip.messages import Capacity
 from gossip.routing import Candidate
 from gossip.service import GossipService
 from gossip.standing import Fault
@@ -42,7 +43,10 @@ from p2p.errors import LocalProtocolError, P2PError, Refused, RemoteError, Remot
 from p2p.peering import Peering
 from p2p.transport import Transport
 
-STALL_S = 5.0  # no token and no progress for so long: frozen
+STALL_S = 5.0  # no token and no progress for so long: frozen, if its speed is known and lets it do better
+STALL_UNMEASURED_S = 20.0  # before its first request; the transport finds a dead connection in half that time
+STALL_S_MAX = 60.0  # whatever speed it claims
+PREFILL_CHUNK = 256  # tokens of prompt that an engine reads in one step (model/config.py)
 DIAL_S = 5.0
 FIRST_TOKEN_SHARE = 0.75
 EMBED_S_MAX = 60.0  # embeddings report no progress; a batch of TEXTS_MAX takes seconds
@@ -70,12 +74,13 @@ class LetDown(PeerFailed):
 class PeerItems:
     """A peer's items, strictly decoded and checked. Raises what Outgoing raises, RemoteProtocolError, PeerFailed."""
 
-    def __init__(self, outgoing: Outgoing, peer: PeerId, work: GenerateWork, began: float) -> None:
+    def __init__(self, outgoing: Outgoing, candidate: Candidate, work: GenerateWork, began: float) -> None:
         self._outgoing = outgoing
-        self._peer = peer
+        self._peer = candidate.peer
+        self._stall_s = stall_s(candidate.offer.capacity)
         self._work = work
         self._began = began
-        self._patience_s = STALL_S
+        self._patience_s = self._stall_s
         self._seen: Progress | None = None
         self._started: Started | None = None
         self._tokens = len(work.delivered)
@@ -109,7 +114,7 @@ class PeerItems:
         kind = PeerFailed if self._started is None else LetDown
         if trio.current_time() >= first_by:
             raise kind(f"no token within {first_by - self._began:.0f} s, {FIRST_TOKEN_SHARE:.0%} of the request's time")
-        raise kind(f"no token and no progress for {STALL_S:.0f} s: the peer is frozen or cut off")
+        raise kind(f"no token and no progress for {self._stall_s:.0f} s: the peer is frozen or cut off")
 
     async def _next(self) -> AnswerItem:
         try:
@@ -177,7 +182,15 @@ class PeerItems:
         return True
 
     def _advance(self) -> None:
-        self._patience_s = STALL_S
+        self._patience_s = self._stall_s
+
+
+def stall_s(capacity: Capacity) -> float:
+    """How long a peer with these speeds may show neither token nor progress: its longest honest step, and a half."""
+    if not capacity.prefill_tok_s or not capacity.decode_tok_s:
+        return STALL_UNMEASURED_S
+    step_s = max(PREFILL_CHUNK / capacity.prefill_tok_s, 1 / capacity.decode_tok_s)
+    return min(STALL_S_MAX, max(STALL_S, 1.5 * step_s))
 
 
 def _grown(before: Progress, after: Progress) -> bool:
@@ -198,7 +211,7 @@ class Remote:
         with self._observed(candidate.peer):
             await self._connect(candidate)
             async with self._network.calls.open(candidate.peer, "generate", to_wire(work)) as outgoing:
-                items = PeerItems(outgoing, candidate.peer, work, began)
+                items = PeerItems(outgoing, candidate, work, began)
                 yield items
             self._succeeded(candidate.peer, items, began)
 

@@ -55,6 +55,8 @@ CORES = (
     "model/schedule.py",
     "model/requests.py",
     "model/config.py",
+    "model/text.py",
+    "p2p/peering_status.py",
     "node/work.py",
     "node/front.py",
 )

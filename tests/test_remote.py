@@ -12,9 +12,10 @@ from trio.testing import MockClock
 
 from crypto.identity import PeerId
 from gossip.breaker import State
+from gossip.messages import Capacity
 from node.errors import PeerFailed, RequestError
 from node.front import RouteHint
-from node.remote import FIRST_TOKEN_SHARE, STALL_S
+from node.remote import FIRST_TOKEN_SHARE, STALL_S, STALL_S_MAX, STALL_UNMEASURED_S, stall_s
 from node.work import Embedded, EmbedWork, Finished, GenerateWork, Piece, Progress, Started, to_wire
 from p2p.calls import Incoming
 from p2p.errors import RemoteError
@@ -376,3 +377,14 @@ async def test_false_vectors_are_not_taken(swarm: Swarm, lie: dict[str, Any], au
     assert answer.vectors == (vector_of("a"),)
     assert answer.served_by == honest.id
     assert door.score(liar.id) < 0
+
+
+def test_patience_grows_with_the_longest_honest_step() -> None:
+    def speeds(prefill: float, decode: float) -> Capacity:
+        return Capacity(prefill_tok_s=prefill, decode_tok_s=decode)
+
+    assert stall_s(speeds(1000.0, 100.0)) == STALL_S
+    assert stall_s(speeds(25.6, 100.0)) == pytest.approx(15.0)
+    assert stall_s(speeds(1000.0, 0.1)) == pytest.approx(15.0)
+    assert stall_s(speeds(0.001, 0.001)) == STALL_S_MAX
+    assert stall_s(speeds(0.0, 0.0)) == STALL_UNMEASURED_S
