@@ -17,7 +17,7 @@ import platform
 import random
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its OpenMP spins at barriers otherwise
@@ -49,6 +49,14 @@ class TrainConfig:
     cooldown: float = 0.45
     long_from: float = 0.8  # share of the budget after which sequences have the full context
     short_context: int = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a training run is, over all its resumptions."""
+
+    elapsed_s: float = 0.0
+    seen_tokens: int = 0
 
 
 def train_tokenizer(passages: tuple[str, ...]) -> transformers.PreTrainedTokenizerFast:
@@ -179,16 +187,16 @@ def bits_per_byte(
 
 
 def train(
-    model: transformers.LlamaForCausalLM, tokens: torch.Tensor, config: TrainConfig, checkpoint: Path, elapsed_s: float
-) -> tuple[int, float]:
-    """Train until the budget is used; returns (tokens seen, seconds used). Prints one line every 20 steps."""
+    model: transformers.LlamaForCausalLM, tokens: torch.Tensor, config: TrainConfig, checkpoint: Path, before: Progress
+) -> Progress:
+    """Train until the budget is used; `before` is what earlier runs did. Prints one line every 20 steps."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     muon = Muon(matrices, rate=config.muon_rate, momentum=0.95, decay=0.05)
     adam = torch.optim.AdamW(rest, lr=config.adam_rate, betas=(0.9, 0.95), weight_decay=0.0)
     rng = random.Random(config.seed)
-    started, seen, step, smooth = time.monotonic() - elapsed_s, 0, 0, 0.0
+    started, seen, step, smooth = time.monotonic() - before.elapsed_s, before.seen_tokens, 0, 0.0
     saved = time.monotonic()
     order: list[int] = []
     while (progress := (time.monotonic() - started) / 60 / config.minutes) < 1:
@@ -215,20 +223,20 @@ def train(
         smooth = loss.item() if step == 1 else 0.95 * smooth + 0.05 * loss.item()
         if step % 20 == 0:
             used = time.monotonic() - started
-            speed = seen / max(used - elapsed_s, 1e-9)
+            speed = (seen - before.seen_tokens) / max(used - before.elapsed_s, 1e-9)
             print(f"{used:7.0f} s step {step:5d} seen {seen:9d} loss {smooth:.4f} {speed:.0f} tok/s", flush=True)
         if time.monotonic() - saved > 300:
-            save_checkpoint(model, checkpoint, elapsed_s=time.monotonic() - started)
+            save_checkpoint(model, checkpoint, Progress(elapsed_s=time.monotonic() - started, seen_tokens=seen))
             saved = time.monotonic()
-    return seen, time.monotonic() - started
+    return Progress(elapsed_s=time.monotonic() - started, seen_tokens=seen)
 
 
-def save_checkpoint(model: transformers.LlamaForCausalLM, path: Path, *, elapsed_s: float) -> None:
-    """Write weights in fp32 and the time used, atomically."""
+def save_checkpoint(model: transformers.LlamaForCausalLM, path: Path, progress: Progress) -> None:
+    """Write weights in fp32 and the progress, atomically."""
     fresh = path.with_suffix(".tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     model.save_pretrained(fresh)
-    (fresh / "progress.json").write_text(json.dumps({"elapsed_s": elapsed_s}))
+    (fresh / "progress.json").write_text(json.dumps(asdict(progress)))
     shutil.rmtree(path, ignore_errors=True)
     fresh.rename(path)
 
@@ -247,12 +255,12 @@ def sample(model: transformers.LlamaForCausalLM, tokenizer: transformers.PreTrai
 def write_card(out: Path, facts: dict[str, object], samples: list[str]) -> None:
     """README.md (for people) and card.json (for programs) beside the weights."""
     (out / "card.json").write_text(json.dumps(facts, indent=2) + "\n")
-    lines = ["# The embedded default model", "", "Trained by `python -m model.pretrain`; it writes fairy tales and", ""]
-    lines[2] = (
+    about = (
         "A small Llama-architecture language model that ships with the node, so that it answers with no download. "
         "Trained from random weights by `python -m model.pretrain` on twenty-four books of fairy tales in the public "
         "domain. It continues a tale; it follows no instructions and knows no facts."
     )
+    lines = ["# The embedded default model", "", about, ""]
     lines += ["| | |", "| --- | --- |"] + [f"| {key} | {value} |" for key, value in facts.items()]
     lines += ["", "Bits per byte are on held-out text: the last book and every 20th 8 KiB block of the others.", ""]
     lines += ["## Samples (temperature 0.7, top-p 0.9, seed 7; not chosen)", ""]
@@ -288,12 +296,12 @@ def main() -> None:
     tokens = encode(tokenizer, split.train)
     chars = sum(map(len, split.train))
     print(f"{len(tokens)} training tokens, {chars / len(tokens):.2f} characters a token", flush=True)
-    model, elapsed_s, checkpoint = make_model(len(tokenizer)), 0.0, args.work / "checkpoint"
+    model, before, checkpoint = make_model(len(tokenizer)), Progress(), args.work / "checkpoint"
     if args.resume and checkpoint.exists():
         model = transformers.LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-        elapsed_s = json.loads((checkpoint / "progress.json").read_text())["elapsed_s"]
-    seen, used_s = train(model.train(), tokens, config, checkpoint, elapsed_s)
-    save_checkpoint(model, args.work / "final", elapsed_s=used_s)
+        before = Progress(**json.loads((checkpoint / "progress.json").read_text()))
+    done = train(model.train(), tokens, config, checkpoint, before)
+    save_checkpoint(model, args.work / "final", done)
     model.eval()
     export(model, tokenizer, args.out)
     model.to(torch.float32)  # as it will be served: bf16 weights computed in fp32
@@ -301,14 +309,14 @@ def main() -> None:
     facts: dict[str, object] = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes": (args.out / "model.safetensors").stat().st_size,
-        "training_tokens_seen": seen,
-        "epochs": round(seen / len(tokens), 2),
+        "training_tokens_seen": done.seen_tokens,
+        "epochs": round(done.seen_tokens / len(tokens), 2),
         "held_out_bits_per_byte": round(bits_per_byte(model, tokenizer, split.held_out), 4),
         "unigram_bits_per_byte": round(unigram_bits_per_byte(train_bytes, held_bytes), 4),
         "five_gram_bits_per_byte": round(ngram_bits_per_byte(train_bytes, held_bytes, order=5), 4),
         "data": "fairy_tales.txt (25 books, public domain), 24 books less every 20th 8 KiB block",
         "date": time.strftime("%Y-%m-%d"),
-        "minutes": round(used_s / 60, 1),
+        "minutes": round(done.elapsed_s / 60, 1),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores shared with other work",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
