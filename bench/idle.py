@@ -1,6 +1,7 @@
 """`python -m bench.idle`: what a node costs while it waits: time to ready, memory, CPU; with and without a model.
 
-Rules: beside each start stands a bare process that only imports the same libraries, started in the same minute.
+Rules: beside each start stands a bare process that only imports the same libraries (transformers with the class of the
+default model: its other parts load lazily), started in the same minute.
 CPU is user and system time of the process over the wall time, with peers connected and gossip running.
 """
 
@@ -19,7 +20,7 @@ from bench.harness import Row, options, report
 from node.commands.processes import Cluster, NodeProcess
 
 IMPORTS = {
-    "default": "import torch, transformers, libp2p; from transformers import AutoModelForCausalLM",
+    "default": "import torch, transformers, libp2p; from transformers import LlamaForCausalLM",
     "none": "import libp2p",
 }
 PEERS = 8
