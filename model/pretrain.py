@@ -1,7 +1,8 @@
 """`python -m model.pretrain`: trains the embedded default model and its tokenizer from a text, and writes its card.
 
 Rules: the learning rate follows the share of the time budget used, so that a busy machine trains less but always
-finishes annealed; a checkpoint is written atomically and `--resume` goes on from it.
+finishes annealed; a checkpoint is written atomically and `--resume` goes on from it; `--after` starts a new schedule
+from the weights of a finished run.
 Source: Llama architecture (arXiv 2302.13971); Muon (Jordan 2024) for hidden matrices, AdamW for the embedding and
 norms; trapezoidal schedule (arXiv 2405.18392). torch.optim.Muon is not used: it computes in bf16, which took 10 s a
 step on a CPU without bf16 instructions, against 0.3 s in fp32.
@@ -17,7 +18,7 @@ import platform
 import random
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its OpenMP spins at barriers otherwise
@@ -31,6 +32,7 @@ from model.corpus import Split, ngram_bits_per_byte, read_text, split_corpus, sp
 END = "<|end|>"
 VOCABULARY = 4096
 CONTEXT = 1024
+MUON_RATE, ADAM_RATE = 0.02, 0.003  # at the peak
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
 SAMPLE_PROMPTS = ("Once upon a time", "The King said to his youngest daughter,", "In the middle of the dark forest")
 
@@ -43,8 +45,8 @@ class TrainConfig:
     batch_tokens: int
     threads: int
     seed: int
-    muon_rate: float = 0.02
-    adam_rate: float = 0.003
+    muon_rate: float
+    adam_rate: float
     warmup: float = 0.02
     cooldown: float = 0.45
     long_from: float = 0.8  # share of the budget after which sequences have the full context
@@ -53,10 +55,11 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a training run is, over all its resumptions."""
+    """How far a training run is, over all its resumptions; `earlier_s` is the time of finished runs before it."""
 
     elapsed_s: float = 0.0
     seen_tokens: int = 0
+    earlier_s: float = 0.0
 
 
 def train_tokenizer(passages: tuple[str, ...]) -> transformers.PreTrainedTokenizerFast:
@@ -226,9 +229,10 @@ def train(
             speed = (seen - before.seen_tokens) / max(used - before.elapsed_s, 1e-9)
             print(f"{used:7.0f} s step {step:5d} seen {seen:9d} loss {smooth:.4f} {speed:.0f} tok/s", flush=True)
         if time.monotonic() - saved > 300:
-            save_checkpoint(model, checkpoint, Progress(elapsed_s=time.monotonic() - started, seen_tokens=seen))
+            now = replace(before, elapsed_s=time.monotonic() - started, seen_tokens=seen)
+            save_checkpoint(model, checkpoint, now)
             saved = time.monotonic()
-    return Progress(elapsed_s=time.monotonic() - started, seen_tokens=seen)
+    return replace(before, elapsed_s=time.monotonic() - started, seen_tokens=seen)
 
 
 def save_checkpoint(model: transformers.LlamaForCausalLM, path: Path, progress: Progress) -> None:
@@ -239,6 +243,12 @@ def save_checkpoint(model: transformers.LlamaForCausalLM, path: Path, progress: 
     (fresh / "progress.json").write_text(json.dumps(asdict(progress)))
     shutil.rmtree(path, ignore_errors=True)
     fresh.rename(path)
+
+
+def load_checkpoint(path: Path) -> tuple[transformers.LlamaForCausalLM, Progress]:
+    """What `save_checkpoint` wrote."""
+    model = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model, Progress(**json.loads((path / "progress.json").read_text()))
 
 
 @torch.no_grad()
@@ -286,8 +296,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work")
+    parser.add_argument("--after", type=Path, help="a finished run's directory (its --work/final) to train further")
+    parser.add_argument("--peak", type=float, default=1.0, help="share of the usual peak learning rates")
     args = parser.parse_args()
-    config = TrainConfig(minutes=args.minutes, batch_tokens=args.batch_tokens, threads=args.threads, seed=args.seed)
+    config = TrainConfig(
+        minutes=args.minutes,
+        batch_tokens=args.batch_tokens,
+        threads=args.threads,
+        seed=args.seed,
+        muon_rate=MUON_RATE * args.peak,
+        adam_rate=ADAM_RATE * args.peak,
+    )
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -298,8 +317,10 @@ def main() -> None:
     print(f"{len(tokens)} training tokens, {chars / len(tokens):.2f} characters a token", flush=True)
     model, before, checkpoint = make_model(len(tokenizer)), Progress(), args.work / "checkpoint"
     if args.resume and checkpoint.exists():
-        model = transformers.LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-        before = Progress(**json.loads((checkpoint / "progress.json").read_text()))
+        model, before = load_checkpoint(checkpoint)
+    elif args.after is not None:
+        model, done = load_checkpoint(args.after)
+        before = Progress(seen_tokens=done.seen_tokens, earlier_s=done.earlier_s + done.elapsed_s)
     done = train(model.train(), tokens, config, checkpoint, before)
     save_checkpoint(model, args.work / "final", done)
     model.eval()
@@ -316,7 +337,7 @@ def main() -> None:
         "five_gram_bits_per_byte": round(ngram_bits_per_byte(train_bytes, held_bytes, order=5), 4),
         "data": "fairy_tales.txt (25 books, public domain), 24 books less every 20th 8 KiB block",
         "date": time.strftime("%Y-%m-%d"),
-        "minutes": round(done.elapsed_s / 60, 1),
+        "minutes": round((done.earlier_s + done.elapsed_s) / 60, 1),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores shared with other work",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
