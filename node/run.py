@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from crypto.identity import Identity
+from crypto.identity import Identity, PeerId
 from gossip.messages import advert_topic
 from gossip.service import GossipConfig, GossipService
+from gossip.standing import Fault
 from node.config import KEY_FILE, NodeConfig
 from node.errors import ConfigError
 from node.hosting import Hosting
@@ -97,13 +98,17 @@ class Node:
         book = Book(transport.peer_id, self._rng)
         self._peering = Peering(transport, book, peering_config, self._rng, _log.error)
         self._gossip = GossipService(transport, identity, gossip_config, self._rng)
-        self._control = Calls(transport, RPC_PROTOCOL, self._peering.handlers())
+        self._control = Calls(transport, RPC_PROTOCOL, self._peering.handlers(), self._breach)
         serving = Serving()
-        infer = Calls(transport, INFER_PROTOCOL, serving.handlers())
+        infer = Calls(transport, INFER_PROTOCOL, serving.handlers(), self._breach)
         network = Network(transport=transport, peering=self._peering, calls=infer, gossip=self._gossip)
         self._inference = serving.inference = Inference(network)
         self._infer = infer
         self.state = NodeState(Parts(config=config, network=network, inference=self._inference))
+
+    def _breach(self, peer: PeerId, what: str) -> None:
+        """A peer broke a rule of a call protocol: its standing falls."""
+        self._gossip.blame(peer, Fault.MALFORMED, what)
 
     async def run(self) -> None:
         """Run until a signal; returns after an orderly stop."""

@@ -125,11 +125,18 @@ class Outgoing:
 class Calls:
     """Calls to peers on one protocol, and the handlers for theirs to us."""
 
-    def __init__(self, transport: Transport, protocol: str, handlers: Mapping[str, Handler]) -> None:
-        """`handlers`: by method; a call of any other is answered "unknown_method"."""
+    def __init__(
+        self,
+        transport: Transport,
+        protocol: str,
+        handlers: Mapping[str, Handler],
+        on_breach: Callable[[PeerId, str], None] = lambda _peer, _what: None,
+    ) -> None:
+        """`handlers`: by method; a call of any other is answered "unknown_method". on_breach: told who broke a rule."""
         self._transport = transport
         self._protocol = protocol
         self._handlers = dict(handlers)
+        self._on_breach = on_breach
         self._nursery: trio.Nursery | None = None
         self._out: dict[PeerId, _CallerStream] = {}
         self._in: dict[PeerId, list[_CalleeStream]] = {}
@@ -244,7 +251,7 @@ class Calls:
     def _count_breach(self, stream: CallStream) -> None:
         if isinstance(stream.failure, RemoteProtocolError):
             self._drops["rule_broken"] += 1
-            _log.warning("dropped a %s stream of %s: %s", self._protocol, stream.peer, stream.failure)
+            self._on_breach(stream.peer, f"broke a rule of {self._protocol}: {stream.failure}")
 
 
 class _CallerStream(CallStream):

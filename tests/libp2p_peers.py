@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,9 @@ import trio
 from libp2p import new_host
 from libp2p.abc import IHost
 from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_new_noise_pair
-from libp2p.custom_types import TProtocol
+from libp2p.custom_types import StreamHandlerFn, TProtocol
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
@@ -62,15 +63,23 @@ class Stranger:
 
 
 @asynccontextmanager
-async def stranger(target: Libp2pTransport, *, plaintext: bool = False) -> AsyncIterator[Stranger]:
-    """A stranger connected to `target`."""
-    key_pair = create_new_key_pair()
+async def stranger(
+    target: Libp2pTransport,
+    *,
+    plaintext: bool = False,
+    key_pair: KeyPair | None = None,
+    handlers: Mapping[str, StreamHandlerFn] | None = None,
+) -> AsyncIterator[Stranger]:
+    """A stranger connected to `target`, who answers by `handlers`."""
+    key_pair = key_pair or create_new_key_pair()
     security = {NOISE_ID: NoiseTransport(key_pair, noise_privkey=create_new_noise_pair().private_key)}
     if plaintext:
         from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTransport
 
         security = {TProtocol(PLAINTEXT_PROTOCOL_ID): InsecureTransport(key_pair)}
     host = new_host(key_pair=key_pair, sec_opt=security, muxer_preference="YAMUX")
+    for protocol, handler in (handlers or {}).items():
+        host.set_stream_handler(TProtocol(protocol), handler)
     async with host.run([]):
         await host.connect(info_from_p2p_addr(Multiaddr(target.addresses()[0])))
         yield Stranger(host, ID.from_base58(target.peer_id))

@@ -28,6 +28,7 @@ from node.start import leaves
 from node.work import Finished, from_wire, to_wire
 from p2p.calls import Calls
 from p2p.errors import P2PError
+from p2p.hello import RPC_PROTOCOL
 from p2p.loopback import LoopbackNetwork, LoopbackTransport
 from tests.fake_runtime import FakeRuntime
 from tests.node_swarm import work
@@ -86,6 +87,9 @@ class Running:
     def ready_file(self) -> Path:
         assert self.config.ready_file is not None
         return self.config.ready_file
+
+    def breaches(self) -> int:
+        return self.node._gossip.standing.statistics(trio.current_time()).faults["malformed"]
 
     async def ready(self) -> None:
         await until(self.ready_file.exists)
@@ -241,6 +245,22 @@ async def test_the_first_signal_lets_a_peers_request_end(tmp_path: Path) -> None
         assert here.node.state.phase == "stopping"
         assert not here.node.state.readiness().ready
         await here.ended()
+
+
+@pytest.mark.parametrize("protocol", [RPC_PROTOCOL, INFER_PROTOCOL])
+async def test_a_peer_that_breaks_the_rules_of_calls_loses_standing_and_at_last_its_connection(
+    tmp_path: Path, protocol: str
+) -> None:
+    async with running(tmp_path) as here, here.network.join(Identity.make()) as peer:
+        await here.ready()
+        await peer.dial(here.transport.addresses()[0])
+        for count in (1, 2, 3):  # the score falls by 10 each, and recovers a little meanwhile
+            stream = await peer.open_stream(here.transport.peer_id, protocol)
+            await stream.send(b"\xc1")
+            with pytest.raises(P2PError):
+                await stream.receive()
+            await until(lambda so_far=count: here.breaches() == so_far)  # type: ignore[misc]
+        await until(lambda: peer.peer_id not in here.transport.peers())
 
 
 async def test_a_slow_peer_gets_its_last_piece_before_the_end(tmp_path: Path) -> None:
