@@ -37,6 +37,7 @@ FILTERS = (
     "round", "safe", "select", "selectattr", "sort", "string", "sum", "title", "tojson", "trim", "unique", "upper",
 )  # fmt: skip
 LISTING = ("join", "list", "map", "max", "min", "reject", "rejectattr", "select", "selectattr", "sort", "sum", "unique")
+TESTING = ("reject", "rejectattr", "select", "selectattr")  # with an argument of the test for each item
 WRITING = ("capitalize", "e", "escape", "indent", "join", "lower", "replace", "string", "title", "trim", "upper")
 STRING_METHODS = (
     "capitalize", "count", "endswith", "find", "format", "index", "isalnum", "isalpha", "isdigit", "islower", "isspace",
@@ -128,8 +129,7 @@ class _Bounded(NodeTransformer):
         return _filtered(nodes.List(node.nodes, lineno=node.lineno), "_concat")
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:  # noqa: N802
-        self.generic_visit(node)
-        node.expr = _filtered(node.expr, "_weighed")
+        self.generic_visit(node)  # the right side is what costs: equality stops at the shorter, `in` reads the right
         for operand in node.ops:
             operand.expr = _filtered(operand.expr, "_weighed")
         return node
@@ -137,7 +137,9 @@ class _Bounded(NodeTransformer):
     def visit_Test(self, node: nodes.Test) -> nodes.Test:  # noqa: N802
         self.generic_visit(node)
         if node.name in COMPARING:
-            node.node = _filtered(node.node, "_weighed")
+            node.args = [_filtered(arg, "_weighed") for arg in node.args]
+            for keyword in node.kwargs:
+                keyword.value = _filtered(keyword.value, "_weighed")
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Getitem:  # noqa: N802
@@ -245,6 +247,8 @@ class _Environment(ImmutableSandboxedEnvironment):
                 self._check_text(name, value, rest, kwargs)
             elif name in LISTING:
                 value = self._turns(value)
+            if name in TESTING:
+                self.charge(len(value) * (1 + _weight(rest) // 16))
             if name in WRITING:
                 self._weighed(value)
             if name == "join" and rest:

@@ -53,6 +53,21 @@ def test_a_vector_does_not_depend_on_its_batch(loaded: Loaded) -> None:
     assert np.linalg.norm(together, axis=1) == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.slow
+def test_one_forward_pass_is_bounded(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    padded: list[int] = []
+    whole = Embedder._vectors
+
+    def watched(self: Embedder, rows: list[tuple[int, ...]]) -> object:
+        padded.append(len(rows) * max(map(len, rows)))
+        return whole(self, rows)
+
+    monkeypatch.setattr(Embedder, "_vectors", watched)
+    Embedder(loaded).embed([line[:n] for line in LINES for n in (1, 5, 20, 50)] * 8)
+    assert len(padded) > 1
+    assert max(padded) <= BATCH_TOKENS_MAX
+
+
 def test_long_texts_are_cut_and_reported(loaded: Loaded) -> None:
     long = "the king " * 400
     made = Embedder(loaded).embed(["short", long])

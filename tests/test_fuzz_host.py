@@ -225,6 +225,11 @@ async def fuzz(frames: int) -> None:
         with trio.fail_after(30):
             assert await process.wait() == 0
         assert counted["failed"] == []
+        # they were not all stopped at the first gate
+        assert counted["infer"]["calls"] > attack.sent[INFER_PROTOCOL] / 2
+        assert counted["control"]["calls"] > attack.sent[RPC_PROTOCOL] / 2
+        assert counted["adverts"]["accepted"] > attack.answered[ADVERTS_PROTOCOL] / 10
+        assert counted["engine"]["finished"] > 0
         assert "daemon_failed" not in counted["host"]
         assert readings[-1] - readings[0] < GROWTH_BYTES_MAX
 

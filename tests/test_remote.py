@@ -13,10 +13,10 @@ from trio.testing import MockClock
 from crypto.identity import PeerId
 from gossip.breaker import State
 from gossip.messages import Capacity
-from node.errors import PeerFailed, RequestError
+from node.errors import NoRoom, PeerFailed, RequestError
 from node.front import RouteHint
 from node.remote import FIRST_TOKEN_SHARE, STALL_S, STALL_S_MAX, STALL_UNMEASURED_S, stall_s
-from node.work import Embedded, EmbedWork, Finished, GenerateWork, Piece, Progress, Started, to_wire
+from node.work import REMAINING_MS_MAX, Embedded, EmbedWork, Finished, GenerateWork, Piece, Progress, Started, to_wire
 from p2p.calls import Incoming
 from p2p.errors import RemoteError
 from tests.fake_runtime import DIMENSIONS, FakeRuntime, text_of, token_at, vector_of
@@ -388,3 +388,52 @@ def test_patience_grows_with_the_longest_honest_step() -> None:
     assert stall_s(speeds(1000.0, 0.1)) == pytest.approx(15.0)
     assert stall_s(speeds(0.001, 0.001)) == STALL_S_MAX
     assert stall_s(speeds(0.0, 0.0)) == STALL_UNMEASURED_S
+
+
+async def test_a_peer_that_keeps_embeddings_to_itself_leaves_time_for_another(
+    swarm: Swarm, autojump_clock: MockClock
+) -> None:
+    async def never(me: Liar, incoming: Incoming) -> Any:
+        await trio.sleep_forever()
+
+    door, liar, honest = await door_liar_honest(swarm, never, "embed")
+    embedded = await door.inference.embed(EmbedWork(request_id="q", texts=("a",), remaining_ms=20_000), AUTO)
+    assert (liar.asked, embedded.served_by) == (1, honest.id)
+
+
+async def test_pieces_that_say_nothing_are_not_passed_on(swarm: Swarm, autojump_clock: MockClock) -> None:
+    async def chatter(me: Liar, incoming: Incoming) -> Any:
+        await me.open(incoming)
+        for position in range(TOKENS):
+            await incoming.send(to_wire(Piece(tokens=(), text="")))
+            await me.tell(incoming, position, position + 1)
+        return finished(TOKENS)
+
+    door, liar, _ = await door_liar_honest(swarm, chatter)
+    got = await ask(door, asked())
+    assert got.started[0].served_by == liar.id
+    assert [len(item.tokens) for item in got.items if isinstance(item, Piece)] == [1] * TOKENS
+
+
+async def test_a_peer_that_takes_no_more_calls_of_ours_is_full_not_faulty(
+    swarm: Swarm, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2p.calls.CALLS_MAX", 1)
+    door, peer = await swarm.start(), await swarm.start(FakeRuntime())
+    await swarm.settled()
+    route, first = RouteHint(peer=peer.id), Got()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: ask(door, asked(60), route, got=first))
+        while not first.started:  # noqa: ASYNC110  # on a mock clock
+            await trio.sleep(0.05)
+        second = await ask(door, asked(), route)
+        assert isinstance(second.error, NoRoom)
+        assert second.error.retry_after_s
+    assert first.finished is not None
+    assert (await ask(door, asked(), route)).finished is not None
+
+
+async def test_a_request_may_have_the_longest_time_there_is(swarm: Swarm, autojump_clock: MockClock) -> None:
+    door, _ = await swarm.start(), await swarm.start(FakeRuntime())
+    await swarm.settled()
+    assert (await ask(door, asked(remaining_ms=REMAINING_MS_MAX))).finished is not None

@@ -218,6 +218,28 @@ async def test_a_signal_while_the_model_loads_does_not_wait_for_it(tmp_path: Pat
         go_on.set()
 
 
+async def test_a_model_that_is_loaded_too_late_is_not_served(tmp_path: Path) -> None:
+    """Told to stop while it loads, and a client's request to a peer still runs."""
+    go_on, loaded = threading.Event(), threading.Event()
+
+    def load(_config: NodeConfig) -> Any:
+        go_on.wait(PATIENCE_S)
+        loaded.set()
+        return FakeRuntime()
+
+    async with running(tmp_path, load) as here:
+        await until(lambda: here.node.state.phase == "loading")
+        with here.node._inference._counted():
+            signal_me()
+            await until(lambda: here.node.state.phase == "stopping")
+            go_on.set()
+            await until(loaded.is_set)
+            await trio.sleep(0.2)
+            assert here.node.state.phase == "stopping"
+            assert here.node._inference.hosting is None
+        await here.ended()
+
+
 @asynccontextmanager
 async def caller(here: Running) -> AsyncIterator[Calls]:
     """A peer that calls the node's engine."""

@@ -232,6 +232,7 @@ def test_what_a_template_refuses_is_said() -> None:
 
 
 GROW = "{% set ns = namespace(x='ab') %}{% for i in range(40) %}{% set ns.x = GROWN %}{% endfor %}"
+BIG = "{% set a = 'x' * 900000 %}"
 BOMBS = {
     "loops": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
     "filtered loops": "{% for i in range(9999) %}{% for j in range(9999) if false %}{% endfor %}{% endfor %}",
@@ -272,7 +273,14 @@ BOMBS = {
     "macro": "{% macro f(n) %}{{ f(n - 1) }}{{ f(n - 1) }}{% endmacro %}{{ f(400) }}",
     "halving macro": "{% macro f(n) %}{% if n > 0 %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(30) }}",
     "recursive loop": "{% for a in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
-    "compare": "{% set a = 'x' * 900000 %}{% for i in range(9999) %}{% if a in a %}{% endif %}{% endfor %}",
+    "compare": BIG + "{% for i in range(9999) %}{% if 'z' in a %}{% endif %}{% endfor %}",
+    "compare in a chain": BIG + "{% for i in range(9999) %}{% if '' < 'b' != a %}{% endif %}{% endfor %}",
+    "test in": BIG + "{% for i in range(9999) %}{% if 'z' is in(a) %}{% endif %}{% endfor %}",
+    "test by name": BIG + "{% for i in range(9999) %}{% if 'z' is in(seq=a) %}{% endif %}{% endfor %}",
+    "select in": BIG + "{{ range(9999)|map('string')|select('in', a)|list|length }}",
+    "reject in": BIG + "{{ range(9999)|map('string')|reject('in', a)|list|length }}",
+    "select attribute in": BIG + "{{ ([{'k': 'z'}] * 9999)|selectattr('k', 'in', a)|list|length }}",
+    "reject attribute in": BIG + "{{ ([{'k': 'z'}] * 9999)|rejectattr('k', 'in', a)|list|length }}",
     "slices": "{% set a = 'x' * 900000 %}{% for i in range(9999) %}{% if a[1:] %}{% endif %}{% endfor %}",
     "output": "{% for i in range(9999) %}" + "0123456789" * 100 + "{% endfor %}",
     "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
