@@ -58,6 +58,8 @@ CORES = (
     "model/text.py",
     "p2p/peering_status.py",
     "node/work.py",
+    "node/pursuit.py",
+    "node/judge.py",
     "node/front.py",
 )
 WAITING = {"trio", "socket", "time", "threading", "select", "subprocess", "os", "queue", "sched", "datetime"}
