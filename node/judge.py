@@ -19,6 +19,7 @@ from node.errors import NO_ROOM_RETRY_S, REQUEST_ERRORS, BadRequest, NoRoom, Not
 from node.work import AnswerItem, Finished, GenerateWork, Piece, Progress, Started
 from p2p.errors import LocalProtocolError, P2PError, Refused, RemoteError, RemoteProtocolError
 
+ACCEPT_S = 2.0  # no word at all after so long: nobody is there, if its speed is known and lets it do better
 STALL_S = 5.0  # no token and no progress for so long: frozen, if its speed is known and lets it do better
 STALL_UNMEASURED_S = 20.0  # before its first request; the transport finds a dead connection in half that time
 STALL_S_MAX = 60.0  # whatever speed it claims
@@ -41,7 +42,7 @@ class Judge:
         self._stall_s = stall_s(capacity)
         self._work = work
         self._began = began
-        self._patience_s = self._stall_s
+        self._patience_s = accept_s(capacity)
         self._seen: Progress | None = None
         self._started: Started | None = None
         self._tokens = len(work.delivered)
@@ -67,6 +68,8 @@ class Judge:
         if now >= self._first_by:
             share_s = self._first_by - self._began
             return kind(f"no token within {share_s:.0f} s, {FIRST_TOKEN_SHARE:.0%} of the request's time")
+        if self._started is None:
+            return kind("not a word: the peer is frozen or cut off")
         return kind(f"no token and no progress for {self._stall_s:.0f} s: the peer is frozen or cut off")
 
     def take(self, item: AnswerItem, now: float) -> bool:
@@ -175,10 +178,21 @@ def judged(failure: P2PError | PeerFailed, peer: PeerId) -> Verdict:
 
 def stall_s(capacity: Capacity) -> float:
     """How long a peer with these speeds may show neither token nor progress: its longest honest step, and a half."""
+    step_s = _step_s(capacity)
+    return STALL_UNMEASURED_S if step_s is None else min(STALL_S_MAX, max(STALL_S, 1.5 * step_s))
+
+
+def accept_s(capacity: Capacity) -> float:
+    """How long it may take to say that it has the request: the step under way, one more, and the network."""
+    step_s = _step_s(capacity)
+    return STALL_UNMEASURED_S if step_s is None else min(STALL_S_MAX, max(ACCEPT_S, 2.5 * step_s))
+
+
+def _step_s(capacity: Capacity) -> float | None:
+    """The longest step of an engine with these speeds; None when they are not known yet."""
     if not capacity.prefill_tok_s or not capacity.decode_tok_s:
-        return STALL_UNMEASURED_S
-    step_s = max(PREFILL_CHUNK / capacity.prefill_tok_s, 1 / capacity.decode_tok_s)
-    return min(STALL_S_MAX, max(STALL_S, 1.5 * step_s))
+        return None
+    return max(PREFILL_CHUNK / capacity.prefill_tok_s, 1 / capacity.decode_tok_s)
 
 
 def _grown(before: Progress, after: Progress) -> bool:
