@@ -2,7 +2,7 @@
 
 Rules: core. A banned peer is not heard; quotas are asked before any signature is looked at; one message a second of
 a peer over its quota is looked at all the same, so that whoever replays others' messages blames nobody. Only what is
-new to this node is forwarded. Every drop is counted with its reason.
+new to this node is forwarded, proof that a peer contradicts itself included. Every drop is counted with its reason.
 Source: SECURITY.md P5, P9, P12 and section 6.
 """
 
@@ -28,6 +28,8 @@ FAULTS: dict[Outcome, Fault] = {
     Outcome.TWO_INSTANCES: Fault.MALFORMED,
 }
 FRESH = frozenset({Outcome.ACCEPTED, Outcome.DUPLICATE, Outcome.STALE})
+# A contradiction is signed by who is guilty of it, so it slanders nobody; it is passed on once, for the next is banned.
+FORWARDED = frozenset({Outcome.ACCEPTED, Outcome.EQUIVOCATION})
 
 
 class Hearing:
@@ -59,7 +61,7 @@ class Hearing:
         receipt = self._directory.receive(raw, publisher=publisher, now=now, now_ms=now_ms)
         if not refusal:
             self._judge(receipt, publisher, now)
-            return receipt.outcome is Outcome.ACCEPTED
+            return receipt.outcome in FORWARDED
         if receipt.outcome in FRESH:  # only who speaks too much now is to blame, not whom others replay
             for _ in range(OVER_QUOTA_BLAMES):
                 self.blame(publisher, Fault.OVER_QUOTA, "more adverts than its quota", now)

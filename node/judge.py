@@ -19,8 +19,8 @@ from node.errors import NO_ROOM_RETRY_S, REQUEST_ERRORS, BadRequest, NoRoom, Not
 from node.work import AnswerItem, Finished, GenerateWork, Piece, Progress, Started
 from p2p.errors import LocalProtocolError, P2PError, Refused, RemoteError, RemoteProtocolError
 
-ACCEPT_S = 2.0  # no word at all after so long: nobody is there, if its speed is known and lets it do better
-STALL_S = 5.0  # no token and no progress for so long: frozen, if its speed is known and lets it do better
+ACCEPT_S = 2.0  # before the first token neither word nor progress for so long: nobody works there, ...
+STALL_S = 5.0  # after it neither token nor progress for so long: frozen, if its speed is known and lets it do better
 STALL_UNMEASURED_S = 20.0  # before its first request; the transport finds a dead connection in half that time
 STALL_S_MAX = 60.0  # whatever speed it claims
 PREFILL_CHUNK = 256  # tokens of prompt that an engine reads in one step (model/config.py)
@@ -39,10 +39,10 @@ class Judge:
     def __init__(self, peer: PeerId, capacity: Capacity, work: GenerateWork, began: float) -> None:
         """capacity: what the peer says of its speed. began: when it was asked."""
         self._peer = peer
-        self._stall_s = stall_s(capacity)
+        self._accept_s, self._stall_s = accept_s(capacity), stall_s(capacity)
         self._work = work
         self._began = began
-        self._patience_s = accept_s(capacity)
+        self._patience_s = self._accept_s
         self._seen: Progress | None = None
         self._started: Started | None = None
         self._tokens = len(work.delivered)
@@ -68,9 +68,8 @@ class Judge:
         if now >= self._first_by:
             share_s = self._first_by - self._began
             return kind(f"no token within {share_s:.0f} s, {FIRST_TOKEN_SHARE:.0%} of the request's time")
-        if self._started is None:
-            return kind("not a word: the peer is frozen or cut off")
-        return kind(f"no token and no progress for {self._stall_s:.0f} s: the peer is frozen or cut off")
+        silent_s = self._accept_s if self.first_token_s is None else self._stall_s
+        return kind(f"no token and no progress for {silent_s:.0f} s: the peer is frozen or cut off")
 
     def take(self, item: AnswerItem, now: float) -> bool:
         """Check an item that precedes the end; whether it tells the client anything. Raises RemoteProtocolError."""
@@ -86,9 +85,9 @@ class Judge:
             case Piece():
                 self._check_amount(item)
                 if item.tokens:
-                    self._advance()
                     if self.first_token_s is None:
                         self.first_token_s = now - self._began
+                    self._advance()
                 return bool(item.tokens or item.text)
             case Finished():
                 raise RemoteProtocolError("the last record came as one of the items before it")
@@ -140,7 +139,8 @@ class Judge:
         return True
 
     def _advance(self) -> None:
-        self._patience_s = self._stall_s
+        """It did something. Before its first token little is lost by asking another."""
+        self._patience_s = self._accept_s if self.first_token_s is None else self._stall_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,9 +183,9 @@ def stall_s(capacity: Capacity) -> float:
 
 
 def accept_s(capacity: Capacity) -> float:
-    """How long it may take to say that it has the request: the step under way, one more, and the network."""
+    """How long its first words, and then its progress, may take: the step under way, one more, and the network."""
     step_s = _step_s(capacity)
-    return STALL_UNMEASURED_S if step_s is None else min(STALL_S_MAX, max(ACCEPT_S, 2.5 * step_s))
+    return stall_s(capacity) if step_s is None else min(stall_s(capacity), max(ACCEPT_S, 2.5 * step_s))
 
 
 def _step_s(capacity: Capacity) -> float | None:

@@ -18,14 +18,15 @@ from typing import Any
 import crypto.envelope
 import gossip.directory
 from crypto.identity import Identity, PeerId
+from gossip.standing import Verdict
 from node.errors import REQUEST_ERRORS
 from node.front import Route, RouteHint
 from node.work import GenerateWork, Sampling
-from tests.simulator_net import History, Loop, Net, Weather
+from tests.simulator_net import History, Link, Loop, Net, Weather
 from tests.simulator_node import Ask, Peer, Process, text_at, token_at
 
-QUIET_S = 45.0  # after the last request: longer than any deadline, and than the health check needs
-WARM_UP_S = 8.0
+QUIET_S = 35.0  # after the last request: longer than any deadline, and than the health check needs
+WARM_UP_S = 6.0
 GRACE_S = 0.001
 STATEMENTS_MAX = 20_000
 ENDS = frozenset({"finished", "cancelled", *REQUEST_ERRORS})
@@ -38,7 +39,7 @@ class Scenario:
     peers: int = 64
     serving: float = 0.5
     seconds: float = 60.0
-    requests_per_s: float = 4.0
+    requests_per_peer_min: float = 7.5
     churn_per_min: float = 0.3  # of the peers crash, and come back after `down_s`
     down_s: tuple[float, float] = (2.0, 20.0)
     silent: float = 0.3  # of the crashes take the machine with them: no connection is reset
@@ -49,7 +50,8 @@ class Scenario:
     cancels: float = 0.1  # of the requests
     deadline_s: tuple[float, float] = (10.0, 30.0)
     skew_ms: int = 20_000  # at most, either way
-    black_holes: float = 0.0
+    black_holes: float = 0.0  # take requests and say nothing
+    stallers: float = 0.0  # say that they have begun, and then nothing
     liars: float = 0.0
     flooders: float = 0.0
     equivocators: float = 0.0
@@ -65,8 +67,11 @@ class Outcome:
     ends: dict[str, int]
     unresolved: int
     wrong: tuple[str, ...]  # each a sentence
+    takeovers: int  # of answers that had begun
     latencies_s: tuple[float, ...]  # of the answered
-    asked_of_holes: int  # the most requests that one black hole got from one peer
+    asked_of_holes: int  # the most requests that one black hole or staller got from one door
+    flooder_kept_s: float  # the longest that somebody honest kept a connection with a flooder
+    banned: dict[str, float]  # bad actors by kind -> share of the honest peers that have banned them
     bytes_per_peer_s: float
     events: int
     digest: str
@@ -83,21 +88,26 @@ class Swarm:
         self.history.keep = keep_lines
         self.net = Net(self.loop, random.Random(self.rng.getrandbits(64)), scenario.weather, self.history)
         self.peers = self._make_peers()
+        self._actors = {peer.identity.peer_id: peer.actor for peer in self.peers}
         self.everybody = tuple(peer.identity.peer_id for peer in self.peers)
         self.alive: dict[PeerId, Process] = {}
         self.asks: list[Ask] = []
         self.violations: list[str] = []
+        self.flooder_kept_s = 0.0
+        self.net.on_drop = self._dropped
 
     def run(self, seed: int) -> Outcome:
         scenario, end = self.scenario, WARM_UP_S + self.scenario.seconds
         for peer in self.peers:
             self.loop.after(self.rng.random() * 2.0, lambda peer=peer: self._start(peer))  # type: ignore[misc]
-        self._each(scenario.requests_per_s, self._ask, end)
+        self._each(scenario.peers * scenario.requests_per_peer_min / 60, self._ask, end)
         self._each(scenario.peers * scenario.churn_per_min / 60, self._crash, end)
         self._each(scenario.peers * scenario.pauses_per_min / 60, self._pause, end)
         self._each(scenario.cuts_per_min / 60, self._cut, end)
         self.loop.run_until(end)
         self.net.heal()
+        for link in list(self.net.links):
+            self._dropped(link)
         before = self.net.bytes
         self.loop.run_until(end + QUIET_S)
         for process in self.alive.values():
@@ -110,6 +120,7 @@ class Swarm:
         actors: list[str] = []
         for actor, share in (
             ("black_hole", scenario.black_holes),
+            ("staller", scenario.stallers),
             ("liar", scenario.liars),
             ("flooder", scenario.flooders),
             ("equivocator", scenario.equivocators),
@@ -127,12 +138,11 @@ class Swarm:
 
         def again() -> None:
             if self.loop.now < end:
-                if self.loop.now >= WARM_UP_S:
-                    act()
+                act()
                 self.loop.after(self.rng.expovariate(rate_per_s), again)
 
         if rate_per_s > 0:
-            self.loop.at(WARM_UP_S, lambda: self.loop.after(self.rng.expovariate(rate_per_s), again))
+            self.loop.at(WARM_UP_S + self.rng.expovariate(rate_per_s), again)
 
     def _start(self, peer: Peer) -> None:
         process = Process(peer, self.net, random.Random(self.rng.getrandbits(64)), self.everybody)
@@ -147,6 +157,11 @@ class Swarm:
         process.publish()
         process.after(0.02, lambda: self._flood(process))
 
+    def _dropped(self, link: Link) -> None:
+        """How long somebody honest put up with a flooder."""
+        if sorted(self._actors[end.peer_id] == "flooder" for end in link.ends) == [False, True]:
+            self.flooder_kept_s = max(self.flooder_kept_s, self.loop.now - link.made_at)
+
     def _honest(self) -> list[Process]:
         return [each for each in self.alive.values() if each.peer.actor == "honest"]
 
@@ -158,7 +173,7 @@ class Swarm:
         work = GenerateWork(
             request_id=f"r{len(self.asks)}",
             tokens=tokens,
-            sampling=Sampling(max_tokens=rng.randint(1, 60)),
+            sampling=Sampling(max_tokens=rng.randint(1, 100)),
             remaining_ms=int(1000 * rng.uniform(*scenario.deadline_s)),
         )
         route = RouteHint(route=Route.REMOTE if rng.random() < 0.5 else Route.AUTO)
@@ -209,15 +224,29 @@ class Swarm:
             ends=dict(sorted(ends.items())),
             unresolved=sum(ask.outcome is None for ask in self.asks),
             wrong=tuple(wrong),
+            takeovers=sum(ask.takeovers for ask in self.asks),
             latencies_s=tuple(
                 ask.ended - ask.began for ask in self.asks if ask.outcome == "finished" and ask.ended is not None
             ),
             asked_of_holes=max(self.net.asked_of_holes.values(), default=0),
+            flooder_kept_s=self.flooder_kept_s,
+            banned=self._banned(),
             bytes_per_peer_s=bytes_at_end / seconds / self.scenario.peers,
             events=self.loop.done,
             digest=self.history.digest(),
             lines=tuple(self.history.lines),
         )
+
+    def _banned(self) -> dict[str, float]:
+        """Of each kind the one that fewest have banned."""
+        shares: dict[str, float] = {}
+        honest = self._honest()
+        for peer in self.peers:
+            if peer.actor != "honest":
+                who, now = peer.identity.peer_id, self.loop.now
+                share = sum(each.standing.verdict(who, now) is Verdict.BANNED for each in honest) / len(honest)
+                shares[peer.actor] = min(share, shares.get(peer.actor, 1.0))
+        return shares
 
 
 def _faults(ask: Ask) -> Iterator[str]:
@@ -269,12 +298,8 @@ def _each_statement_once() -> Iterator[None]:
 
     They are asked once for each distinct statement; errors are asked again.
     """
-    places: list[tuple[Any, str, Any]] = [
-        (crypto.envelope, "verify_key", crypto.envelope.verify_key),
-        (crypto.envelope, "peer_id_of", crypto.envelope.peer_id_of),
-        (crypto.envelope, "_parse", crypto.envelope._parse),
-        (gossip.directory, "advert_of", gossip.directory.advert_of),
-    ]
+    names = [(crypto.envelope, each) for each in ("verify_key", "peer_id_of", "_parse")]
+    places = [(module, name, vars(module)[name]) for module, name in [*names, (gossip.directory, "advert_of")]]
     for module, name, genuine in places:
         setattr(module, name, lru_cache(maxsize=STATEMENTS_MAX)(genuine))
     try:

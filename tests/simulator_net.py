@@ -126,6 +126,7 @@ class Link:
     """A connection of two processes."""
 
     ends: tuple[End, End]
+    made_at: float
     alive: bool = True
     misses: int = 0
     busy_until: list[float] = field(default_factory=lambda: [0.0, 0.0])
@@ -145,11 +146,12 @@ class Net:
         self.links: list[Link] = []
         self.bytes = 0
         self.asked_of_holes: Counter[tuple[PeerId, PeerId]] = Counter()  # (door, black hole) -> calls
+        self.on_drop: Callable[[Link], None] = lambda _link: None
         self._delays: dict[tuple[PeerId, PeerId], float] = {}
 
     def flight_s(self, here: PeerId, there: PeerId, size: int) -> float:
         """How long some bytes are on their way, with the retransmissions they need."""
-        pair = (min(here, there), max(here, there))
+        pair = (here, there) if here < there else (there, here)
         if pair not in self._delays:
             self._delays[pair] = self.rng.uniform(*self.weather.delay_s)
         seconds = self._delays[pair] + self.rng.random() * self.weather.jitter_s + size / self.weather.bytes_per_s
@@ -182,19 +184,20 @@ class Net:
 
     def gossip(self, link: Link, sender: End, raw: bytes, publisher: PeerId) -> None:
         """A message that may be lost, doubled and overtaken."""
-        receiver = link.other(sender)
-        if not link.alive or self.blocked(sender.peer_id, receiver.peer_id):
+        ends = link.ends
+        receiver = ends[1] if ends[0] is sender else ends[0]
+        if not link.alive or (self.cut and self.blocked(sender.peer_id, receiver.peer_id)):
             return
         if receiver.has_seen(raw):  # it would be dropped when it comes: no event for that
             self.bytes += len(raw)
             return
-        copies = 1 + (self.rng.random() < self.weather.duplicate) - (self.rng.random() < self.weather.loss)
+        weather, chance = self.weather, self.rng.random
+        copies = 1 + (chance() < weather.duplicate) - (chance() < weather.loss)
         for _ in range(copies):
             self.bytes += len(raw)
             seconds = self.flight_s(sender.peer_id, receiver.peer_id, len(raw))
-            if self.rng.random() < self.weather.reorder:
-                seconds += self.rng.random() * self.weather.late_s
-
+            if chance() < weather.reorder:
+                seconds += chance() * weather.late_s
             when = self.loop.now + seconds
             if when >= receiver.expected.get(raw, math.inf):
                 continue  # another copy will be there before it
@@ -230,7 +233,7 @@ class Net:
         self.loop.after(1.5 * round_trip_s, arrive, here)
 
     def _connect(self, here: End, there: End) -> Link:
-        link = Link((here, there))
+        link = Link((here, there), self.loop.now)
         self.links.append(link)
         here.links[there.peer_id] = link
         there.links[here.peer_id] = link
@@ -258,6 +261,7 @@ class Net:
             return
         link.alive = False
         self.links.remove(link)
+        self.on_drop(link)
         for end in link.ends:
             other = link.other(end).peer_id
             if end.links.get(other) is link:

@@ -65,7 +65,7 @@ class Peer:
 
     identity: Identity
     serves: bool
-    actor: str = "honest"  # honest | black_hole | liar | flooder | equivocator
+    actor: str = "honest"  # honest | black_hole | staller | liar | flooder | equivocator
     skew_ms: int = 0
     disk: SavedState = field(default_factory=SavedState)
     lives: int = 0
@@ -169,6 +169,7 @@ class Ask:
         self.began, self.ended = process.now, None if process.alive else process.now
         self.outcome: str | None = None
         self.text = ""
+        self.takeovers = 0
         self._attempt = 0
         self._leave: Callable[[], None] = lambda: None  # what tells the server that we go
         self._timer: Timer | None = None
@@ -181,6 +182,7 @@ class Ask:
             target = self.pursuit.step()
         except RequestError as exc:
             return self._end(exc.code)
+        self.takeovers += self.pursuit.started is not None and not isinstance(target, Wait)
         if isinstance(target, Wait):
             self.process.after(target.seconds, self._if_still(self._attempt, self.go))
         elif isinstance(target, Engine):
@@ -548,9 +550,11 @@ class Process:
             self._seen.popitem(last=False)
         if publisher == self.peer_id or not self.hearing.heard(publisher, raw, self.now, self.now_ms):
             return
-        others = [each for each in self.links.values() if each is not link]
-        for each in self.rng.sample(others, min(MESH, len(others))):
-            self.net.gossip(each, self, raw, publisher)
+        links = list(self.links.values())
+        begin = int(self.rng.random() * len(links))
+        for each in (links[begin:] + links[:begin])[: MESH + 1]:
+            if each is not link:
+                self.net.gossip(each, self, raw, publisher)
 
     # --- calls ---
 
@@ -617,8 +621,16 @@ class Process:
     def _begin(self, link: Link, call: Call) -> None:
         rpc, served = self._callees[link]
         serving = served[call.id] = Serving(CallId(call.id))
-        if self.peer.actor == "black_hole":
+        if self.peer.actor in ("black_hole", "staller"):
             self.net.asked_of_holes[link.other(self).peer_id, self.peer_id] += 1
+            if self.peer.actor == "staller":
+                prompt_tokens = len(from_wire(call.body, GenerateWork).tokens or ())
+                serving.pending.append(
+                    to_wire(
+                        Started(served_by=self.peer_id, model=MODEL, revision=REVISION, prompt_tokens=prompt_tokens)
+                    )
+                )
+                self._pump(link, serving)
             return
 
         def emit(item: AnswerItem | RequestError) -> None:

@@ -15,7 +15,7 @@ from gossip.breaker import State
 from gossip.messages import Capacity
 from node.errors import NoRoom, PeerFailed, RequestError
 from node.front import RouteHint
-from node.judge import FIRST_TOKEN_SHARE, STALL_S, STALL_S_MAX, STALL_UNMEASURED_S, stall_s
+from node.judge import ACCEPT_S, FIRST_TOKEN_SHARE, STALL_S, STALL_S_MAX, STALL_UNMEASURED_S, accept_s, stall_s
 from node.work import REMAINING_MS_MAX, Embedded, EmbedWork, Finished, GenerateWork, Piece, Progress, Started, to_wire
 from p2p.calls import Incoming
 from p2p.errors import RemoteError
@@ -388,6 +388,11 @@ def test_patience_grows_with_the_longest_honest_step() -> None:
     assert stall_s(speeds(1000.0, 0.1)) == pytest.approx(15.0)
     assert stall_s(speeds(0.001, 0.001)) == STALL_S_MAX
     assert stall_s(speeds(0.0, 0.0)) == STALL_UNMEASURED_S
+    assert accept_s(speeds(1000.0, 100.0)) == ACCEPT_S
+    assert accept_s(speeds(256.0, 100.0)) == pytest.approx(2.5)
+    assert accept_s(speeds(100.0, 100.0)) == STALL_S, "no longer than between tokens"
+    assert accept_s(speeds(25.6, 100.0)) == pytest.approx(15.0)
+    assert accept_s(speeds(0.0, 0.0)) == STALL_UNMEASURED_S
 
 
 async def test_a_peer_that_keeps_embeddings_to_itself_leaves_time_for_another(

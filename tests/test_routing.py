@@ -176,6 +176,21 @@ def test_a_failing_peer_comes_after_a_sound_one_and_is_forgiven_in_time() -> Non
     assert seen.observed(peer(2), long).success == pytest.approx(1.0, abs=1e-4)
 
 
+def test_newcomers_are_judged_as_newcomers_fared() -> None:
+    """After two of three strangers failed us, one that is proven goes first though it is busier."""
+    seen = Observations()
+    prove(seen, 0)
+    offers = [offer(0, slots_total=4, slots_free=1), offer(1, slots_total=4, slots_free=4)]
+    assert firsts(NEED, offers, seen)[peer(1)] > 200
+    for number in (7, 8):
+        seen.started(peer(number), 0.0)
+        seen.failed(peer(number), "stalled", 0.0)
+        seen.ended(peer(number), 0.0)
+    assert firsts(NEED, offers, seen)[peer(0)] > 200
+    assert seen.observed(peer(0), 0.0).success > 0.99, "nothing is held against those who are proven"
+    assert seen.observed(peer(1), 3600.0).success > 0.9, "and it is forgotten in time"
+
+
 def test_near_peers_come_first() -> None:
     seen = Observations()
     for number in (1, 2):

@@ -1,0 +1,149 @@
+"""The cores of many nodes together, under weather, churn and liars: every request ends once, and right.
+
+Rules: SOAK_SEEDS is `pytest -m soak tests/test_simulator.py`. Times are the simulator's own, so that a bar on them says
+the same on every machine.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.harness import quantile
+from node.judge import Judge
+from node.pursuit import Pursuit
+from tests.simulator import Outcome, Scenario, replay_command, simulate
+from tests.simulator_node import Ask
+
+pytestmark = pytest.mark.slow
+SEEDS, SOAK_SEEDS = 20, 1_000
+STORM = Scenario(seconds=20.0)
+SMALL = Scenario(peers=12, seconds=15.0)
+CALM = {"churn_per_min": 0.0, "pauses_per_min": 0.0, "cuts_per_min": 0.0}
+HOSTILE_SEEDS = (11, 12)
+
+
+def check(outcome: Outcome, scenario: Scenario) -> None:
+    """Nothing unresolved, nothing wrong."""
+    replay = f"replay with: {replay_command(outcome.seed, scenario)}"
+    assert outcome.wrong == (), replay
+    assert outcome.unresolved == 0, replay
+    assert sum(outcome.ends.values()) == outcome.accepted > 0
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(SEEDS), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(SEEDS, SOAK_SEEDS))]
+)
+def test_every_accepted_request_ends_once_and_right(seed: int) -> None:
+    check(simulate(seed, STORM), STORM)
+
+
+def success(outcomes: list[Outcome]) -> float:
+    """Of the requests whose client and door stayed."""
+    ends = [outcome.ends for outcome in outcomes]
+    stayed = sum(sum(each.values()) - each.get("cancelled", 0) - each.get("door_died", 0) for each in ends)
+    return sum(each.get("finished", 0) for each in ends) / stayed
+
+
+def p95_s(outcomes: list[Outcome]) -> float:
+    return quantile([latency for outcome in outcomes for latency in outcome.latencies_s], 0.95)
+
+
+@pytest.fixture(scope="module")
+def healthy() -> list[Outcome]:
+    scenario = Scenario(seconds=30.0, **CALM)  # type: ignore[arg-type]  # numbers all
+    return [simulate(seed, scenario) for seed in HOSTILE_SEEDS]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"black_holes": 0.3}, {"stallers": 0.3}, {"liars": 0.3}], ids=lambda bad: next(iter(bad))
+)
+def test_a_third_of_bad_servers_costs_little(bad: dict[str, float], healthy: list[Outcome]) -> None:
+    scenario = Scenario(seconds=30.0, **CALM, **bad)  # type: ignore[arg-type]
+    outcomes = [simulate(seed, scenario) for seed in HOSTILE_SEEDS]
+    for outcome in outcomes:
+        check(outcome, scenario)
+        assert outcome.asked_of_holes <= 5
+    assert success(healthy) == 1.0
+    assert success(outcomes) >= 0.99
+    assert p95_s(outcomes) <= 2 * p95_s(healthy)
+
+
+def test_a_flooder_is_cut_off_and_disturbs_nobody(healthy: list[Outcome]) -> None:
+    scenario = Scenario(seconds=30.0, flooders=0.06, **CALM)  # type: ignore[arg-type]
+    outcomes = [simulate(seed, scenario) for seed in HOSTILE_SEEDS]
+    for outcome in outcomes:
+        check(outcome, scenario)
+        assert 0.0 < outcome.flooder_kept_s < 3.0
+    assert success(outcomes) == 1.0
+    assert p95_s(outcomes) <= 1.5 * p95_s(healthy)
+
+
+def test_who_contradicts_himself_is_known_to_nearly_all() -> None:
+    scenario = Scenario(seconds=30.0, equivocators=0.1, **CALM)  # type: ignore[arg-type]
+    for seed in HOSTILE_SEEDS:
+        outcome = simulate(seed, scenario)
+        check(outcome, scenario)
+        assert outcome.banned["equivocator"] > 0.9
+
+
+# --- the simulator itself ---
+
+
+def test_a_seed_is_a_history() -> None:
+    first, again, other = (simulate(seed, SMALL) for seed in (1, 1, 2))
+    assert first == again
+    assert first.digest != other.digest
+
+
+def test_a_seed_is_a_history_whatever_the_hashes_of_words() -> None:
+    code = "from tests.simulator import *; print(simulate(3, Scenario(peers=12, seconds=15.0)).digest)"
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert digests == {simulate(3, SMALL).digest}
+
+
+def test_a_replay_shows_what_happened() -> None:
+    silent, told = simulate(1, SMALL), simulate(1, SMALL, keep_lines=True)
+    assert silent.lines == ()
+    assert silent.digest == told.digest
+    assert sum(" ask " in line for line in told.lines) == told.accepted
+    assert replay_command(1, SMALL) == "python -m bench.swarm --seed 1 --peers 12 --seconds 15.0 --replay"
+
+
+def test_a_forgetful_takeover_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Pursuit.continued
+
+    def forgets(self: Pursuit, now: float) -> object:  # type: ignore[type-arg]
+        work = whole(self, now)
+        return type(work)(**{**{name: getattr(work, name) for name in work.__struct_fields__}, "delivered": ()})
+
+    scenario = Scenario(peers=16, seconds=30.0, churn_per_min=3.0)
+    check(simulate(1, scenario), scenario)
+    monkeypatch.setattr(Pursuit, "continued", forgets)
+    assert any("wrong tokens" in sentence for sentence in simulate(1, scenario).wrong)
+
+
+def test_a_lost_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Ask._end
+    monkeypatch.setattr(Ask, "_end", lambda self, outcome: whole(self, outcome) if self.number != 3 else None)
+    assert simulate(1, SMALL).unresolved == 1
+
+
+def test_endless_patience_with_the_silent_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Judge, "waits_until", lambda self, now: now + 1e9)
+    scenario = Scenario(seconds=30.0, black_holes=0.3, **CALM)  # type: ignore[arg-type]
+    assert success([simulate(seed, scenario) for seed in HOSTILE_SEEDS]) < 0.99
