@@ -20,13 +20,14 @@ from pathlib import Path
 
 import trio
 
+from crypto.disk import SYSTEM, FileStatus, System
 from crypto.identity import Identity, PeerId
 from gossip.directory import Directory, DirectoryStatistics, Outcome, Receipt
 from gossip.messages import ADDRESSES_MAX, Advert, Capacity, advert_topic, checked_capacity, seal_advert
 from gossip.observations import Observations
 from gossip.pace import OwnAdvert, Quota
 from gossip.routing import Candidate, Need, WhyNot, rank
-from gossip.saved import SavedState, load, save
+from gossip.saved import RESERVED, Keeper, SavedState
 from gossip.standing import Fault, Standing, StandingStatistics, Verdict
 from p2p.errors import P2PError, StreamClosed
 from p2p.transport import PeerChange, Stream, Transport
@@ -41,8 +42,6 @@ DISCONNECTS_WAITING_MAX = 256
 GOODBYE_S = 2.0
 TICK_S = 1.0
 DISCONNECT_S = 5.0
-SAVE_S = 5.0
-SEQUENCES_PER_SAVE = 16  # at most one a second is used between two saves
 OVER_QUOTA_BLAMES = 10  # for one sample
 
 _log = logging.getLogger(__name__)
@@ -63,14 +62,16 @@ FRESH = frozenset({Outcome.ACCEPTED, Outcome.DUPLICATE, Outcome.STALE})
 class GossipConfig:
     """What gossip is told at start.
 
-    instance: random hex of this process. state_path: None keeps nothing over a restart. on_duplicate is called (sync)
-    with one sentence when another process speaks with our identity. wall_clock_ms: unix milliseconds.
+    instance: random hex of this process. state_path: None keeps nothing over a restart; system: what writes it.
+    on_duplicate is called (sync) with one sentence when another process speaks with our identity. wall_clock_ms: unix
+    milliseconds.
     """
 
     network: str
     instance: str
     agent: str
     state_path: Path | None = None
+    system: System = SYSTEM
     on_duplicate: Callable[[str], None] = lambda _message: None
     wall_clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
 
@@ -99,11 +100,12 @@ class GossipService:
     """A node's part in gossip. Its cores are public: whoever routes feeds `observations` and reads `directory`."""
 
     def __init__(self, transport: Transport, identity: Identity, config: GossipConfig, rng: random.Random) -> None:
-        """Reads the saved state from disk. Raises OSError. Call from within trio, before the transport hears gossip."""
+        """Reads the saved state from disk. Call from within trio, before the transport hears gossip."""
         now, now_ms = trio.current_time(), config.wall_clock_ms()
-        saved = load(config.state_path) if config.state_path is not None else SavedState()
+        self._keeper = Keeper(config.state_path, config.system)
+        saved = self._keeper.load()
         self._transport, self._identity, self._config, self._rng = transport, identity, config, rng
-        self._own = OwnAdvert(rng, started_ms=now_ms, sequence=max(saved.sequence + SEQUENCES_PER_SAVE, now_ms))
+        self._own = OwnAdvert(rng, started_ms=now_ms, sequence=max(saved.sequence, now_ms))
         self.observations = Observations()
         self.standing = Standing()
         self.directory = Directory(
@@ -161,8 +163,13 @@ class GossipService:
             duplicate_identity=self._duplicate,
         )
 
+    def file_status(self) -> FileStatus | None:
+        """How the state file fares; None when there is none."""
+        return self._keeper.status()
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Speak and listen until cancelled; then the state is saved. Opens its own nursery."""
+        self._save(self._state(RESERVED))  # before the first sequence is used
         try:
             async with trio.open_nursery() as nursery:
                 self._transport.watch(self._peer_changed)
@@ -177,7 +184,7 @@ class GossipService:
                 nursery.start_soon(self._keep_house)
                 task_status.started()
         finally:
-            self._save(self._state())
+            self._save(self._state(0))
 
     # --- speaking ---
 
@@ -311,6 +318,7 @@ class GossipService:
     def _enforce(self, peer: PeerId, verdict: Verdict) -> None:
         if verdict is Verdict.BANNED:
             self.directory.forget(peer)
+            self._keeper.soon()
         if peer in self._transport.peers():
             try:
                 self._cuts[0].send_nowait(peer)
@@ -324,30 +332,24 @@ class GossipService:
                 await self._transport.disconnect(peer)
 
     async def _keep_house(self) -> None:
-        saved_s = trio.current_time()
         while True:
             await trio.sleep(TICK_S)
             now = trio.current_time()
             self.directory.tick(now)
-            if self._config.state_path is not None and now >= saved_s + SAVE_S:
-                saved_s = now
-                await trio.to_thread.run_sync(self._save, self._state())
+            if self._keeper.take_turn(now):
+                await trio.to_thread.run_sync(self._save, self._state(RESERVED))
 
-    def _state(self) -> SavedState:
+    def _state(self, reserved: int) -> SavedState:
+        """reserved: how many sequences may be used before the next save."""
         now, now_ms = trio.current_time(), self._config.wall_clock_ms()
         floors = {str(peer): floor for peer, floor in self.directory.floors().items()}
         bans = self.standing.saved_bans(now, now_ms)
-        return SavedState(sequence=self._own.sequence, floors=floors, bans=bans)
+        return SavedState(sequence=self._own.sequence + reserved, floors=floors, bans=bans)
 
     def _save(self, state: SavedState) -> None:
         """Blocks for the disk. A full disk costs the memory of a restart, not the node."""
-        if self._config.state_path is None:
-            return
-        try:
-            save(self._config.state_path, state)
-        except OSError as exc:
+        if not self._keeper.save(state):
             self._drop("save_failed")
-            _log.warning("gossip's state cannot be saved to %s: %s", self._config.state_path, exc)
 
     def _drop(self, reason: str) -> bool:
         self._counts[f"drop:{reason}"] += 1

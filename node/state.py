@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import trio
 
+from crypto.disk import FileStatus, told_time
 from gossip.messages import Capacity, ModelKind, ModelOffer
 from node.config import NodeConfig
 from node.front import FrontStatistics, ModelRow, Readiness, RouteHint
@@ -117,6 +118,7 @@ class NodeState:
             "gossip": asdict(network.gossip.statistics()),
             "transport": asdict(network.transport.statistics()),
             "calls": asdict(network.calls.statistics()),
+            "disk": _disk(file for file in (network.peering.file_status(), network.gossip.file_status()) if file),
             "inference": {**asdict(statistics), "counts": dict(inference.counts)},
             "model": self._model(inference.hosting),
         }
@@ -199,6 +201,29 @@ class NodeState:
             "engine": asdict(hosting.statistics()),
             "running": hosting.requests_running,
         }
+
+
+def _disk(files: Iterable[FileStatus]) -> dict[str, Any]:
+    """What cannot be saved now and since when, what was moved aside at start, and each file's counts."""
+    known = tuple(files)
+    return {
+        "degraded": [
+            {"what": file.what, "reason": file.reason, "since": told_time(file.since_s), "sentence": file.problem}
+            for file in known
+            if file.problem
+        ],
+        "set_aside": [file.set_aside for file in known if file.set_aside],
+        "files": [
+            {
+                "what": file.what,
+                "path": file.path,
+                "saved": told_time(file.saved_s),
+                "writes": file.writes,
+                "failures": file.failures,
+            }
+            for file in known
+        ],
+    }
 
 
 def _row(offer: ModelOffer, peers: int, *, local: bool) -> ModelRow:
