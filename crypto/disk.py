@@ -91,10 +91,14 @@ class System:
         """At most so many bytes of a regular file."""
         # O_NONBLOCK: a FIFO in this place must not hang the start
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-        with open(os.open(path, flags), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise IsADirectoryError(errno.EISDIR, "not a regular file")
-            return file.read(bytes_max)
+        handle = os.open(path, flags)
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise OSError(errno.EISDIR, "it is not a regular file")
+            with os.fdopen(handle, "rb", closefd=False) as file:
+                return file.read(bytes_max)
+        finally:
+            os.close(handle)
 
 
 SYSTEM: Final = System()  # has no state
