@@ -135,7 +135,7 @@ def stop_at_random_instants(cluster: Cluster, instants: int) -> Counter[str]:
 
 
 def test_a_stop_under_load_leaves_no_request_unresolved(cluster: Cluster) -> None:
-    ends = stop_at_random_instants(cluster, 8)
+    ends = stop_at_random_instants(cluster, 6)
     assert ends["result"] > 0
 
 
