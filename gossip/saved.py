@@ -71,5 +71,5 @@ class Keeper:
 def _decode(raw: bytes) -> SavedState:
     try:
         return msgspec.json.decode(raw, type=SavedState)
-    except (RecursionError, msgspec.MsgspecError, UnicodeDecodeError) as exc:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
         raise BadState(str(exc)) from exc

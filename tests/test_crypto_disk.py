@@ -54,13 +54,19 @@ class Breaking(System):
         super().sync_folder(path)
 
 
-def file_at(path: Path, system: System | None = None, version: int = 1, kind: str = "test_state") -> StateFile:
+def file_at(
+    path: Path,
+    system: System | None = None,
+    version: int = 1,
+    kind: str = "test_state",
+    bytes_max: int = BYTES_MAX,
+) -> StateFile:
     times = iter(range(1_800_000_000, 1_900_000_000))
     return StateFile(
         path,
         kind=kind,
         version=version,
-        bytes_max=BYTES_MAX,
+        bytes_max=bytes_max,
         system=system or System(),
         wall_clock_s=lambda: float(next(times)),
     )
@@ -122,6 +128,28 @@ def test_a_failure_of_any_call_leaves_the_old_or_the_new_and_is_said_until_it_wo
         assert (told.problem, told.reason, told.since_s, told.failures) == ("", "", None, {reason: 1})
         assert content(path) == new
     assert at > 8, "create, several writes, sync, rename, sync of the folder"
+
+
+def test_content_is_flushed_before_its_name_and_the_name_before_it_is_promised(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    class Recording(System):
+        def write(self, handle: int, content: memoryview) -> int:
+            calls.append("write")
+            return super().write(handle, content)
+
+        def sync(self, handle: int) -> None:
+            calls.append("sync")
+
+        def rename(self, old: Path, new: Path) -> None:
+            calls.append("rename")
+            super().rename(old, new)
+
+        def sync_folder(self, path: Path) -> None:
+            calls.append(f"sync {path.name}")
+
+    assert file_at(tmp_path / "folder" / "state", Recording()).write(b"x")
+    assert calls == ["write", "sync", "rename", "sync folder"]
 
 
 @posix
@@ -215,8 +243,9 @@ def test_no_bytes_raise(tmp_path_factory: pytest.TempPathFactory, raw: bytes) ->
         (lambda path: file_at(path, kind="other_state").write(b"x"), "it holds 'other_state'"),
         (lambda path: path.mkdir(), "not a regular file"),
         (lambda path: path.write_bytes(b"x" * (1 << 20)), "1257 bytes"),
+        (lambda path: file_at(path, bytes_max=BYTES_MAX + 1).write(b"x" * (BYTES_MAX + 1)), "it has over 1000 bytes"),
     ],
-    ids=["newer", "other", "folder", "huge"],
+    ids=["newer", "other", "folder", "huge", "over"],
 )
 def test_what_stands_in_the_place_is_said_and_moved(tmp_path: Path, make: Callable[[Path], object], said: str) -> None:
     path = tmp_path / "state"

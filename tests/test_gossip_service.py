@@ -478,7 +478,9 @@ async def test_after_a_kill_no_sequence_is_used_twice_though_the_clock_was_set_b
             network, who, port=1, state_path=path, wall_clock_ms=lambda back=life: wall_clock_ms() - back * 10**7
         ) as here:
             here.gossip.offer(CAPACITY)
-            await trio.sleep((0.5, 4.0, 31.0, 1.0)[life])
+            await trio.sleep((0.5, 4.5, 31.0, 1.0)[life])
+            here.gossip.offer(replace(CAPACITY, accepting=False))  # said at once, and perhaps long after the last save
+            await trio.sleep(INTERVAL_S)
             assert here.gossip._own.sequence > max(used, default=0)
             used.append(here.gossip._own.sequence)
             raw = path.read_bytes()
@@ -498,7 +500,7 @@ async def test_a_ban_is_saved_at_the_next_tick(
         assert keeper.take_turn(now + SAVE_S)
 
 
-@pytest.mark.parametrize("broken", [b"", b"{", b"[" * 100_000, b'{"extra": 1}', b"\xff"])
+@pytest.mark.parametrize("broken", [b"", b"{", b"[" * 100_000, b'{"extra": 1}', b"\xff", b'{"floors": {"\xff": 1}}'])
 def test_a_whole_file_that_is_no_state_starts_afresh(tmp_path: Path, broken: bytes) -> None:
     path = tmp_path / "gossip.json"
     keeper = Keeper(path)
