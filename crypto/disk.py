@@ -58,6 +58,12 @@ class System:
         flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         return os.open(path, flags, mode)
 
+    def append_to(self, path: Path) -> int:
+        """A file to write at the end of, made if absent; the caller closes it."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        return os.open(path, flags, 0o600)
+
     def write(self, handle: int, content: memoryview) -> int:
         """How many bytes were taken: on a disk that is nearly full, fewer than given."""
         return os.write(handle, content)

@@ -1,7 +1,8 @@
 """What gossip keeps on disk over a restart: our last sequence, the sequences of others, the bans.
 
 Rules: a shell, and only disk; crypto/disk.py writes. The sequence on disk is ahead of the one in use by RESERVED, so
-that after a kill no sequence is used twice, whatever the clock says then. A file that cannot be used is moved aside
+that after a kill no sequence is used twice, whatever the clock says then. What is heard between two saves stands in
+gossip/journal.py's pages. A file that cannot be used is moved aside
 and said to be lost: a node must start all the same.
 Source: SECURITY.md 3.3, rule 1.
 """
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 
 from crypto.disk import SYSTEM, FileStatus, StateFile, System
 from crypto.errors import BadState
+from gossip.journal import Journal
 from gossip.standing import SavedBan
 
 FILE_BYTES_MAX = 4 << 20  # 4096 peers and 4096 bans are under 2 MiB
@@ -39,14 +41,30 @@ class Keeper:
     def __init__(self, path: Path | None, system: System = SYSTEM) -> None:
         """path: None keeps nothing."""
         self._file: StateFile | None = None
+        self._journal: Journal | None = None
         if path is not None:
             self._file = StateFile(path, kind="gossip_state", version=1, bytes_max=FILE_BYTES_MAX, system=system)
+            self._journal = Journal(path, system)
         self._due_s = float("-inf")
 
     def load(self) -> SavedState:
-        """The saved state; an empty one when there is none or it is broken."""
-        found = None if self._file is None else self._file.read(_decode)
-        return found or SavedState()
+        """The saved state, with what was heard after it; an empty one when there is none or it is broken."""
+        if self._file is None or self._journal is None:
+            return SavedState()
+        state = self._file.read(_decode) or SavedState()
+        floors = dict(state.floors)
+        for peer, sequence in self._journal.read():
+            floors[peer] = max(sequence, floors.get(peer, 0))
+        return structs.replace(state, floors=floors)
+
+    def heard(self, peer: str, sequence: int) -> bool:
+        """Keep a sequence over a kill, before the next save; False when that cannot be."""
+        return self._journal is None or self._journal.note(peer, sequence)
+
+    def turn(self) -> None:
+        """The state that is taken now, in this very moment, holds all that was heard."""
+        if self._journal is not None:
+            self._journal.turn()
 
     def soon(self) -> None:
         """What is in memory now must not wait for the next turn."""
@@ -60,8 +78,18 @@ class Keeper:
         return True
 
     def save(self, state: SavedState) -> bool:
-        """Replace the file as a whole; False when that failed, and the old one stands."""
-        return self._file is None or self._file.write(msgspec.json.encode(state))
+        """Replace the file as a whole, with the state taken at the last `turn`; False when the old one stands."""
+        if self._file is None or self._journal is None:
+            return True
+        if not self._file.write(msgspec.json.encode(state)):
+            return False
+        self._journal.forget()
+        return True
+
+    def close(self) -> None:
+        """Nothing is heard any more."""
+        if self._journal is not None:
+            self._journal.close()
 
     def status(self) -> FileStatus | None:
         """How the file fares; None when nothing is kept."""

@@ -185,6 +185,7 @@ class GossipService:
                 task_status.started()
         finally:
             self._save(self._state(0))
+            self._keeper.close()
 
     # --- speaking ---
 
@@ -232,7 +233,7 @@ class GossipService:
 
     def _heard_over_quota(self, publisher: PeerId, raw: bytes, now: float) -> bool:
         """Look at one of the many: only who speaks too much now is to blame, not whom others replay."""
-        receipt = self.directory.receive(raw, publisher=publisher, now=now, now_ms=self._config.wall_clock_ms())
+        receipt = self._receive(raw, publisher, now)
         if receipt.outcome in FRESH:
             for _ in range(OVER_QUOTA_BLAMES):
                 self.blame(publisher, Fault.OVER_QUOTA, "more adverts than its quota")
@@ -241,9 +242,17 @@ class GossipService:
         return self._drop("over_quota")
 
     def _take(self, publisher: PeerId, raw: bytes, now: float) -> bool:
-        receipt = self.directory.receive(raw, publisher=publisher, now=now, now_ms=self._config.wall_clock_ms())
+        receipt = self._receive(raw, publisher, now)
         self._judge(receipt, publisher)
         return receipt.outcome is Outcome.ACCEPTED
+
+    def _receive(self, raw: bytes, publisher: PeerId | None, now: float) -> Receipt:
+        """Take an advert in; what is believed once is not believed again, though the process be killed now."""
+        receipt = self.directory.receive(raw, publisher=publisher, now=now, now_ms=self._config.wall_clock_ms())
+        believed = receipt.peer if receipt.outcome is Outcome.ACCEPTED else None
+        if believed is not None and not self._keeper.heard(believed, receipt.sequence):
+            self._drop("not_kept_over_a_kill")
+        return receipt
 
     def _judge(self, receipt: Receipt, came_from: PeerId) -> None:
         if receipt.outcome is Outcome.DUPLICATE_IDENTITY:
@@ -287,8 +296,8 @@ class GossipService:
         try:
             for _ in range(ADVERTS_HANDED_MAX + 1):
                 raw = await stream.receive()
-                now, now_ms = trio.current_time(), self._config.wall_clock_ms()
-                receipt = self.directory.receive(raw, publisher=None, now=now, now_ms=now_ms)
+                now = trio.current_time()
+                receipt = self._receive(raw, None, now)
                 if receipt.peer is not None and self.standing.verdict(receipt.peer, now) is Verdict.BANNED:
                     self.directory.forget(receipt.peer)
                 self._judge(receipt, peer)
@@ -341,6 +350,7 @@ class GossipService:
 
     def _state(self, reserved: int) -> SavedState:
         """reserved: how many sequences may be used before the next save."""
+        self._keeper.turn()
         now, now_ms = trio.current_time(), self._config.wall_clock_ms()
         floors = {str(peer): floor for peer, floor in self.directory.floors().items()}
         bans = self.standing.saved_bans(now, now_ms)

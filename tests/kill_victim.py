@@ -1,8 +1,9 @@
 """A process that uses up sequences, hears adverts, bans peers and saves all of it as fast as it can, until killed.
 
 Each line on stdout is a promise: what it says happened before it was written, so that a kill must not undo it.
-`S n` we spoke under sequence n; `F peer n` the floor n of a peer is kept; `B peer` a ban is kept; `K n` a book of n
-addresses is kept. Run by tests/test_kill.py: FOLDER, LIFE. Each life's clock is an hour behind the one before.
+`S n`: we spoke under sequence n. `F peer n`: an advert under n was believed, so no older one is ever again. `B peer`:
+a ban is kept. `K n`: a book of n addresses is kept. Run by tests/test_kill.py: FOLDER, LIFE. Each life's clock is an
+hour behind the one before.
 """
 
 from __future__ import annotations
@@ -64,12 +65,12 @@ async def live(folder: Path, life: int) -> None:
             advert = Advert(instance="0" * 32, started_ms=now_ms, agent="x", addresses=(), capacity=Capacity())
             raw = seal_advert(OTHER, advert, network="main", sequence=floor, time_ms=now_ms)
             assert gossip._take(OTHER.peer_id, raw, trio.current_time())
+            say(f"F {OTHER.peer_id} {floor}")
             banned = PeerId(f"banned-{life}")
             if turn == BANNED_AFTER:
                 gossip.blame(banned, Fault.FATAL, "a test")
             state = gossip._state(RESERVED)
             assert gossip._keeper.save(state)
-            say(f"F {OTHER.peer_id} {floor}")
             if turn >= BANNED_AFTER:
                 say(f"B {banned}")
             book.add(
