@@ -14,7 +14,6 @@ import os
 import random
 import secrets
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -303,6 +302,3 @@ def _print_banner(ready: dict[str, object], config: NodeConfig, peers: int) -> N
         print("\n".join(lines), flush=True)
     except OSError as exc:  # a log on a full disk, a pipe that was closed: nobody reads, and the node serves
         _log.warning("the banner cannot be printed: %s", exc.strerror)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # or the interpreter tries again at its end, and exits with 120
-        os.close(nowhere)
