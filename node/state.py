@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,12 +64,16 @@ class NodeState:
         """Ready when the model (if any) is loaded and the node is not stopping."""
         match self.phase:
             case "running":
-                return Readiness(ready=True)
+                return Readiness(ready=True, degraded=tuple(file.problem for file in self._files() if file.problem))
             case "stopping":
                 return Readiness(ready=False, reason="the node is stopping", retry_after_s=NO_ROOM_RETRY_S)
             case _:
                 reason = f"the model {self._parts.config.model} is loading"
                 return Readiness(ready=False, reason=reason, loading=True, retry_after_s=NO_ROOM_RETRY_S)
+
+    def _files(self) -> list[FileStatus]:
+        network = self._parts.network
+        return [file for file in (network.peering.file_status(), network.gossip.file_status()) if file is not None]
 
     def models(self) -> list[ModelRow]:
         """This node's own models first, then what peers serve; peers counts this node."""
@@ -118,7 +122,7 @@ class NodeState:
             "gossip": asdict(network.gossip.statistics()),
             "transport": asdict(network.transport.statistics()),
             "calls": asdict(network.calls.statistics()),
-            "disk": _disk(file for file in (network.peering.file_status(), network.gossip.file_status()) if file),
+            "disk": _disk(self._files()),
             "inference": {**asdict(statistics), "counts": dict(inference.counts)},
             "model": self._model(inference.hosting),
         }
@@ -203,9 +207,8 @@ class NodeState:
         }
 
 
-def _disk(files: Iterable[FileStatus]) -> dict[str, Any]:
+def _disk(known: Sequence[FileStatus]) -> dict[str, Any]:
     """What cannot be saved now and since when, what was moved aside at start, and each file's counts."""
-    known = tuple(files)
     return {
         "degraded": [
             {"what": file.what, "reason": file.reason, "since": told_time(file.since_s), "sentence": file.problem}

@@ -82,6 +82,8 @@ def test_a_full_and_a_read_only_disk_cost_no_request_and_are_said(cluster: Clust
     command = [sys.executable, "-m", "node", "status", "--node", node.url]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S).stdout
     assert "make room on that disk" in shown
+    ready = httpx.get(f"{node.url}/readyz", timeout=PATIENCE_S).json()
+    assert (ready["ready"], len(ready["degraded"])) == (True, 1)
     ballast.unlink()
     eventually("it is saved again by itself", lambda: degraded(node) == {})
     counted = next(row for row in told(node)["files"] if row["what"] == "gossip state")

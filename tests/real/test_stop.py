@@ -77,6 +77,25 @@ def _streamed(response: httpx.Response) -> str:
     return "unresolved: no [DONE], and no error of the connection"
 
 
+@pytest.mark.parametrize(
+    ("status", "content", "ended"),
+    [
+        (200, 'data: {"choices": [{"finish_reason": "length"}]}\n\ndata: [DONE]\n\n', "result"),
+        (200, 'data: {"choices": [{"finish_reason": null}]}\n\n', "unresolved"),  # cut, and nobody is told
+        (200, 'data: {"choices": [{"finish_reason": null}]}\n\ndata: [DONE]\n\n', "unresolved"),
+        (200, 'data: {"error": {"message": "m", "type": "t", "code": "c"}}\n\ndata: [DONE]\n\n', "error"),
+        (200, 'data: {"error": {"message": "m"}}\n\ndata: [DONE]\n\n', "unresolved"),
+        (503, '{"error": {"message": "m", "type": "t", "code": null}}', "error"),
+        (503, '{"detail": "m"}', "unresolved"),
+        (200, '{"choices": [{"finish_reason": null}]}', "unresolved"),
+    ],
+)
+def test_this_test_can_tell_the_ends_apart(status: int, content: str, ended: str) -> None:
+    response = httpx.Response(status, content=content)
+    streamed = status == 200 and content.startswith("data")
+    assert (_streamed(response) if streamed else _whole(response)).startswith(ended)
+
+
 def ask_until(done: threading.Event, url: str, seed: int) -> Counter[str]:
     """Ask without pause until told to end."""
     rng, ends = random.Random(seed), Counter[str]()
