@@ -18,6 +18,7 @@ PEERS_MAX = 4096
 ENDED_MAX = 256  # ended requests remembered of each peer: more cannot end within one advert's life of a slow engine
 SAMPLE_WEIGHT = 0.2  # of the newest sample
 SUCCESS_HALF_LIFE_S = 300.0
+NEWCOMERS_PRIOR = 3.0  # newcomers that worked, before any was tried
 SEEN_LAG_S = 0.2  # an advert counts the requests that reached its sender before it was made, about so long ago
 FULL_S_MIN = 0.5  # a peer that refused is left alone so long, twice as long at each refusal in a row
 FULL_S_MAX = 10.0
@@ -30,7 +31,11 @@ UNREACHABLE = "unreachable"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
-    """What was measured of a peer; None = never. success: 0..1, of recent requests, 1 for none."""
+    """What was measured of a peer; None = never. success: 0..1, of recent requests, 1 for none.
+
+    Of a peer that never finished a request for us it is also as other such peers fared: where many newcomers are black
+    holes, one looks twice before trying another.
+    """
 
     state: State
     proven: bool
@@ -44,24 +49,36 @@ class Observed:
 
 
 @dataclass(slots=True)
+class _Tally:
+    """Requests that were answered, and that failed, fading."""
+
+    worked: float = 0.0
+    failed: float = 0.0
+    faded_s: float = 0.0
+
+    def fade(self, now: float) -> None:
+        keep = 0.5 ** (max(0.0, now - self.faded_s) / SUCCESS_HALF_LIFE_S)
+        self.worked, self.failed, self.faded_s = self.worked * keep, self.failed * keep, now
+
+    def success(self, prior: float, now: float) -> float:
+        """The share that worked, as if `prior` more had."""
+        keep: float = 0.5 ** (max(0.0, now - self.faded_s) / SUCCESS_HALF_LIFE_S)
+        return (prior + self.worked * keep) / (prior + (self.worked + self.failed) * keep)
+
+
+@dataclass(slots=True)
 class _Record:
     breaker: Breaker = field(default_factory=Breaker)
     rtt_s: float | None = None
     first_token_s: float | None = None
     first_token_deviation_s: float = 0.0
     tok_s: float | None = None
-    worked: float = 0.0  # requests, fading
-    failed: float = 0.0
-    faded_s: float = 0.0
+    tally: _Tally = field(default_factory=_Tally)
     starts: list[float] = field(default_factory=list)  # of requests under way, oldest first
     ended: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=ENDED_MAX))  # (start, end)
     full_until_s: float = 0.0
     refusals: int = 0  # in a row
     connected: bool | None = None
-
-    def fade(self, now: float) -> None:
-        keep = 0.5 ** (max(0.0, now - self.faded_s) / SUCCESS_HALF_LIFE_S)
-        self.worked, self.failed, self.faded_s = self.worked * keep, self.failed * keep, now
 
 
 class Observations:
@@ -72,6 +89,7 @@ class Observations:
 
     def __init__(self, *, peers_max: int = PEERS_MAX) -> None:
         self._records: dict[PeerId, _Record] = {}  # least recently used first
+        self._newcomers = _Tally()  # first requests to peers
         self._peers_max = peers_max
 
     # --- in ---
@@ -95,9 +113,10 @@ class Observations:
     def finished(self, peer: PeerId, tokens: int, seconds: float, now: float) -> None:
         """A request was answered in full: `tokens` in `seconds` from first to last (0 tokens: an embedding)."""
         record = self._record(peer)
+        for tally in (record.tally, *(() if record.breaker.proven else (self._newcomers,))):
+            tally.fade(now)
+            tally.worked += 1.0
         record.breaker.worked(now)
-        record.fade(now)
-        record.worked += 1.0
         record.refusals, record.full_until_s = 0, 0.0
         if tokens > 1 and seconds > 0.0:
             record.tok_s = _mixed(record.tok_s, tokens / seconds)
@@ -111,8 +130,9 @@ class Observations:
             return
         record = self._record(peer)
         record.breaker.failed(now, unreachable=reason == UNREACHABLE and not record.connected)
-        record.fade(now)
-        record.failed += 1.0
+        for tally in (record.tally, *(() if record.breaker.proven else (self._newcomers,))):
+            tally.fade(now)
+            tally.failed += 1.0
 
     def refused(self, peer: PeerId, now: float) -> None:
         """The peer has no room, whatever its advert says."""
@@ -156,7 +176,9 @@ class Observations:
         record = self._records.get(peer)
         if record is None:
             record = _Record()
-        keep = 0.5 ** (max(0.0, now - record.faded_s) / SUCCESS_HALF_LIFE_S)
+        success = record.tally.success(1.0, now)
+        if not record.breaker.proven:
+            success *= self._newcomers.success(NEWCOMERS_PRIOR, now)
         return Observed(
             state=record.breaker.state(now),
             proven=record.breaker.proven,
@@ -164,7 +186,7 @@ class Observations:
             rtt_s=record.rtt_s,
             first_token_s=record.first_token_s,
             tok_s=record.tok_s,
-            success=(1.0 + record.worked * keep) / (1.0 + (record.worked + record.failed) * keep),
+            success=success,
             refusing=now < record.full_until_s,
             connected=record.connected,
         )

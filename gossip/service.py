@@ -22,10 +22,11 @@ import trio
 
 from crypto.disk import SYSTEM, FileStatus, System
 from crypto.identity import Identity, PeerId
-from gossip.directory import Directory, DirectoryStatistics, Outcome, Receipt
+from gossip.directory import Directory, DirectoryStatistics
+from gossip.hearing import Hearing
 from gossip.messages import ADDRESSES_MAX, Advert, Capacity, advert_topic, checked_capacity, seal_advert
 from gossip.observations import Observations
-from gossip.pace import OwnAdvert, Quota
+from gossip.pace import OwnAdvert
 from gossip.routing import Candidate, Need, WhyNot, rank
 from gossip.saved import RESERVED, Keeper, SavedState
 from gossip.standing import Fault, Standing, StandingStatistics, Verdict
@@ -42,20 +43,8 @@ DISCONNECTS_WAITING_MAX = 256
 GOODBYE_S = 2.0
 TICK_S = 1.0
 DISCONNECT_S = 5.0
-OVER_QUOTA_BLAMES = 10  # for one sample
 
 _log = logging.getLogger(__name__)
-
-# Whose fault a refused advert is, and how grave; what is not here is nobody's.
-FAULTS: dict[Outcome, Fault] = {
-    Outcome.MALFORMED: Fault.MALFORMED,
-    Outcome.WRONG_NETWORK: Fault.MALFORMED,
-    Outcome.BAD_SIGNATURE: Fault.FATAL,
-    Outcome.WRONG_SENDER: Fault.FATAL,
-    Outcome.EQUIVOCATION: Fault.FATAL,
-    Outcome.TWO_INSTANCES: Fault.MALFORMED,
-}
-FRESH = frozenset({Outcome.ACCEPTED, Outcome.DUPLICATE, Outcome.STALE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,9 +106,14 @@ class GossipService:
         )
         self.standing.restore(saved.bans, now, now_ms)
         self.directory.restore({PeerId(peer): floor for peer, floor in saved.floors.items()}, now)
-        self._quota = Quota()
+        self._hearing = Hearing(
+            self.directory,
+            self.standing,
+            on_verdict=self._enforce,
+            on_duplicate=config.on_duplicate,
+            on_believed=self._keeper.heard,
+        )
         self._counts: Counter[str] = Counter()
-        self._duplicate: str | None = None
         self._woken = trio.Event()  # the next advert may be due earlier than it was
         self._joins = trio.open_memory_channel[PeerId](JOINS_WAITING_MAX)
         self._cuts = trio.open_memory_channel[PeerId](DISCONNECTS_WAITING_MAX)
@@ -147,10 +141,7 @@ class GossipService:
 
     def blame(self, peer: PeerId, fault: Fault, reason: str) -> None:
         """A peer did wrong: its standing falls, and it is cut off when that says so."""
-        verdict = self.standing.blame(peer, fault, trio.current_time(), reason)
-        if verdict is not Verdict.FINE:
-            _log.warning("%s: %s after %s", peer, verdict.value, reason)
-            self._enforce(peer, verdict)
+        self._hearing.blame(peer, fault, reason, trio.current_time())
 
     def statistics(self) -> GossipStatistics:
         """A snapshot of the counters."""
@@ -159,8 +150,8 @@ class GossipService:
             adverts_sent=self._counts["sent"],
             directory=self.directory.statistics(now),
             standing=self.standing.statistics(now),
-            drops={name.removeprefix("drop:"): n for name, n in self._counts.items() if name.startswith("drop:")},
-            duplicate_identity=self._duplicate,
+            drops=dict(self._hearing.drops),
+            duplicate_identity=self._hearing.duplicate,
         )
 
     def file_status(self) -> FileStatus | None:
@@ -220,47 +211,7 @@ class GossipService:
 
     def _heard(self, publisher: PeerId, raw: bytes) -> bool:
         """Gossip came; True when it is worth forwarding."""
-        now = trio.current_time()
-        if self.standing.verdict(publisher, now) is Verdict.BANNED:
-            return self._drop("banned")
-        is_stranger = self.directory.offer_of(publisher, now) is None
-        refusal = self._quota.refusal(publisher, is_stranger=is_stranger, now=now)
-        if refusal == "over_quota" and self._quota.sampled(publisher, now):
-            return self._heard_over_quota(publisher, raw, now)
-        if refusal:
-            return self._drop(refusal)
-        return self._take(publisher, raw, now)
-
-    def _heard_over_quota(self, publisher: PeerId, raw: bytes, now: float) -> bool:
-        """Look at one of the many: only who speaks too much now is to blame, not whom others replay."""
-        receipt = self._receive(raw, publisher, now)
-        if receipt.outcome in FRESH:
-            for _ in range(OVER_QUOTA_BLAMES):
-                self.blame(publisher, Fault.OVER_QUOTA, "more adverts than its quota")
-        else:
-            self._judge(receipt, publisher)
-        return self._drop("over_quota")
-
-    def _take(self, publisher: PeerId, raw: bytes, now: float) -> bool:
-        receipt = self._receive(raw, publisher, now)
-        self._judge(receipt, publisher)
-        return receipt.outcome is Outcome.ACCEPTED
-
-    def _receive(self, raw: bytes, publisher: PeerId | None, now: float) -> Receipt:
-        """Take an advert in; what is believed once is not believed again, though the process be killed now."""
-        receipt = self.directory.receive(raw, publisher=publisher, now=now, now_ms=self._config.wall_clock_ms())
-        believed = receipt.peer if receipt.outcome is Outcome.ACCEPTED else None
-        if believed is not None and not self._keeper.heard(believed, receipt.sequence):
-            self._drop("not_kept_over_a_kill")
-        return receipt
-
-    def _judge(self, receipt: Receipt, came_from: PeerId) -> None:
-        if receipt.outcome is Outcome.DUPLICATE_IDENTITY:
-            self._duplicate = receipt.detail
-            self._config.on_duplicate(receipt.detail)
-        fault = FAULTS.get(receipt.outcome)
-        if fault is not None:
-            self.blame(receipt.peer or came_from, fault, receipt.detail or receipt.outcome.value)
+        return self._hearing.heard(publisher, raw, trio.current_time(), self._config.wall_clock_ms())
 
     # --- peers that come and go ---
 
@@ -271,7 +222,7 @@ class GossipService:
             return
         verdict = self.standing.seen_at(change.peer, self._transport.remote_address(change.peer), now)
         if verdict is not Verdict.FINE:
-            self._enforce(change.peer, verdict)
+            self._hearing.enforce(change.peer, verdict, "what it did before")
             return
         self._own.pace.joined(now)
         self._woken.set()
@@ -296,11 +247,7 @@ class GossipService:
         try:
             for _ in range(ADVERTS_HANDED_MAX + 1):
                 raw = await stream.receive()
-                now = trio.current_time()
-                receipt = self._receive(raw, None, now)
-                if receipt.peer is not None and self.standing.verdict(receipt.peer, now) is Verdict.BANNED:
-                    self.directory.forget(receipt.peer)
-                self._judge(receipt, peer)
+                self._hearing.handed(peer, raw, trio.current_time(), self._config.wall_clock_ms())
         except StreamClosed:
             return
         finally:
@@ -309,8 +256,7 @@ class GossipService:
     async def _hand_on(self, stream: Stream) -> None:
         """A peer asks what we know: our own advert first, then those of others, latest first."""
         now = trio.current_time()
-        if not self._quota.may_ask(stream.peer, now):
-            self._drop("asked_too_often")
+        if not self._hearing.may_ask(stream.peer, now):
             await stream.reset()
             return
         with trio.move_on_after(PULL_S):
@@ -324,9 +270,9 @@ class GossipService:
 
     # --- effects ---
 
-    def _enforce(self, peer: PeerId, verdict: Verdict) -> None:
+    def _enforce(self, peer: PeerId, verdict: Verdict, reason: str) -> None:
+        _log.warning("%s: %s after %s", peer, verdict.value, reason)
         if verdict is Verdict.BANNED:
-            self.directory.forget(peer)
             self._keeper.soon()
         if peer in self._transport.peers():
             try:
@@ -361,6 +307,5 @@ class GossipService:
         if not self._keeper.save(state):
             self._drop("save_failed")
 
-    def _drop(self, reason: str) -> bool:
-        self._counts[f"drop:{reason}"] += 1
-        return False
+    def _drop(self, reason: str) -> None:
+        self._hearing.drops[reason] += 1

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+NO_ROOM_RETRY_S = 1.0  # what a client is told to wait, when nothing better is known
+
 
 class RequestError(Exception):
     """A request's clear end without an answer. `code` is stable, `param` names the field at fault."""

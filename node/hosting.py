@@ -20,7 +20,7 @@ from model.config import ModelFacts
 from model.errors import BadInput, EngineFull, ModelError
 from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, SamplingParameters
 from model.runtime_face import Runtime
-from node.errors import BadRequest, InternalError, NoRoom, NotReady, RequestError, UnknownModel
+from node.errors import NO_ROOM_RETRY_S, BadRequest, InternalError, NoRoom, NotReady, RequestError, UnknownModel
 from node.work import (
     AnswerItem,
     Embedded,
@@ -38,7 +38,6 @@ EMBED_QUEUE_MAX = 64
 EMBED_TEXTS_PER_TURN = 32
 EMBED_LENGTH_PER_TURN = 4_096  # letters or token ids: under half a second of a small encoder on two cores
 CHANGE_EVERY_S = 1.0  # while only rates change
-NO_ROOM_RETRY_S = 1.0
 LOGPROB_MIN = -9999.0  # stands for minus infinity, which no wire form carries
 
 Turn = Callable[[], list[Output]]

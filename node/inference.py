@@ -1,8 +1,8 @@
 """Where a request is answered: by the model hosted here, or by the best peer, with takeover when that peer fails.
 
-Rules: a request carries its remaining time and the tokens already delivered, so that another peer goes on where the
-last one stopped. A peer is judged by work: if neither its tokens nor its reported progress advance for STALL_S it
-counts as frozen, however open its connection is. A peer that serves never routes further, so there are no loops.
+Rules: shell of node/pursuit.py, which says who is asked next. A request carries its remaining time and the tokens
+already delivered, so that another peer goes on where the last one stopped. A peer that serves never routes further, so
+there are no loops.
 """
 
 from __future__ import annotations
@@ -10,75 +10,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
-import msgspec
 import trio
 
 from crypto.identity import PeerId
-from gossip.routing import Candidate, Need, Why, WhyNot
-from node.errors import (
-    BadRequest,
-    DeadlinePassed,
-    NoRoom,
-    NotReady,
-    PeerFailed,
-    RequestError,
-    TooLarge,
-    UnknownModel,
-)
-from node.front import FrontStatistics, Route, RouteHint
-from node.hosting import NO_ROOM_RETRY_S, Hosting
+from gossip.routing import Candidate, Need, WhyNot
+from node.errors import NO_ROOM_RETRY_S, NotReady, PeerFailed, RequestError
+from node.front import FrontStatistics, RouteHint
+from node.hosting import Hosting
+from node.pursuit import Pursuit, Wait, pursue
 from node.remote import Network, Remote
-from node.work import REMAINING_MS_MAX, AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Piece, Started
+from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork
 
 INFER_PROTOCOL = "/openagi/infer/1"
 PIECES_BUFFERED = 64  # a client that reads slower than the model writes holds this many pieces back
-ATTEMPTS_MAX = 8
-DEADLINE_GRACE_MS = 100
-FULL_WAIT_S = 0.5  # between looks for room, for an answer that has begun
-
-
-@dataclass(slots=True, kw_only=True)
-class _Attempt:
-    """What one request has behind it: who failed, what the client already has."""
-
-    deadline: float
-    tried: set[str] = field(default_factory=set)  # peer ids; ours when the local engine failed
-    tokens: list[int] = field(default_factory=list)
-    chars: int = 0
-    started: Started | None = None
-    last_error: RequestError | None = None
-
-    def failed(self, who: str, error: RequestError, *, may_have_room_later: bool = False) -> None:
-        """That one is not asked again for this request, unless all it said was that it is full now."""
-        if not (may_have_room_later and isinstance(error, NoRoom)):
-            self.tried.add(who)
-        self.last_error = error
-
-    def take(self, item: AnswerItem) -> None:
-        """The client has this now."""
-        if isinstance(item, Piece):
-            self.tokens.extend(item.tokens)
-            self.chars += len(item.text)
-
-    def continued(self, work: GenerateWork) -> GenerateWork:
-        """The same request, for the next peer: less time, more delivered."""
-        changes: dict[str, Any] = {"remaining_ms": self.left_ms()}
-        if self.started is not None:
-            changes |= {
-                "model": self.started.model,
-                "revision": self.started.revision,
-                "delivered": (*work.delivered, *self.tokens),
-                "delivered_chars": work.delivered_chars + self.chars,
-            }
-        return msgspec.structs.replace(work, **changes)
-
-    def left_ms(self) -> int:
-        """Milliseconds that the next server has: a little more than is left, so that it is we who say it is over."""
-        left_ms = max(0, int((self.deadline - trio.current_time()) * 1000))
-        return min(left_ms + DEADLINE_GRACE_MS, REMAINING_MS_MAX)
 
 
 class Answer:
@@ -129,12 +74,32 @@ class Inference:
         """Embed texts here or at a peer. Raises RequestError. If cancelled, the work is given up wherever it runs."""
         with self._counted(), self._outcome():
             began = trio.current_time()
-            attempt = _Attempt(deadline=began + work.remaining_ms / 1000)
-            with trio.move_on_at(attempt.deadline):
-                embedded = await self._embed_attempts(work, route, attempt)
+            pursuit = pursue(work, route, self, began)
+            with trio.move_on_at(pursuit.deadline):
+                embedded = await self._embedded(pursuit)
                 self._answered(began, embedded.prompt_tokens, 0)
                 return embedded
-            raise DeadlinePassed(f"the request's {work.remaining_ms / 1000:.0f} s are over; give it more time")
+            raise pursuit.too_late()
+
+    # what a request sees of this node
+
+    @property
+    def own(self) -> PeerId:
+        """This node's id."""
+        return self._network.transport.peer_id
+
+    def rank(self, need: Need) -> tuple[Candidate, ...] | WhyNot:
+        """Peers to ask, best first, or why there is none."""
+        return self._network.gossip.rank(need)
+
+    def served_names(self) -> set[str]:
+        """Every model that is served now, here or elsewhere."""
+        names = {model.name for model in self._network.gossip.directory.models(trio.current_time())}
+        if self.hosting is not None:
+            names |= {self.hosting.runtime.facts.name, self.hosting.runtime.embedding_facts.name}
+        return names
+
+    # for the node
 
     @property
     def running(self) -> int:
@@ -194,157 +159,65 @@ class Inference:
     ) -> None:
         """Feed `send` with the one whole answer or the one error."""
         began = trio.current_time()
-        attempt = _Attempt(deadline=began + work.remaining_ms / 1000)
+        pursuit = pursue(work, route, self, began)
         with send:
             try:
                 with self._outcome():
-                    with trio.move_on_at(attempt.deadline) as scope:
-                        await self._attempts(work, route, attempt, send)
+                    with trio.move_on_at(pursuit.deadline) as scope:
+                        await self._pursued(pursuit, send)
                     if scope.cancelled_caught:
-                        raise DeadlinePassed(
-                            f"the request's {work.remaining_ms / 1000:.0f} s are over; {len(attempt.tokens)} tokens "
-                            "were delivered. Ask for fewer tokens or give it more time"
-                        )
+                        raise pursuit.too_late()
             except RequestError as exc:
                 await send.send(exc)
             else:
-                prompt_tokens = attempt.started.prompt_tokens if attempt.started is not None else 0
-                self._answered(began, prompt_tokens, len(attempt.tokens))
+                prompt_tokens = pursuit.started.prompt_tokens if pursuit.started is not None else 0
+                self._answered(began, prompt_tokens, len(pursuit.tokens))
 
-    async def _attempts(
-        self,
-        work: GenerateWork,
-        route: RouteHint,
-        attempt: _Attempt,
-        send: trio.MemorySendChannel[AnswerItem | RequestError],
+    async def _pursued(
+        self, pursuit: Pursuit[Hosting], send: trio.MemorySendChannel[AnswerItem | RequestError]
     ) -> None:
-        tries = 0
-        while tries < ATTEMPTS_MAX:
-            now = attempt.continued(work)
-            target = self._choose(now, route, attempt)
-            if isinstance(target, WhyNot):
-                if attempt.started is None or target.why is not Why.ALL_FULL:
-                    raise self._nobody(target, work, attempt)
-                await trio.sleep(FULL_WAIT_S)  # half an answer is worth a wait
+        """Ask one server after the other until the client has the whole answer. Raises RequestError."""
+        while True:
+            target = pursuit.step()
+            if isinstance(target, Wait):
+                await trio.sleep(target.seconds)
                 continue
-            tries += 1
-            if attempt.started is not None:
+            if pursuit.started is not None:
                 self.counts["takeovers"] += 1
             try:
-                await self._serve_at(target, now, attempt, send)
-                return
-            except (BadRequest, TooLarge) as exc:
-                if not attempt.tokens:
-                    raise
-                # the client's part was taken once: at fault is what an earlier peer delivered
-                self._failed(target, attempt, PeerFailed(f"the answer cannot be continued: {exc}"))
+                return await self._serve_at(target, pursuit, send)
             except RequestError as exc:
-                self._failed(target, attempt, exc)
-        raise attempt.last_error or PeerFailed("no attempt was made")
-
-    def _failed(self, target: Hosting | Candidate, attempt: _Attempt, error: RequestError) -> None:
-        if isinstance(target, Hosting):
-            attempt.failed(self._network.transport.peer_id, error)
-        else:
-            attempt.failed(target.peer, error, may_have_room_later=True)
+                pursuit.failed(target, exc)
 
     async def _serve_at(
         self,
         target: Hosting | Candidate,
-        work: GenerateWork,
-        attempt: _Attempt,
+        pursuit: Pursuit[Hosting],
         send: trio.MemorySendChannel[AnswerItem | RequestError],
     ) -> None:
         """Forward one server's items to the client until Finished. Raises RequestError when that server fails."""
+        work = pursuit.continued(trio.current_time())
         source = target.generate(work) if isinstance(target, Hosting) else self._remote.generate(target, work)
         async with source as items:
             async for item in items:
                 if isinstance(item, RequestError):
                     raise item
-                if isinstance(item, Started):
-                    if attempt.started is not None:
-                        continue
-                    attempt.started = item
-                attempt.take(item)
-                await send.send(item)
+                if pursuit.take(item):
+                    await send.send(item)
                 if isinstance(item, Finished):
                     return
         raise PeerFailed("the answer ended without its last record")
 
-    def _choose(self, work: GenerateWork, route: RouteHint, attempt: _Attempt) -> Hosting | Candidate | WhyNot:
-        """The engine here if it may and has room, else the best peer, else the queue here, else why nobody."""
-        here = self._here(work, route, attempt)
-        if here is not None and (self._stays_here(route) or here.has_room()):
-            return here
-        if self._stays_here(route):
-            return WhyNot.none_serves()
-        ranked = self._ranked(_need(work, "causal", attempt, route))
-        if here is not None and (isinstance(ranked, WhyNot) or ranked.offer.capacity.slots_free < 1):
-            return here
-        return ranked
-
-    def _choose_embedder(self, work: EmbedWork, route: RouteHint, attempt: _Attempt) -> Hosting | Candidate | WhyNot:
-        """The model here if it may, else the best peer, else why nobody."""
-        here = self._here(work, route, attempt)
-        if here is not None:
-            return here
-        return WhyNot.none_serves() if self._stays_here(route) else self._ranked(_need(work, "encoder", attempt, route))
-
-    def _stays_here(self, route: RouteHint) -> bool:
-        return route.route is Route.LOCAL or route.peer == self._network.transport.peer_id
-
-    def _here(self, work: GenerateWork | EmbedWork, route: RouteHint, attempt: _Attempt) -> Hosting | None:
-        """The engine here, if the client lets it answer, it can, and it has not failed this request."""
-        own, here = self._network.transport.peer_id, self.hosting
-        if here is None or route.route is Route.REMOTE or route.peer not in (None, own) or own in attempt.tried:
-            return None
-        revision, kind = (work.revision, "causal") if isinstance(work, GenerateWork) else (None, "encoder")
-        return here if here.serves(work.model, revision, kind) else None
-
-    def _ranked(self, need: Need) -> Candidate | WhyNot:
-        ranking = self._network.gossip.rank(need)
-        return ranking if isinstance(ranking, WhyNot) else ranking[0]
-
-    def _nobody(self, why: WhyNot, work: GenerateWork | EmbedWork, attempt: _Attempt) -> RequestError:
-        """The clear end of a request that no one can take (any more)."""
-        if attempt.started is not None:
-            return PeerFailed(
-                f"the serving peer failed after {len(attempt.tokens)} tokens ({attempt.last_error}) and no other live "
-                f"peer serves {attempt.started.model} at revision {attempt.started.revision}"
-            )
-        if attempt.last_error is not None:
-            return attempt.last_error
-        asked = f"model {work.model!r}" if work.model is not None else "a model of the kind asked for"
-        match why.why:
-            case Why.TOO_LONG:
-                return BadRequest(f"the request is {why}; ask for fewer tokens")
-            case Why.ALL_FULL | Why.ALL_BROKEN:
-                return NoRoom(f"{asked}: {why}; try again", retry_after_s=why.retry_after_s or NO_ROOM_RETRY_S)
-            case Why.NONE_SERVES:
-                known = ", ".join(sorted(self._served_names())) or "nothing yet"
-                return UnknownModel(
-                    f"no live peer that was asked for serves {asked}; served now: {known}", param="model"
-                )
-
-    def _served_names(self) -> set[str]:
-        names = {model.name for model in self._network.gossip.directory.models(trio.current_time())}
-        if self.hosting is not None:
-            names |= {self.hosting.runtime.facts.name, self.hosting.runtime.embedding_facts.name}
-        return names
-
-    async def _embed_attempts(self, work: EmbedWork, route: RouteHint, attempt: _Attempt) -> Embedded:
-        for _ in range(ATTEMPTS_MAX):
-            now = msgspec.structs.replace(work, remaining_ms=attempt.left_ms())
-            target = self._choose_embedder(now, route, attempt)
-            if isinstance(target, WhyNot):
-                raise self._nobody(target, work, attempt)
+    async def _embedded(self, pursuit: Pursuit[Hosting]) -> Embedded:
+        """Ask one server after the other. Raises RequestError."""
+        while True:
+            target = pursuit.step()
+            assert not isinstance(target, Wait), "there is nothing to go on with"
+            work = pursuit.continued(trio.current_time())
             try:
-                return await (target.embed(now) if isinstance(target, Hosting) else self._remote.embed(target, now))
-            except (BadRequest, TooLarge):
-                raise
+                return await (target.embed(work) if isinstance(target, Hosting) else self._remote.embed(target, work))
             except RequestError as exc:
-                self._failed(target, attempt, exc)
-        raise attempt.last_error or PeerFailed("no attempt was made")
+                pursuit.failed(target, exc)
 
 
 @contextmanager
@@ -356,14 +229,3 @@ def _single() -> Iterator[None]:
         if len(group.exceptions) > 1:
             raise
         raise group.exceptions[0] from group.exceptions[0].__cause__
-
-
-def _need(work: GenerateWork | EmbedWork, kind: str, attempt: _Attempt, route: RouteHint) -> Need:
-    return Need(
-        model=work.model,
-        revision=work.revision if isinstance(work, GenerateWork) else None,
-        kind=kind,
-        tokens=work.sampling.max_tokens + len(work.tokens or ()) if isinstance(work, GenerateWork) else 0,
-        exclude=frozenset(PeerId(peer) for peer in attempt.tried),
-        only=None if route.peer is None else PeerId(route.peer),
-    )

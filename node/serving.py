@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import trio
 
-from node.errors import DeadlinePassed, NotReady, PeerFailed, RequestError
-from node.hosting import NO_ROOM_RETRY_S, Hosting
+from node.errors import NO_ROOM_RETRY_S, DeadlinePassed, NotReady, PeerFailed, RequestError
+from node.hosting import Hosting
 from node.inference import Inference
 from node.work import EmbedWork, Finished, GenerateWork, from_wire, to_wire
 from p2p.calls import Handler, Incoming

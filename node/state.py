@@ -19,8 +19,9 @@ import trio
 from crypto.disk import FileStatus, told_time
 from gossip.messages import Capacity, ModelKind, ModelOffer
 from node.config import NodeConfig
+from node.errors import NO_ROOM_RETRY_S
 from node.front import FrontStatistics, ModelRow, Readiness, RouteHint
-from node.hosting import NO_ROOM_RETRY_S, Hosting
+from node.hosting import Hosting
 from node.inference import Inference
 from node.remote import Network
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork

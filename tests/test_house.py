@@ -48,6 +48,7 @@ CORES = (
     "gossip/observations.py",
     "gossip/breaker.py",
     "gossip/pace.py",
+    "gossip/hearing.py",
     "p2p/admission.py",
     "p2p/roster.py",
     "p2p/hello.py",
@@ -58,6 +59,8 @@ CORES = (
     "model/text.py",
     "p2p/peering_status.py",
     "node/work.py",
+    "node/pursuit.py",
+    "node/judge.py",
     "node/front.py",
 )
 WAITING = {"trio", "socket", "time", "threading", "select", "subprocess", "os", "queue", "sched", "datetime"}

@@ -12,7 +12,7 @@ from gossip.breaker import State
 from model.errors import ComputeFailed
 from node.errors import BadRequest, DeadlinePassed, NoRoom, NotReady, PeerFailed, RequestError, UnknownModel
 from node.front import Route, RouteHint
-from node.remote import STALL_S
+from node.judge import STALL_S
 from node.work import EmbedWork, GenerateWork, Piece, Progress
 from p2p.errors import RemoteError
 from tests.fake_runtime import FakeRuntime, facts, vector_of

@@ -15,7 +15,7 @@ from gossip.breaker import State
 from gossip.messages import Capacity
 from node.errors import NoRoom, PeerFailed, RequestError
 from node.front import RouteHint
-from node.remote import FIRST_TOKEN_SHARE, STALL_S, STALL_S_MAX, STALL_UNMEASURED_S, stall_s
+from node.judge import FIRST_TOKEN_SHARE, STALL_S, STALL_S_MAX, STALL_UNMEASURED_S, stall_s
 from node.work import REMAINING_MS_MAX, Embedded, EmbedWork, Finished, GenerateWork, Piece, Progress, Started, to_wire
 from p2p.calls import Incoming
 from p2p.errors import RemoteError

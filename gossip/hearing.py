@@ -1,0 +1,115 @@
+"""What to make of gossip that comes: whether to listen, to believe, to forward, and whom to blame.
+
+Rules: core. A banned peer is not heard; quotas are asked before any signature is looked at; one message a second of
+a peer over its quota is looked at all the same, so that whoever replays others' messages blames nobody. Only what is
+new to this node is forwarded. Every drop is counted with its reason.
+Source: SECURITY.md P5, P9, P12 and section 6.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from crypto.identity import PeerId
+from gossip.directory import Directory, Outcome, Receipt
+from gossip.pace import Quota
+from gossip.standing import Fault, Standing, Verdict
+
+OVER_QUOTA_BLAMES = 10  # for one sample
+
+# Whose fault a refused advert is, and how grave; what is not here is nobody's.
+FAULTS: dict[Outcome, Fault] = {
+    Outcome.MALFORMED: Fault.MALFORMED,
+    Outcome.WRONG_NETWORK: Fault.MALFORMED,
+    Outcome.BAD_SIGNATURE: Fault.FATAL,
+    Outcome.WRONG_SENDER: Fault.FATAL,
+    Outcome.EQUIVOCATION: Fault.FATAL,
+    Outcome.TWO_INSTANCES: Fault.MALFORMED,
+}
+FRESH = frozenset({Outcome.ACCEPTED, Outcome.DUPLICATE, Outcome.STALE})
+
+
+class Hearing:
+    """One node's ear. Times are monotonic seconds and unix milliseconds."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        standing: Standing,
+        *,
+        on_verdict: Callable[[PeerId, Verdict, str], None],
+        on_duplicate: Callable[[str], None],
+        on_believed: Callable[[PeerId, int], bool] = lambda _peer, _sequence: True,
+    ) -> None:
+        """on_verdict: a peer is to be cut off, and why. on_duplicate: another process has our identity.
+
+        on_believed: an advert under this sequence is taken for true, so no older one is ever again, though the
+        process be killed now; returns False when that cannot be kept.
+        """
+        self._directory, self._standing = directory, standing
+        self._on_verdict, self._on_duplicate, self._on_believed = on_verdict, on_duplicate, on_believed
+        self._quota = Quota()
+        self.drops: Counter[str] = Counter()
+        self.duplicate: str | None = None  # what was last heard of a copy of this node
+
+    def heard(self, publisher: PeerId, raw: bytes, now: float, now_ms: int) -> bool:
+        """Gossip came; whether it is worth forwarding."""
+        if self._standing.verdict(publisher, now) is Verdict.BANNED:
+            return self._drop("banned")
+        is_stranger = self._directory.offer_of(publisher, now) is None
+        refusal = self._quota.refusal(publisher, is_stranger=is_stranger, now=now)
+        if refusal and not (refusal == "over_quota" and self._quota.sampled(publisher, now)):
+            return self._drop(refusal)
+        receipt = self._receive(raw, publisher, now, now_ms)
+        if not refusal:
+            self._judge(receipt, publisher, now)
+            return receipt.outcome is Outcome.ACCEPTED
+        if receipt.outcome in FRESH:  # only who speaks too much now is to blame, not whom others replay
+            for _ in range(OVER_QUOTA_BLAMES):
+                self.blame(publisher, Fault.OVER_QUOTA, "more adverts than its quota", now)
+        else:
+            self._judge(receipt, publisher, now)
+        return self._drop("over_quota")
+
+    def handed(self, giver: PeerId, raw: bytes, now: float, now_ms: int) -> None:
+        """A peer that we asked hands on an advert that it knows."""
+        receipt = self._receive(raw, None, now, now_ms)
+        if receipt.peer is not None and self._standing.verdict(receipt.peer, now) is Verdict.BANNED:
+            self._directory.forget(receipt.peer)
+        self._judge(receipt, giver, now)
+
+    def may_ask(self, peer: PeerId, now: float) -> bool:
+        """Whether a peer may ask for what we know; counted when not."""
+        return self._quota.may_ask(peer, now) or self._drop("asked_too_often")
+
+    def blame(self, peer: PeerId, fault: Fault, reason: str, now: float) -> None:
+        """A peer did wrong: its standing falls, and it is cut off when that says so."""
+        verdict = self._standing.blame(peer, fault, now, reason)
+        if verdict is not Verdict.FINE:
+            self.enforce(peer, verdict, reason)
+
+    def enforce(self, peer: PeerId, verdict: Verdict, reason: str) -> None:
+        """Have a verdict carried out."""
+        if verdict is Verdict.BANNED:
+            self._directory.forget(peer)
+        self._on_verdict(peer, verdict, reason)
+
+    def _receive(self, raw: bytes, publisher: PeerId | None, now: float, now_ms: int) -> Receipt:
+        receipt = self._directory.receive(raw, publisher=publisher, now=now, now_ms=now_ms)
+        believed = receipt.peer if receipt.outcome is Outcome.ACCEPTED else None
+        if believed is not None and not self._on_believed(believed, receipt.sequence):
+            self._drop("not_kept_over_a_kill")
+        return receipt
+
+    def _judge(self, receipt: Receipt, came_from: PeerId, now: float) -> None:
+        if receipt.outcome is Outcome.DUPLICATE_IDENTITY:
+            self.duplicate = receipt.detail
+            self._on_duplicate(receipt.detail)
+        fault = FAULTS.get(receipt.outcome)
+        if fault is not None:
+            self.blame(receipt.peer or came_from, fault, receipt.detail or receipt.outcome.value, now)
+
+    def _drop(self, reason: str) -> bool:
+        self.drops[reason] += 1
+        return False

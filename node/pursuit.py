@@ -1,0 +1,215 @@
+"""One client's request on its way to an answer: who is asked next, what the client already has, when to give up.
+
+Rules: core. Whoever carries it out asks for the next `step`, does it, and tells what came of it. A server that failed
+is not asked again for this request, unless all it said was that it is full. What the client has is sent along, so that
+the next server goes on where the last one stopped. A request ends once: answered in full, or by a RequestError.
+Source: SERVING.md "Routing"; docs/ARCHITECTURE.md "A request".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import msgspec
+
+from crypto.identity import PeerId
+from gossip.messages import ModelKind
+from gossip.routing import Candidate, Need, Why, WhyNot
+from node.errors import (
+    NO_ROOM_RETRY_S,
+    BadRequest,
+    DeadlinePassed,
+    NoRoom,
+    PeerFailed,
+    RequestError,
+    TooLarge,
+    UnknownModel,
+)
+from node.front import Route, RouteHint
+from node.work import REMAINING_MS_MAX, AnswerItem, EmbedWork, GenerateWork, Piece, Started
+
+ATTEMPTS_MAX = 8
+DEADLINE_GRACE_MS = 100
+FULL_WAIT_S = 0.5  # between looks for room, for an answer that has begun
+
+
+class Engine(Protocol):
+    """The model hosted here, as far as the choice needs it."""
+
+    def serves(self, model: str | None, revision: str | None, kind: str) -> bool:
+        """Whether it can answer such a request at all."""
+
+    def has_room(self) -> bool:
+        """Whether a request would start at once."""
+
+
+H = TypeVar("H", bound=Engine)
+H_co = TypeVar("H_co", bound=Engine, covariant=True)
+
+
+class Surroundings(Protocol[H_co]):
+    """What a request sees of the node around it."""
+
+    @property
+    def own(self) -> PeerId:
+        """This node."""
+
+    @property
+    def hosting(self) -> H_co | None:
+        """The engine here, when there is one."""
+
+    def rank(self, need: Need) -> tuple[Candidate, ...] | WhyNot:
+        """Peers to ask, best first, or why there is none."""
+
+    def served_names(self) -> Iterable[str]:
+        """Every model that is served now, here or elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Look again after so many seconds."""
+
+    seconds: float
+
+
+@dataclass(slots=True, kw_only=True)
+class Pursuit(Generic[H]):
+    """What one request has behind it: who failed, what the client already has. Make it with `pursue`."""
+
+    work: GenerateWork | EmbedWork
+    route: RouteHint
+    around: Surroundings[H]
+    deadline: float  # on the clock of `now`, in seconds
+    tried: set[PeerId] = field(default_factory=set)  # ours when the local engine failed
+    tokens: list[int] = field(default_factory=list)
+    chars: int = 0
+    started: Started | None = None
+    last_error: RequestError | None = None
+    tries: int = 0
+
+    def step(self) -> H | Candidate | Wait:
+        """The engine here, or the peer, to ask now, or how long to wait. Raises RequestError: it ends so."""
+        if self.tries >= ATTEMPTS_MAX:
+            raise self.last_error or PeerFailed("no attempt was made")
+        target = self._choose()
+        if isinstance(target, WhyNot):
+            if self.started is None or target.why is not Why.ALL_FULL:
+                raise self._nobody(target)
+            return Wait(FULL_WAIT_S)  # half an answer is worth a wait
+        self.tries += 1
+        return target
+
+    def failed(self, target: H | Candidate, error: RequestError) -> None:
+        """The server of the last step failed. Raises the error, when it is the request's own fault."""
+        who = target.peer if isinstance(target, Candidate) else self.around.own
+        if isinstance(error, BadRequest | TooLarge):
+            if not self.tokens:
+                raise error
+            # the client's part was taken once: at fault is what an earlier peer delivered
+            error = PeerFailed(f"the answer cannot be continued: {error}")
+        if who == self.around.own or not isinstance(error, NoRoom):
+            self.tried.add(who)
+        self.last_error = error
+
+    def take(self, item: AnswerItem) -> bool:
+        """An item came; whether it is for the client, which then has it."""
+        if isinstance(item, Started):
+            if self.started is not None:
+                return False
+            self.started = item
+        if isinstance(item, Piece):
+            self.tokens.extend(item.tokens)
+            self.chars += len(item.text)
+        return True
+
+    def continued(self, now: float) -> Any:
+        """The same work, for the next server: less time, more delivered."""
+        changes: dict[str, Any] = {"remaining_ms": self._left_ms(now)}
+        if self.started is not None and isinstance(self.work, GenerateWork):
+            changes |= {
+                "model": self.started.model,
+                "revision": self.started.revision,
+                "delivered": (*self.work.delivered, *self.tokens),
+                "delivered_chars": self.work.delivered_chars + self.chars,
+            }
+        return msgspec.structs.replace(self.work, **changes)
+
+    def too_late(self) -> DeadlinePassed:
+        """The deadline is over: the end of the request."""
+        had = f"; {len(self.tokens)} tokens were delivered. Ask for fewer tokens or" if self.tokens else ";"
+        return DeadlinePassed(f"the request's {self.work.remaining_ms / 1000:.0f} s are over{had} give it more time")
+
+    def _left_ms(self, now: float) -> int:
+        """Milliseconds that the next server has: a little more than is left, so that it is we who say it is over."""
+        left_ms = max(0, int((self.deadline - now) * 1000))
+        return min(left_ms + DEADLINE_GRACE_MS, REMAINING_MS_MAX)
+
+    def _choose(self) -> H | Candidate | WhyNot:
+        """The engine here if it may and has room, else the best peer, else the queue here, else why nobody."""
+        here, embeds = self._here(), isinstance(self.work, EmbedWork)
+        stays = self.route.route is Route.LOCAL or self.route.peer == self.around.own
+        if here is not None and (embeds or stays or here.has_room()):
+            return here
+        if stays:
+            return WhyNot.none_serves()
+        ranking = self.around.rank(self._need())
+        if here is not None and (isinstance(ranking, WhyNot) or ranking[0].offer.capacity.slots_free < 1):
+            return here
+        return ranking if isinstance(ranking, WhyNot) else ranking[0]
+
+    def _here(self) -> H | None:
+        """The engine here, if the client lets it answer, it can, and it has not failed this request."""
+        own, here = self.around.own, self.around.hosting
+        if here is None or self.route.route is Route.REMOTE or self.route.peer not in (None, own) or own in self.tried:
+            return None
+        return here if here.serves(self._model(), self._revision(), self._kind()) else None
+
+    def _need(self) -> Need:
+        work = self.work
+        return Need(
+            model=self._model(),
+            revision=self._revision(),
+            kind=self._kind(),
+            tokens=work.sampling.max_tokens + len(work.tokens or ()) if isinstance(work, GenerateWork) else 0,
+            exclude=frozenset(self.tried),
+            only=None if self.route.peer is None else PeerId(self.route.peer),
+        )
+
+    def _kind(self) -> str:
+        return ModelKind.CAUSAL if isinstance(self.work, GenerateWork) else ModelKind.ENCODER
+
+    def _model(self) -> str | None:
+        return self.work.model if self.started is None else self.started.model
+
+    def _revision(self) -> str | None:
+        if self.started is not None:
+            return self.started.revision
+        return self.work.revision if isinstance(self.work, GenerateWork) else None
+
+    def _nobody(self, why: WhyNot) -> RequestError:
+        """The clear end of a request that no one can take (any more)."""
+        if self.started is not None:
+            return PeerFailed(
+                f"the serving peer failed after {len(self.tokens)} tokens ({self.last_error}) and no other live "
+                f"peer serves {self.started.model} at revision {self.started.revision}"
+            )
+        if self.last_error is not None:
+            return self.last_error
+        asked = f"model {self.work.model!r}" if self.work.model is not None else "a model of the kind asked for"
+        match why.why:
+            case Why.TOO_LONG:
+                return BadRequest(f"the request is {why}; ask for fewer tokens")
+            case Why.ALL_FULL | Why.ALL_BROKEN:
+                return NoRoom(f"{asked}: {why}; try again", retry_after_s=why.retry_after_s or NO_ROOM_RETRY_S)
+            case Why.NONE_SERVES:
+                known = ", ".join(sorted(self.around.served_names())) or "nothing yet"
+                return UnknownModel(
+                    f"no live peer that was asked for serves {asked}; served now: {known}", param="model"
+                )
+
+
+def pursue(work: GenerateWork | EmbedWork, route: RouteHint, around: Surroundings[H], now: float) -> Pursuit[H]:
+    """A request that comes now; `work.remaining_ms` is its time."""
+    return Pursuit(work=work, route=route, around=around, deadline=now + work.remaining_ms / 1000)

@@ -1,0 +1,284 @@
+"""A swarm of simulated peers under weather, churn and liars; the history of every request is checked.
+
+Rules: all chance comes from the seed: the same seed and scenario give the same history hash. A failure names the seed
+and the command that replays it. Statements are read and checked by the node's own code, once each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import crypto.envelope
+import gossip.directory
+from crypto.identity import Identity, PeerId
+from node.errors import REQUEST_ERRORS
+from node.front import Route, RouteHint
+from node.work import GenerateWork, Sampling
+from tests.simulator_net import History, Loop, Net, Weather
+from tests.simulator_node import Ask, Peer, Process, text_at, token_at
+
+QUIET_S = 45.0  # after the last request: longer than any deadline, and than the health check needs
+WARM_UP_S = 8.0
+GRACE_S = 0.001
+STATEMENTS_MAX = 20_000
+ENDS = frozenset({"finished", "cancelled", *REQUEST_ERRORS})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """What befalls a swarm. Rates are per second unless a name says otherwise; bad actors are shares of who serves."""
+
+    peers: int = 64
+    serving: float = 0.5
+    seconds: float = 60.0
+    requests_per_s: float = 4.0
+    churn_per_min: float = 0.3  # of the peers crash, and come back after `down_s`
+    down_s: tuple[float, float] = (2.0, 20.0)
+    silent: float = 0.3  # of the crashes take the machine with them: no connection is reset
+    pauses_per_min: float = 0.1
+    pause_s: tuple[float, float] = (0.5, 15.0)
+    cuts_per_min: float = 6.0  # paths cut, one way or both
+    cut_s: tuple[float, float] = (1.0, 25.0)
+    cancels: float = 0.1  # of the requests
+    deadline_s: tuple[float, float] = (10.0, 30.0)
+    skew_ms: int = 20_000  # at most, either way
+    black_holes: float = 0.0
+    liars: float = 0.0
+    flooders: float = 0.0
+    equivocators: float = 0.0
+    weather: Weather = field(default_factory=Weather)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of one seed."""
+
+    seed: int
+    accepted: int
+    ends: dict[str, int]
+    unresolved: int
+    wrong: tuple[str, ...]  # each a sentence
+    latencies_s: tuple[float, ...]  # of the answered
+    asked_of_holes: int  # the most requests that one black hole got from one peer
+    bytes_per_peer_s: float
+    events: int
+    digest: str
+    lines: tuple[str, ...] = ()
+
+
+class Swarm:
+    """One seed's world."""
+
+    def __init__(self, seed: int, scenario: Scenario, *, keep_lines: bool = False) -> None:
+        self.scenario, self.rng = scenario, random.Random(seed)
+        self.loop = Loop()
+        self.history = History(self.loop)
+        self.history.keep = keep_lines
+        self.net = Net(self.loop, random.Random(self.rng.getrandbits(64)), scenario.weather, self.history)
+        self.peers = self._make_peers()
+        self.everybody = tuple(peer.identity.peer_id for peer in self.peers)
+        self.alive: dict[PeerId, Process] = {}
+        self.asks: list[Ask] = []
+        self.violations: list[str] = []
+
+    def run(self, seed: int) -> Outcome:
+        scenario, end = self.scenario, WARM_UP_S + self.scenario.seconds
+        for peer in self.peers:
+            self.loop.after(self.rng.random() * 2.0, lambda peer=peer: self._start(peer))  # type: ignore[misc]
+        self._each(scenario.requests_per_s, self._ask, end)
+        self._each(scenario.peers * scenario.churn_per_min / 60, self._crash, end)
+        self._each(scenario.peers * scenario.pauses_per_min / 60, self._pause, end)
+        self._each(scenario.cuts_per_min / 60, self._cut, end)
+        self.loop.run_until(end)
+        self.net.heal()
+        before = self.net.bytes
+        self.loop.run_until(end + QUIET_S)
+        for process in self.alive.values():
+            self.violations += process.violations
+            self.violations += [f"{process.peer_id[-6:]}: {what}" for what in process.leftovers()]
+        return self._outcome(seed, before)
+
+    def _make_peers(self) -> list[Peer]:
+        scenario, peers = self.scenario, list[Peer]()
+        actors: list[str] = []
+        for actor, share in (
+            ("black_hole", scenario.black_holes),
+            ("liar", scenario.liars),
+            ("flooder", scenario.flooders),
+            ("equivocator", scenario.equivocators),
+        ):
+            actors += [actor] * round(share * scenario.serving * scenario.peers)
+        for number in range(scenario.peers):
+            actor = actors[number] if number < len(actors) else "honest"
+            serves = number < round(scenario.serving * scenario.peers)
+            skew_ms = self.rng.randint(-scenario.skew_ms, scenario.skew_ms)
+            peers.append(Peer(_identity(number), serves, actor, skew_ms))
+        return peers
+
+    def _each(self, rate_per_s: float, act: Any, end: float) -> None:
+        """`act` at Poisson times from the warm-up to the end."""
+
+        def again() -> None:
+            if self.loop.now < end:
+                if self.loop.now >= WARM_UP_S:
+                    act()
+                self.loop.after(self.rng.expovariate(rate_per_s), again)
+
+        if rate_per_s > 0:
+            self.loop.at(WARM_UP_S, lambda: self.loop.after(self.rng.expovariate(rate_per_s), again))
+
+    def _start(self, peer: Peer) -> None:
+        process = Process(peer, self.net, random.Random(self.rng.getrandbits(64)), self.everybody)
+        self.net.processes[process.peer_id] = process
+        self.alive[process.peer_id] = process
+        self.history.note("start", process.peer_id[-6:])
+        process.begin()
+        if peer.actor == "flooder":
+            self._flood(process)
+
+    def _flood(self, process: Process) -> None:
+        process.publish()
+        process.after(0.02, lambda: self._flood(process))
+
+    def _honest(self) -> list[Process]:
+        return [each for each in self.alive.values() if each.peer.actor == "honest"]
+
+    def _ask(self) -> None:
+        rng, scenario = self.rng, self.scenario
+        doors = [each for each in self._honest() if each.backlog is None]
+        door = rng.choice(doors)
+        tokens = tuple(rng.randrange(1000) for _ in range(rng.randint(1, 8)))
+        work = GenerateWork(
+            request_id=f"r{len(self.asks)}",
+            tokens=tokens,
+            sampling=Sampling(max_tokens=rng.randint(1, 60)),
+            remaining_ms=int(1000 * rng.uniform(*scenario.deadline_s)),
+        )
+        route = RouteHint(route=Route.REMOTE if rng.random() < 0.5 else Route.AUTO)
+        ask = Ask(door, len(self.asks), work, route)
+        self.asks.append(ask)
+        door.asks[ask.number] = ask
+        self.history.note("ask", ask.number, door.peer_id[-6:])
+        if rng.random() < scenario.cancels:
+            door.after(rng.uniform(0.0, 5.0), ask.cancel)
+        ask.go()
+
+    def _crash(self) -> None:
+        process = self.rng.choice(list(self.alive.values()))
+        silent = self.rng.random() < self.scenario.silent
+        self.history.note("crash", process.peer_id[-6:], silent)
+        del self.alive[process.peer_id]
+        self.violations += process.violations
+        for ask in list(process.asks.values()):
+            ask.died()
+        self.net.crashed(process, silent=silent)
+        self.loop.after(self.rng.uniform(*self.scenario.down_s), lambda: self._start(process.peer))
+
+    def _pause(self) -> None:
+        process = self.rng.choice(list(self.alive.values()))
+        if process.backlog is None:
+            process.pause()
+            self.history.note("pause", process.peer_id[-6:])
+            self.loop.after(self.rng.uniform(*self.scenario.pause_s), process.resume)
+
+    def _cut(self) -> None:
+        one, two = self.rng.sample(self.everybody, 2)
+        cut = {(one, two)} if self.rng.random() < 0.5 else {(one, two), (two, one)}
+        self.net.cut |= cut
+        self.history.note("cut", one[-6:], two[-6:], len(cut))
+        self.loop.after(self.rng.uniform(*self.scenario.cut_s), lambda: self.net.mend(cut))
+
+    def _outcome(self, seed: int, bytes_at_end: int) -> Outcome:
+        ends = Counter(ask.outcome for ask in self.asks if ask.outcome is not None)
+        wrong = list(self.violations)
+        for ask in self.asks:
+            if ask.outcome is not None and ask.outcome not in ENDS | {"door_died"}:
+                wrong.append(f"request {ask.number} ended as {ask.outcome!r}")
+            wrong += _faults(ask)
+        seconds = WARM_UP_S + self.scenario.seconds
+        return Outcome(
+            seed=seed,
+            accepted=len(self.asks),
+            ends=dict(sorted(ends.items())),
+            unresolved=sum(ask.outcome is None for ask in self.asks),
+            wrong=tuple(wrong),
+            latencies_s=tuple(
+                ask.ended - ask.began for ask in self.asks if ask.outcome == "finished" and ask.ended is not None
+            ),
+            asked_of_holes=max(self.net.asked_of_holes.values(), default=0),
+            bytes_per_peer_s=bytes_at_end / seconds / self.scenario.peers,
+            events=self.loop.done,
+            digest=self.history.digest(),
+            lines=tuple(self.history.lines),
+        )
+
+
+def _faults(ask: Ask) -> Iterator[str]:
+    """What is wrong with a request's answer and its time."""
+    work, prompt = ask.work, ask.work.tokens or ()
+    got = ask.pursuit.tokens
+    if got != [token_at(prompt, position) for position in range(len(got))]:
+        yield f"request {ask.number} got wrong tokens"
+    if ask.text != "".join(text_at(prompt, position) for position in range(len(got))):
+        yield f"request {ask.number} got wrong text"
+    if ask.outcome == "finished" and len(got) != work.sampling.max_tokens:
+        yield f"request {ask.number} got {len(got)} tokens of {work.sampling.max_tokens}"
+    # a paused door cannot keep the time; its clients' own deadlines are their own
+    late_s = 0.0 if ask.ended is None else ask.ended - ask.began - work.remaining_ms / 1000
+    if late_s > GRACE_S and ask.number not in ask.process.paused_asks:
+        yield f"request {ask.number} ended {late_s:.3f} s after its deadline"
+
+
+def simulate(seed: int, scenario: Scenario, *, keep_lines: bool = False) -> Outcome:
+    """Run one seed to its quiet end."""
+    with _each_statement_once():
+        return Swarm(seed, scenario, keep_lines=keep_lines).run(seed)
+
+
+def replay_command(seed: int, scenario: Scenario) -> str:
+    """The command that shows a seed's history."""
+    changed = {
+        name: value
+        for name, value in asdict(scenario).items()
+        if name != "weather" and value != asdict(Scenario())[name]
+    }
+    options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in changed.items())
+    return f"python -m bench.swarm --seed {seed}{options} --replay"
+
+
+_IDENTITIES: dict[int, Identity] = {}
+
+
+def _identity(number: int) -> Identity:
+    """The same peer in every seed: making a key costs more than a second of its life."""
+    if number not in _IDENTITIES:
+        _IDENTITIES[number] = Identity(hashlib.sha256(b"simulator %d" % number).digest())
+    return _IDENTITIES[number]
+
+
+@contextmanager
+def _each_statement_once() -> Iterator[None]:
+    """A statement reaches every peer: what it says, and whether it is signed rightly, are pure functions of its bytes.
+
+    They are asked once for each distinct statement; errors are asked again.
+    """
+    places: list[tuple[Any, str, Any]] = [
+        (crypto.envelope, "verify_key", crypto.envelope.verify_key),
+        (crypto.envelope, "peer_id_of", crypto.envelope.peer_id_of),
+        (crypto.envelope, "_parse", crypto.envelope._parse),
+        (gossip.directory, "advert_of", gossip.directory.advert_of),
+    ]
+    for module, name, genuine in places:
+        setattr(module, name, lru_cache(maxsize=STATEMENTS_MAX)(genuine))
+    try:
+        yield
+    finally:
+        for module, name, genuine in places:
+            setattr(module, name, genuine)

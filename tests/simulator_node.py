@@ -1,0 +1,678 @@
+"""One simulated peer: the cores of a real node, driven by timed events in place of tasks.
+
+Rules: what decides here is the node's own code (directory, standing, hearing, observations, routing, pursuit, judge,
+rpc, adverts' pace, wire forms); this file only carries bytes and time between them, and stands in for the engine. A
+process dies with all it has in memory; its disk keeps what was saved last.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from crypto.identity import Identity, PeerId
+from gossip.directory import Directory
+from gossip.hearing import Hearing
+from gossip.messages import Advert, Capacity, ModelKind, ModelOffer, seal_advert
+from gossip.observations import Observations
+from gossip.pace import OwnAdvert
+from gossip.routing import Candidate, Need, WhyNot, rank
+from gossip.saved import SavedState
+from gossip.standing import Standing, Verdict
+from node.errors import NoRoom, PeerFailed, RequestError
+from node.front import RouteHint
+from node.judge import Judge, judged
+from node.pursuit import Pursuit, Wait, pursue
+from node.work import (
+    AnswerItem,
+    Finished,
+    GenerateWork,
+    Piece,
+    Progress,
+    Started,
+    from_wire,
+    item_from_wire,
+    to_wire,
+)
+from p2p.errors import P2PError, Refused, RemoteError, RemoteProtocolError, Unreachable
+from p2p.rpc import CALLS_MAX, Call, CallId, Cancel, Credit, End, Error, Item, Role, Rpc, units_of
+from tests.simulator_net import Link, Loop, Net, Timer
+
+START_MS = 1_800_000_000_000
+MODEL, REVISION, CONTEXT = "tale", "r1", 2_000
+DEGREE, DEGREE_MAX, MESH = 5, 16, 6
+SAVE_S, SEQUENCES_PER_SAVE = 5.0, 16
+PROGRESS_S = 0.5
+SEEN_MAX = 8_192
+VOCABULARY = 50_000
+
+
+def token_at(prompt: tuple[int, ...], position: int) -> int:
+    """The one right token of an answer at a position."""
+    return (sum(prompt) * 31 + len(prompt) * 7 + position * 101) % VOCABULARY
+
+
+def text_at(prompt: tuple[int, ...], position: int) -> str:
+    return f"w{token_at(prompt, position)} "
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """What outlives a process: the identity, the disk, the machine's clock, and what kind of peer it is."""
+
+    identity: Identity
+    serves: bool
+    actor: str = "honest"  # honest | black_hole | liar | flooder | equivocator
+    skew_ms: int = 0
+    disk: SavedState = field(default_factory=SavedState)
+    lives: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request in an engine."""
+
+    work: GenerateWork
+    emit: Callable[[AnswerItem | RequestError], None]
+    prompt: tuple[int, ...]
+    made: int = 0
+    prefilled: bool = False
+
+
+class Engine:
+    """Slots, a queue, and a token for each running request at each step."""
+
+    def __init__(self, process: Process, *, slots: int = 2, queue_max: int = 4, step_s: float = 0.08) -> None:
+        self.slots, self.queue_max, self.step_s = slots, queue_max, step_s
+        self.running: list[Job] = []
+        self.waiting: deque[Job] = deque()
+        self._process = process
+        self._steps = 0
+        self._stepping = False
+        self._told_at = 0.0
+
+    def serves(self, model: str | None, revision: str | None, kind: str) -> bool:
+        return model in (None, MODEL) and revision in (None, REVISION) and kind == ModelKind.CAUSAL
+
+    def has_room(self) -> bool:
+        return len(self.running) + len(self.waiting) < self.slots
+
+    def add(self, work: GenerateWork, emit: Callable[[AnswerItem | RequestError], None]) -> Job:
+        """Raises NoRoom."""
+        if len(self.waiting) >= self.queue_max:
+            raise NoRoom(f"{self.queue_max} requests wait here")
+        assert work.tokens is not None
+        job = Job(work, emit, work.tokens)
+        self.waiting.append(job)
+        emit(Started(served_by=self._process.peer_id, model=MODEL, revision=REVISION, prompt_tokens=len(job.prompt)))
+        if not self._stepping:
+            self._stepping = True
+            self._process.after(self.step_s, self._step)
+        self._process.offer()
+        return job
+
+    def remove(self, job: Job) -> None:
+        """Cancelled: its slot is free from now on."""
+        if job in self.running:
+            self.running.remove(job)
+        elif job in self.waiting:
+            self.waiting.remove(job)
+        self._process.offer()
+
+    def _step(self) -> None:
+        self._steps += 1
+        while self.waiting and len(self.running) < self.slots:
+            self.running.append(self.waiting.popleft())
+        for job in list(self.running):
+            self._advance(job)
+        if self._process.now - self._told_at >= PROGRESS_S:
+            self._told_at = self._process.now
+            for place, job in enumerate([*self.waiting]):
+                job.emit(Progress(engine_steps=self._steps, prefilled_tokens=0, queue_position=place))
+        self._stepping = bool(self.running or self.waiting)
+        if self._stepping:
+            self._process.after(self.step_s, self._step)
+        self._process.offer()
+
+    def _advance(self, job: Job) -> None:
+        if not job.prefilled:
+            job.prefilled, job.made = True, len(job.work.delivered)
+            return
+        if job.made < job.work.sampling.max_tokens:
+            token, text = token_at(job.prompt, job.made), text_at(job.prompt, job.made)
+            job.made += 1
+            job.emit(Piece(tokens=(token,), text=text))
+        if job.made >= job.work.sampling.max_tokens and job in self.running:
+            self.running.remove(job)
+            job.emit(Finished(reason="length", prompt_tokens=len(job.prompt), completion_tokens=job.made))
+
+
+@dataclass(slots=True, eq=False)
+class Serving:
+    """A peer's call that we answer; items wait here for credit."""
+
+    call_id: CallId
+    job: Job | None = None
+    pending: deque[Any] = field(default_factory=deque)
+    end: Any = None
+
+
+class Ask:
+    """One client's request at this peer's door, to its one end."""
+
+    def __init__(self, process: Process, number: int, work: GenerateWork, route: RouteHint) -> None:
+        self.process, self.number, self.work = process, number, work
+        self.pursuit: Pursuit[Engine] = pursue(work, route, process, process.now)
+        self.began, self.ended = process.now, None if process.alive else process.now
+        self.outcome: str | None = None
+        self.text = ""
+        self._attempt = 0
+        self._leave: Callable[[], None] = lambda: None  # what tells the server that we go
+        self._timer: Timer | None = None
+        self._deadline = process.after(work.remaining_ms / 1000, lambda: self._end(self.pursuit.too_late().code))
+
+    def go(self) -> None:
+        """The next step of the pursuit."""
+        self._attempt += 1
+        try:
+            target = self.pursuit.step()
+        except RequestError as exc:
+            return self._end(exc.code)
+        if isinstance(target, Wait):
+            self.process.after(target.seconds, self._if_still(self._attempt, self.go))
+        elif isinstance(target, Engine):
+            self._ask_here(target)
+        else:
+            RemoteAsk(self, target, self._attempt).begin()
+
+    def cancel(self) -> None:
+        """The client leaves."""
+        if self.outcome is None:
+            self._end("cancelled")
+
+    def died(self) -> None:
+        """The door died under the client: its connection breaks."""
+        if self.outcome is None:
+            self._end("door_died")
+
+    def take(self, item: AnswerItem) -> None:
+        if self.pursuit.take(item) and isinstance(item, Piece):
+            self.text += item.text
+        if isinstance(item, Finished):
+            self._end("finished")
+
+    def failed(self, target: Engine | Candidate, error: RequestError) -> None:
+        self._leave = lambda: None
+        try:
+            self.pursuit.failed(target, error)
+        except RequestError as exc:
+            return self._end(exc.code)
+        self.process.after(0.0, self._if_still(self._attempt, self.go))
+
+    def serving(self, leave: Callable[[], None]) -> None:
+        self._leave = leave
+
+    def is_at(self, attempt: int) -> bool:
+        return self.outcome is None and self._attempt == attempt
+
+    def _if_still(self, attempt: int, call: Callable[[], None]) -> Callable[[], None]:
+        return lambda: call() if self.is_at(attempt) else None
+
+    def _ask_here(self, engine: Engine) -> None:
+        attempt = self._attempt
+
+        def emit(item: AnswerItem | RequestError) -> None:
+            if not self.is_at(attempt):
+                return
+            if isinstance(item, RequestError):
+                self.failed(engine, item)
+            elif not isinstance(item, Progress):
+                self.take(item)
+
+        try:
+            job = engine.add(self.pursuit.continued(self.process.now), emit)
+        except RequestError as exc:
+            return self.failed(engine, exc)
+        self._leave = lambda: engine.remove(job)
+
+    def _end(self, outcome: str) -> None:
+        if self.outcome is not None:
+            self.process.net.history.note("ended_twice", self.number, self.outcome, outcome)
+            self.process.violations.append(f"request {self.number} ended twice: {self.outcome}, {outcome}")
+            return
+        self.outcome, self.ended = outcome, self.process.now
+        self.process.net.history.note("end", self.number, outcome, len(self.pursuit.tokens))
+        self._deadline.cancel()
+        leave, self._leave = self._leave, lambda: None
+        leave()
+        self.process.asks.pop(self.number, None)
+
+
+class RemoteAsk:
+    """One attempt of a request at one peer; node/remote.py's part."""
+
+    def __init__(self, ask: Ask, candidate: Candidate, attempt: int) -> None:
+        self.ask, self.candidate, self.attempt = ask, candidate, attempt
+        self.process = ask.process
+        self.work: GenerateWork = ask.pursuit.continued(self.process.now)
+        self.judge = Judge(candidate.peer, candidate.offer.capacity, self.work, self.process.now)
+        self.began = self.process.now
+        self.over = False
+        self._waits: Timer | None = None
+        self._waits_from = 0.0
+        self._call: tuple[Link, CallId] | None = None
+
+    def begin(self) -> None:
+        self.process.observations.started(self.candidate.peer, self.process.now)
+        self.ask.serving(self._leave)
+        self.process.net.dial(self.process, self.candidate.peer, self._dialled)
+
+    def _dialled(self, link: Link | None) -> None:
+        if self.over:
+            return
+        if link is None:
+            return self.fail(Unreachable("no connection"))
+        try:
+            self._call = (link, self.process.call(link, "generate", to_wire(self.work), self))
+        except P2PError as exc:
+            return self.fail(exc)
+        self._wait()
+
+    def item(self, body: Any) -> None:
+        """An item of the peer's."""
+        try:
+            item = item_from_wire(body)
+            self.judge.waited(self.process.now - self._waits_from)
+            is_news = self.judge.take(item, self.process.now)
+        except RemoteProtocolError as exc:
+            return self.fail(exc)
+        self._wait()
+        if is_news:
+            self.ask.take(item)
+
+    def end(self, body: Any) -> None:
+        """The peer's last record."""
+        try:
+            item = from_wire(body, Finished)
+            self.judge.end(item)
+        except RemoteProtocolError as exc:
+            return self.fail(exc)
+        now, watch, peer = self.process.now, self.process.observations, self.candidate.peer
+        first_s = self.judge.first_token_s
+        if first_s is not None:
+            watch.first_token(peer, first_s)
+        watch.finished(peer, self.judge.tokens_received, now - self.began - (first_s or 0.0), now)
+        self._close(tell=False)
+        self.ask.take(item)
+
+    def fail(self, failure: P2PError | PeerFailed) -> None:
+        """The attempt is over; the pursuit goes on elsewhere."""
+        if self.over:
+            return
+        verdict = judged(failure, self.candidate.peer)
+        if verdict.fault is not None:
+            self.process.hearing.blame(self.candidate.peer, verdict.fault, str(failure), self.process.now)
+        self.process.observations.failed(self.candidate.peer, verdict.reason, self.process.now)
+        self.process.net.history.note("failed", self.ask.number, self.candidate.peer[-6:], verdict.reason)
+        self._close(tell=not isinstance(failure, RemoteError))
+        if self.ask.is_at(self.attempt):
+            self.ask.failed(self.candidate, verdict.error)
+
+    def _wait(self) -> None:
+        if self._waits is not None:
+            self._waits.cancel()
+        self._waits_from = self.process.now
+        until = self.judge.waits_until(self.process.now)
+        self._waits = self.process.after(until - self.process.now, lambda: self.fail(self.judge.late(self.process.now)))
+
+    def _leave(self) -> None:
+        if not self.over:
+            self._close(tell=True)
+
+    def _close(self, *, tell: bool) -> None:
+        self.over = True
+        if self._waits is not None:
+            self._waits.cancel()
+        if self._call is not None and tell:
+            self.process.leave(*self._call)
+        self.process.observations.ended(self.candidate.peer, self.process.now)
+
+
+class Process:
+    """One life of a peer. It is the Surroundings of its requests."""
+
+    def __init__(self, peer: Peer, net: Net, rng: random.Random, everybody: tuple[PeerId, ...]) -> None:
+        self.peer, self.net, self.rng, self._everybody = peer, net, rng, everybody
+        self.peer_id: PeerId = peer.identity.peer_id
+        self.alive, self.is_silent = True, False
+        self.backlog: list[tuple[Timer, Callable[[], None]]] | None = None
+        self.links: dict[PeerId, Link] = {}
+        self.expected: dict[bytes, float] = {}
+        self.asks: dict[int, Ask] = {}
+        self.paused_asks: set[int] = set()  # requests whose door was paused meanwhile
+        self.violations: list[str] = []
+        self.heard_bytes = 0
+        peer.lives += 1
+        now_ms = self.now_ms
+        sequence = max(peer.disk.sequence + SEQUENCES_PER_SAVE, now_ms)
+        self.own_advert = OwnAdvert(rng, started_ms=now_ms, sequence=sequence)
+        self.instance = rng.randbytes(16).hex()
+        self.observations, self.standing = Observations(), Standing()
+        self.standing.restore(peer.disk.bans, self.now, now_ms)
+        self.directory = Directory(
+            own_peer=self.peer_id,
+            own_instance=self.instance,
+            own_first_sequence=sequence,
+            network="sim",
+            protected=lambda other: other in self.links or self.observations.is_proven(other),
+        )
+        self.directory.restore({PeerId(each): floor for each, floor in peer.disk.floors.items()}, self.now)
+        self.hearing = Hearing(
+            self.directory, self.standing, on_verdict=self._cut_off, on_duplicate=self.violations.append
+        )
+        self.hosting: Engine | None = Engine(self) if peer.serves else None
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._callers: dict[Link, tuple[Rpc, dict[int, RemoteAsk]]] = {}
+        self._callees: dict[Link, tuple[Rpc, dict[int, Serving]]] = {}
+        self._speech: Timer | None = None
+        self._saved_at = self.now
+
+    # --- time ---
+
+    @property
+    def loop(self) -> Loop:
+        return self.net.loop
+
+    @property
+    def now(self) -> float:
+        return self.net.loop.now
+
+    @property
+    def now_ms(self) -> int:
+        return START_MS + int(self.now * 1000) + self.peer.skew_ms
+
+    def after(self, seconds: float, call: Callable[[], None]) -> Timer:
+        return self.loop.after(seconds, call, self)
+
+    # --- what a request sees ---
+
+    @property
+    def own(self) -> PeerId:
+        return self.peer_id
+
+    def rank(self, need: Need) -> tuple[Candidate, ...] | WhyNot:
+        return rank(need, self.directory.offers(self.now), self.observations, self.now, self.rng)
+
+    def served_names(self) -> set[str]:
+        return {model.name for model in self.directory.models(self.now)}
+
+    # --- life ---
+
+    def begin(self) -> None:
+        self.offer()
+        self._keep_house()
+
+    def pause(self) -> None:
+        """Nothing happens here until `resume`."""
+        self.backlog = []
+        self.paused_asks |= self.asks.keys()
+
+    def resume(self) -> None:
+        """After a pause: what waited happens now, in order."""
+        backlog, self.backlog = self.backlog or [], None
+        for timer, call in backlog:
+            if self.alive and not timer.cancelled:
+                call()
+
+    def _keep_house(self) -> None:
+        self.directory.tick(self.now)
+        if self.now >= self._saved_at + SAVE_S:
+            self._saved_at = self.now
+            self.peer.disk = SavedState(
+                sequence=self.own_advert.sequence,
+                floors={str(each): floor for each, floor in self.directory.floors().items()},
+                bans=self.standing.saved_bans(self.now, self.now_ms),
+            )
+        if len(self.links) < DEGREE:
+            there = self.rng.choice(self._everybody)
+            if there != self.peer_id and there not in self.links:
+                self.net.dial(self, there, lambda _link: None)
+        self.after(1.0, self._keep_house)
+
+    # --- links ---
+
+    def accepts(self, peer: PeerId) -> bool:
+        return self.standing.verdict(peer, self.now) is Verdict.FINE and len(self.links) < DEGREE_MAX * 4
+
+    def connected(self, link: Link) -> None:
+        peer = link.other(self).peer_id
+        self.observations.connected(peer, True, self.now)
+        self.own_advert.pace.joined(self.now)
+        self._plan_speech()
+        self.net.send(link, self, "pull", b"")
+
+    def lost(self, link: Link) -> None:
+        self.observations.connected(link.other(self).peer_id, False, self.now)
+        self._broken(link, Unreachable("the connection broke"))
+
+    def take(self, link: Link, kind: str, raw: bytes, about: object) -> None:
+        self.heard_bytes += len(raw)
+        match kind:
+            case "gossip":
+                self._heard(link, raw, PeerId(str(about)))
+            case "pull":
+                if self.hearing.may_ask(link.other(self).peer_id, self.now):
+                    known = self.directory.recent(self.now, 256)
+                    for each in [self.own_advert.raw, *known] if self.own_advert.raw else known:
+                        self.net.send(link, self, "pulled", each)
+            case "pulled":
+                self.hearing.handed(link.other(self).peer_id, raw, self.now, self.now_ms)
+            case "call":
+                self._called(link, raw)
+            case "answer":
+                self._answered(link, raw)
+
+    def _cut_off(self, peer: PeerId, verdict: Verdict, reason: str) -> None:
+        self.net.history.note("verdict", self.peer_id[-6:], peer[-6:], verdict.value, reason[:40])
+        if (link := self.links.get(peer)) is not None:
+            self.net.drop(link)
+
+    # --- gossip ---
+
+    def offer(self) -> None:
+        self.own_advert.offer(self.capacity(), self.now)
+        self._plan_speech()
+
+    def capacity(self) -> Capacity:
+        if self.hosting is None:
+            return Capacity(accepting=False)
+        offer = ModelOffer(
+            name=MODEL, revision=REVISION, kind=ModelKind.CAUSAL, context_tokens=CONTEXT, dtype="float32"
+        )
+        if self.peer.actor == "liar":
+            return Capacity(
+                models=(offer,), slots_total=512, slots_free=512, kv_tokens_free=1 << 30, decode_tok_s=1e6,
+                prefill_tok_s=1e6, device="cuda", accepting=True,
+            )  # fmt: skip
+        engine = self.hosting
+        return Capacity(
+            models=(offer,),
+            slots_total=engine.slots,
+            slots_free=engine.slots - len(engine.running),
+            queue_length=len(engine.waiting),
+            kv_tokens_free=100_000,
+            decode_tok_s=1 / engine.step_s,
+            prefill_tok_s=1_000.0,
+            device="cpu",
+            accepting=True,
+        )
+
+    def _plan_speech(self) -> None:
+        if self._speech is not None:
+            self._speech.cancel()
+        due = self.own_advert.pace.deadline()
+        if due < float("inf"):
+            self._speech = self.after(max(0.0, due - self.now), self._speak)
+
+    def _speak(self) -> None:
+        if self.now >= self.own_advert.pace.deadline():
+            self.publish()
+        self._plan_speech()
+
+    def publish(self) -> None:
+        capacity, sequence = self.own_advert.say(self.now, self.now_ms)
+        raw = self.sealed(capacity, sequence)
+        self.own_advert.raw = raw
+        links = list(self.links.values())
+        other = raw
+        if self.peer.actor == "equivocator":  # a second statement under the same sequence
+            other = self.sealed(Capacity(models=capacity.models, accepting=True, slots_total=99), sequence)
+        for number, link in enumerate(links):
+            self.net.gossip(link, self, raw if number % 2 else other, self.peer_id)
+
+    def sealed(self, capacity: Capacity, sequence: int) -> bytes:
+        advert = Advert(instance=self.instance, started_ms=self.own_advert.started_ms, agent="sim/1", capacity=capacity)
+        return seal_advert(self.peer.identity, advert, network="sim", sequence=sequence, time_ms=self.now_ms)
+
+    def has_seen(self, raw: bytes) -> bool:
+        return raw in self._seen
+
+    def _heard(self, link: Link, raw: bytes, publisher: PeerId) -> None:
+        if raw in self._seen:
+            return
+        self._seen[raw] = None
+        if len(self._seen) > SEEN_MAX:
+            self._seen.popitem(last=False)
+        if publisher == self.peer_id or not self.hearing.heard(publisher, raw, self.now, self.now_ms):
+            return
+        others = [each for each in self.links.values() if each is not link]
+        for each in self.rng.sample(others, min(MESH, len(others))):
+            self.net.gossip(each, self, raw, publisher)
+
+    # --- calls ---
+
+    def call(self, link: Link, method: str, body: Any, asks: RemoteAsk) -> CallId:
+        """Raises P2PError."""
+        if not link.alive:
+            raise Unreachable("the connection broke")
+        rpc, calls = self._callers.setdefault(link, (Rpc(Role.CALLER), {}))
+        if rpc.unfinished >= CALLS_MAX:
+            raise Refused("too many calls")
+        call_id, frame = rpc.call(method, body)
+        calls[call_id] = asks
+        self.net.send(link, self, "call", frame)
+        return call_id
+
+    def leave(self, link: Link, call_id: CallId) -> None:
+        """We are done with a call; the peer is told."""
+        if link not in self._callers:
+            return
+        rpc, calls = self._callers[link]
+        if calls.pop(call_id, None) is not None and (frame := rpc.cancel(call_id)) is not None:
+            self.net.send(link, self, "call", frame)
+
+    def _answered(self, link: Link, raw: bytes) -> None:
+        if link not in self._callers:
+            return
+        rpc, calls = self._callers[link]
+        try:
+            frame = rpc.receive(raw)
+        except RemoteProtocolError as exc:
+            return self._broken(link, exc)
+        asks = calls.get(frame.id) if frame is not None else None
+        if frame is None or asks is None:
+            return
+        if isinstance(frame, Item):
+            if (credit := rpc.consumed(CallId(frame.id), units_of(raw))) is not None:
+                self.net.send(link, self, "call", credit)
+            asks.item(frame.body)
+            return
+        del calls[frame.id]
+        if isinstance(frame, End):
+            asks.end(frame.body)
+        elif isinstance(frame, Error):
+            asks.fail(RemoteError(frame.code, frame.message, retryable=frame.retryable))
+
+    def _called(self, link: Link, raw: bytes) -> None:
+        rpc, served = self._callees.setdefault(link, (Rpc(Role.CALLEE), {}))
+        try:
+            frame = rpc.receive(raw)
+        except RemoteProtocolError as exc:
+            return self._broken(link, exc)
+        if isinstance(frame, Call):
+            self._begin(link, frame)
+        elif isinstance(frame, Credit) and frame.id in served:
+            self._pump(link, served[frame.id])
+        elif isinstance(frame, Cancel) and frame.id in served:
+            serving = served.pop(frame.id)
+            if serving.job is not None and self.hosting is not None:
+                self.hosting.remove(serving.job)
+            self.net.send(
+                link, self, "answer", rpc.error(CallId(frame.id), RemoteError("cancelled", "", retryable=False))
+            )
+
+    def _begin(self, link: Link, call: Call) -> None:
+        rpc, served = self._callees[link]
+        serving = served[call.id] = Serving(CallId(call.id))
+        if self.peer.actor == "black_hole":
+            self.net.asked_of_holes[link.other(self).peer_id, self.peer_id] += 1
+            return
+
+        def emit(item: AnswerItem | RequestError) -> None:
+            if isinstance(item, Finished):
+                serving.end = to_wire(item)
+            else:
+                assert not isinstance(item, RequestError)
+                serving.pending.append(to_wire(item))
+            self._pump(link, serving)
+
+        try:
+            work = from_wire(call.body, GenerateWork)
+            if self.hosting is None:
+                raise NoRoom("no engine here")
+            serving.job = self.hosting.add(work, emit)
+        except RequestError as exc:
+            del served[call.id]
+            error = RemoteError(exc.code, exc.message, retryable=exc.retryable)
+            self.net.send(link, self, "answer", rpc.error(serving.call_id, error))
+
+    def _pump(self, link: Link, serving: Serving) -> None:
+        if link not in self._callees:
+            return
+        rpc, served = self._callees[link]
+        if serving.call_id not in served:
+            return
+        while serving.pending:
+            frame = rpc.item(serving.call_id, serving.pending[0])
+            if frame is None:
+                return
+            serving.pending.popleft()
+            self.net.send(link, self, "answer", frame)
+        if serving.end is not None:
+            del served[serving.call_id]
+            self.net.send(link, self, "answer", rpc.end(serving.call_id, serving.end))
+
+    def _broken(self, link: Link, failure: P2PError) -> None:
+        """Nothing is left of the calls on a link."""
+        _, served = self._callees.pop(link, (None, {}))
+        for serving in served.values():
+            if serving.job is not None and self.hosting is not None:
+                self.hosting.remove(serving.job)
+        _, calls = self._callers.pop(link, (None, {}))
+        if isinstance(failure, RemoteProtocolError):
+            self.violations.append(f"a breach between honest peers: {failure}")
+            self.net.drop(link, self)
+        for asks in calls.values():
+            asks.fail(failure)
+
+    def leftovers(self) -> list[str]:
+        """What should be gone when all is quiet."""
+        found = [f"request {number} is open" for number in self.asks]
+        if self.hosting is not None and (self.hosting.running or self.hosting.waiting):
+            found.append(f"{len(self.hosting.running)} running, {len(self.hosting.waiting)} waiting in the engine")
+        found += [f"{rpc.unfinished} calls unfinished" for rpc, _ in self._callers.values() if rpc.unfinished]
+        found += [f"{len(served)} calls served" for _, served in self._callees.values() if served]
+        return found
