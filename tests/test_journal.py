@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crypto.disk import SYSTEM, System
@@ -46,6 +47,8 @@ def test_a_cut_page_gives_its_whole_lines(tmp_path: Path) -> None:
         assert found == HEARD[: len(found)]
 
 
+@pytest.mark.slow
+@settings(deadline=None)
 @given(at=st.integers(0, 80), byte=st.integers(0, 255))
 def test_a_damaged_line_is_passed_over(tmp_path_factory: object, at: int, byte: int) -> None:
     folder = tmp_path_factory.mktemp("page")  # type: ignore[attr-defined]  # a factory: hypothesis reuses fixtures

@@ -109,14 +109,14 @@ def ask_until(done: threading.Event, url: str, seed: int) -> Counter[str]:
 
 def state_loads(root: Path) -> None:
     """The state files of a node that has ended are whole, and nothing is left beside."""
+    left = sorted(item.name for item in root.iterdir())  # first, since reading sweeps
+    assert not [name for name in left if "tmp" in name or "corrupt" in name or "heard" in name], left
     keeper, book = Keeper(root / "gossip.json"), BookFile(root / "addresses.json")
     assert keeper.load().sequence > 0
     book.load(Book(Identity.make().peer_id, random.Random(0)), 0.0)
     for status in (keeper.status(), book.status()):
         assert status is not None
         assert (status.set_aside, status.failures) == ("", {})
-    left = sorted(item.name for item in root.iterdir())
-    assert not [name for name in left if "tmp" in name or "corrupt" in name], left
 
 
 def stop_at_random_instants(cluster: Cluster, instants: int) -> Counter[str]:
