@@ -28,7 +28,7 @@ from p2p.bootstrap import BookFile
 from p2p.loopback import LoopbackNetwork
 
 OWN, OTHER = Identity(bytes(32)), Identity(bytes(range(32)))
-BANNED_AFTER = 8  # turns of a life before it bans somebody: a ban lasts, and there is room for 4096
+BANNED_AFTER = 2  # turns of a life before it bans somebody: a ban lasts, and there is room for 4096
 
 
 def say(word: str) -> None:
