@@ -4,6 +4,8 @@ CryptoError
 |- BadKey                   a key or peer id is malformed, missing, truncated or in the way
 |  `- UnsafePermissions     the key file can be read or was made by others (exit 78)
 |- BadSignature             not signed by whom it names, for this domain
+|- BadState                 a state file's content cannot be used
+|  `- NewerState            a newer node wrote it
 |- BadEncoding              bytes that are no canonical value, or a value that has no canonical bytes
 |- Expired                  outside its time: too old, or from the future
 `- WrongNetwork             signed for another network than ours
@@ -26,6 +28,14 @@ class UnsafePermissions(BadKey):
 
 class BadSignature(CryptoError):
     """The signature does not belong to this sender, domain and content."""
+
+
+class BadState(CryptoError):
+    """A state file on disk does not hold what was written: says what was found."""
+
+
+class NewerState(BadState):
+    """A state file of a version that this node does not know."""
 
 
 class BadEncoding(CryptoError):

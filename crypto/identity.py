@@ -20,6 +20,7 @@ from typing import Final, NewType
 from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey, VerifyKey
 
+from crypto.disk import write_whole
 from crypto.errors import BadKey, BadSignature, UnsafePermissions
 
 PeerId = NewType("PeerId", str)
@@ -152,7 +153,7 @@ class Identity:
         except OSError as exc:
             raise BadKey(f"cannot make the folder {path.parent} for the key file: {exc.strerror}") from exc
         try:
-            _write_once(path, text)
+            write_whole(path, text, over=False)
         except FileExistsError as exc:
             raise BadKey(f"{path} exists already and was not overwritten; move it away to make a new identity") from exc
         except OSError as exc:
@@ -198,7 +199,7 @@ def _read_private(path: Path) -> bytes:
 
 
 def _sweep(path: Path, found: os.stat_result) -> None:
-    """Remove the second name of this file that a kill inside `_write_once` left, so that the key has one place."""
+    """Remove the second name of this file that a kill inside `write_whole` left, so that the key has one place."""
     for beside in path.parent.iterdir():
         if beside.name.startswith(f".{path.name}.tmp-") and os.path.samestat(beside.lstat(), found):
             beside.unlink(missing_ok=True)
@@ -217,27 +218,3 @@ def _check_private(path: Path, found: os.stat_result) -> None:
     mode = stat.S_IMODE(found.st_mode)
     if mode & 0o077:
         raise UnsafePermissions(f"the key file {path} has mode {mode:04o}, others may use it; `chmod 600 {path}`")
-
-
-def _write_once(path: Path, content: bytes) -> None:
-    """Write whole or not at all, never over something. Raises FileExistsError, OSError."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        with os.fdopen(os.open(temporary, flags, 0o600), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if _POSIX:
-            os.link(temporary, path, follow_symlinks=False)  # unlike rename, refuses when something is there
-        else:
-            os.rename(temporary, path)  # on Windows this refuses
-    finally:
-        temporary.unlink(missing_ok=True)
-    if _POSIX:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -53,10 +53,14 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """The outcome, whose advert it was (None when that is not certain), and one sentence for the log."""
+    """The outcome, whose advert it was (None when that is not certain), one sentence for the log.
+
+    sequence: of an accepted advert; nothing up to it is accepted again.
+    """
 
     outcome: Outcome
     peer: PeerId | None = None
+    sequence: int = 0
     detail: str = ""
 
 
@@ -221,7 +225,7 @@ class Directory:
             touched_s=now,
             offset_ms=envelope.time_ms - now_ms,
         )
-        return Receipt(outcome=Outcome.ACCEPTED, peer=sender)
+        return Receipt(outcome=Outcome.ACCEPTED, peer=sender, sequence=envelope.sequence)
 
     def _contradiction(self, entry: _Entry, sender: PeerId, raw: bytes, advert: Advert) -> Receipt:
         self._evidence.append(Evidence(peer=sender, first=entry.raw, second=raw))

@@ -42,10 +42,15 @@ class Hearing:
         *,
         on_verdict: Callable[[PeerId, Verdict, str], None],
         on_duplicate: Callable[[str], None],
+        on_believed: Callable[[PeerId, int], bool] = lambda _peer, _sequence: True,
     ) -> None:
-        """on_verdict: a peer is to be cut off, and why. on_duplicate: another process has our identity."""
+        """on_verdict: a peer is to be cut off, and why. on_duplicate: another process has our identity.
+
+        on_believed: an advert under this sequence is taken for true, so no older one is ever again, though the
+        process be killed now; returns False when that cannot be kept.
+        """
         self._directory, self._standing = directory, standing
-        self._on_verdict, self._on_duplicate = on_verdict, on_duplicate
+        self._on_verdict, self._on_duplicate, self._on_believed = on_verdict, on_duplicate, on_believed
         self._quota = Quota()
         self.drops: Counter[str] = Counter()
         self.duplicate: str | None = None  # what was last heard of a copy of this node
@@ -58,7 +63,7 @@ class Hearing:
         refusal = self._quota.refusal(publisher, is_stranger=is_stranger, now=now)
         if refusal and not (refusal == "over_quota" and self._quota.sampled(publisher, now)):
             return self._drop(refusal)
-        receipt = self._directory.receive(raw, publisher=publisher, now=now, now_ms=now_ms)
+        receipt = self._receive(raw, publisher, now, now_ms)
         if not refusal:
             self._judge(receipt, publisher, now)
             return receipt.outcome in FORWARDED
@@ -71,7 +76,7 @@ class Hearing:
 
     def handed(self, giver: PeerId, raw: bytes, now: float, now_ms: int) -> None:
         """A peer that we asked hands on an advert that it knows."""
-        receipt = self._directory.receive(raw, publisher=None, now=now, now_ms=now_ms)
+        receipt = self._receive(raw, None, now, now_ms)
         if receipt.peer is not None and self._standing.verdict(receipt.peer, now) is Verdict.BANNED:
             self._directory.forget(receipt.peer)
         self._judge(receipt, giver, now)
@@ -91,6 +96,13 @@ class Hearing:
         if verdict is Verdict.BANNED:
             self._directory.forget(peer)
         self._on_verdict(peer, verdict, reason)
+
+    def _receive(self, raw: bytes, publisher: PeerId | None, now: float, now_ms: int) -> Receipt:
+        receipt = self._directory.receive(raw, publisher=publisher, now=now, now_ms=now_ms)
+        believed = receipt.peer if receipt.outcome is Outcome.ACCEPTED else None
+        if believed is not None and not self._on_believed(believed, receipt.sequence):
+            self._drop("not_kept_over_a_kill")
+        return receipt
 
     def _judge(self, receipt: Receipt, came_from: PeerId, now: float) -> None:
         if receipt.outcome is Outcome.DUPLICATE_IDENTITY:

@@ -1,69 +1,103 @@
 """What gossip keeps on disk over a restart: our last sequence, the sequences of others, the bans.
 
-Rules: a shell, and only disk. One small JSON file, written beside and renamed, both flushed to the disk, so that a
-crash leaves the old one or the new one. A file that cannot be read is kept under another name and said to be lost:
-a node must start all the same.
+Rules: a shell, and only disk; crypto/disk.py writes. The sequence on disk is ahead of the one in use by RESERVED, so
+that after a kill no sequence is used twice, whatever the clock says then. What is heard between two saves stands in
+gossip/journal.py's pages. A file that cannot be used is moved aside
+and said to be lost: a node must start all the same.
 Source: SECURITY.md 3.3, rule 1.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 
+from crypto.disk import SYSTEM, FileStatus, StateFile, System
+from crypto.errors import BadState
+from gossip.journal import Journal
 from gossip.standing import SavedBan
 
 FILE_BYTES_MAX = 4 << 20  # 4096 peers and 4096 bans are under 2 MiB
-
-_log = logging.getLogger(__name__)
+SAVE_S = 5.0
+RESERVED = 60_000  # sequences are milliseconds as long as the clock goes right: twelve saves may fail
 
 Sequence = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class SavedState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The file's content. sequence: the last one that this node used; floors: peer id -> last one seen of it."""
+    """The file's content. sequence: no higher one was used by this node; floors: peer id -> last one seen of it."""
 
-    v: Annotated[int, Meta(ge=1, le=1)] = 1
     sequence: Sequence = 0
     floors: dict[str, Sequence] = {}
     bans: tuple[SavedBan, ...] = ()
 
 
-def load(path: Path) -> SavedState:
-    """The saved state; an empty one when there is none or it is broken. Blocks the thread. Raises OSError."""
+class Keeper:
+    """Gossip's state file, and when it is due. Blocks the thread for the disk; raises nothing that a disk can do."""
+
+    def __init__(self, path: Path | None, system: System = SYSTEM) -> None:
+        """path: None keeps nothing."""
+        self._file: StateFile | None = None
+        self._journal: Journal | None = None
+        if path is not None:
+            self._file = StateFile(path, kind="gossip_state", version=1, bytes_max=FILE_BYTES_MAX, system=system)
+            self._journal = Journal(path, system)
+        self._due_s = float("-inf")
+
+    def load(self) -> SavedState:
+        """The saved state, with what was heard after it; an empty one when there is none or it is broken."""
+        if self._file is None or self._journal is None:
+            return SavedState()
+        state = self._file.read(_decode) or SavedState()
+        floors = dict(state.floors)
+        for peer, sequence in self._journal.read():
+            floors[peer] = max(sequence, floors.get(peer, 0))
+        return structs.replace(state, floors=floors)
+
+    def heard(self, peer: str, sequence: int) -> bool:
+        """Keep a sequence over a kill, before the next save; False when that cannot be."""
+        return self._journal is None or self._journal.note(peer, sequence)
+
+    def turn(self) -> None:
+        """The state that is taken now, in this very moment, holds all that was heard."""
+        if self._journal is not None:
+            self._journal.turn()
+
+    def soon(self) -> None:
+        """What is in memory now must not wait for the next turn."""
+        self._due_s = float("-inf")
+
+    def take_turn(self, now: float) -> bool:
+        """Whether to save now; the next turn is then SAVE_S away."""
+        if self._file is None or now < self._due_s:
+            return False
+        self._due_s = now + SAVE_S
+        return True
+
+    def save(self, state: SavedState) -> bool:
+        """Replace the file as a whole, with the state taken at the last `turn`; False when the old one stands."""
+        if self._file is None or self._journal is None:
+            return True
+        if not self._file.write(msgspec.json.encode(state)):
+            return False
+        self._journal.forget()
+        return True
+
+    def close(self) -> None:
+        """Nothing is heard any more."""
+        if self._journal is not None:
+            self._journal.close()
+
+    def status(self) -> FileStatus | None:
+        """How the file fares; None when nothing is kept."""
+        return None if self._file is None else self._file.status()
+
+
+def _decode(raw: bytes) -> SavedState:
     try:
-        with path.open("rb") as file:
-            raw = file.read(FILE_BYTES_MAX + 1)
-    except FileNotFoundError:
-        return SavedState()
-    try:
-        if len(raw) > FILE_BYTES_MAX:
-            raise ValueError(f"over {FILE_BYTES_MAX} bytes")
         return msgspec.json.decode(raw, type=SavedState)
-    except (ValueError, RecursionError, msgspec.MsgspecError) as exc:
-        aside = path.with_name(path.name + ".broken")
-        path.replace(aside)
-        _log.warning("%s cannot be read (%s): bans and sequences start afresh; it is kept as %s", path, exc, aside)
-        return SavedState()
-
-
-def save(path: Path, state: SavedState) -> None:
-    """Replace the file as a whole. Blocks the thread for the disk. Raises OSError, and then the old file stands."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with beside.open("wb") as file:
-        file.write(msgspec.json.encode(state))
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise BadState(str(exc)) from exc

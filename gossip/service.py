@@ -20,6 +20,7 @@ from pathlib import Path
 
 import trio
 
+from crypto.disk import SYSTEM, FileStatus, System
 from crypto.identity import Identity, PeerId
 from gossip.directory import Directory, DirectoryStatistics
 from gossip.hearing import Hearing
@@ -27,7 +28,7 @@ from gossip.messages import ADDRESSES_MAX, Advert, Capacity, advert_topic, check
 from gossip.observations import Observations
 from gossip.pace import OwnAdvert
 from gossip.routing import Candidate, Need, WhyNot, rank
-from gossip.saved import SavedState, load, save
+from gossip.saved import RESERVED, Keeper, SavedState
 from gossip.standing import Fault, Standing, StandingStatistics, Verdict
 from p2p.errors import P2PError, StreamClosed
 from p2p.transport import PeerChange, Stream, Transport
@@ -42,8 +43,6 @@ DISCONNECTS_WAITING_MAX = 256
 GOODBYE_S = 2.0
 TICK_S = 1.0
 DISCONNECT_S = 5.0
-SAVE_S = 5.0
-SEQUENCES_PER_SAVE = 16  # at most one a second is used between two saves
 
 _log = logging.getLogger(__name__)
 
@@ -52,14 +51,16 @@ _log = logging.getLogger(__name__)
 class GossipConfig:
     """What gossip is told at start.
 
-    instance: random hex of this process. state_path: None keeps nothing over a restart. on_duplicate is called (sync)
-    with one sentence when another process speaks with our identity. wall_clock_ms: unix milliseconds.
+    instance: random hex of this process. state_path: None keeps nothing over a restart; system: what writes it.
+    on_duplicate is called (sync) with one sentence when another process speaks with our identity. wall_clock_ms: unix
+    milliseconds.
     """
 
     network: str
     instance: str
     agent: str
     state_path: Path | None = None
+    system: System = SYSTEM
     on_duplicate: Callable[[str], None] = lambda _message: None
     wall_clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
 
@@ -88,11 +89,12 @@ class GossipService:
     """A node's part in gossip. Its cores are public: whoever routes feeds `observations` and reads `directory`."""
 
     def __init__(self, transport: Transport, identity: Identity, config: GossipConfig, rng: random.Random) -> None:
-        """Reads the saved state from disk. Raises OSError. Call from within trio, before the transport hears gossip."""
+        """Reads the saved state from disk. Call from within trio, before the transport hears gossip."""
         now, now_ms = trio.current_time(), config.wall_clock_ms()
-        saved = load(config.state_path) if config.state_path is not None else SavedState()
+        self._keeper = Keeper(config.state_path, config.system)
+        saved = self._keeper.load()
         self._transport, self._identity, self._config, self._rng = transport, identity, config, rng
-        self._own = OwnAdvert(rng, started_ms=now_ms, sequence=max(saved.sequence + SEQUENCES_PER_SAVE, now_ms))
+        self._own = OwnAdvert(rng, started_ms=now_ms, sequence=max(saved.sequence, now_ms))
         self.observations = Observations()
         self.standing = Standing()
         self.directory = Directory(
@@ -105,7 +107,11 @@ class GossipService:
         self.standing.restore(saved.bans, now, now_ms)
         self.directory.restore({PeerId(peer): floor for peer, floor in saved.floors.items()}, now)
         self._hearing = Hearing(
-            self.directory, self.standing, on_verdict=self._enforce, on_duplicate=config.on_duplicate
+            self.directory,
+            self.standing,
+            on_verdict=self._enforce,
+            on_duplicate=config.on_duplicate,
+            on_believed=self._keeper.heard,
         )
         self._counts: Counter[str] = Counter()
         self._woken = trio.Event()  # the next advert may be due earlier than it was
@@ -148,8 +154,13 @@ class GossipService:
             duplicate_identity=self._hearing.duplicate,
         )
 
+    def file_status(self) -> FileStatus | None:
+        """How the state file fares; None when there is none."""
+        return self._keeper.status()
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Speak and listen until cancelled; then the state is saved. Opens its own nursery."""
+        self._save(self._state(RESERVED))  # before the first sequence is used
         try:
             async with trio.open_nursery() as nursery:
                 self._transport.watch(self._peer_changed)
@@ -164,7 +175,8 @@ class GossipService:
                 nursery.start_soon(self._keep_house)
                 task_status.started()
         finally:
-            self._save(self._state())
+            self._save(self._state(0))
+            self._keeper.close()
 
     # --- speaking ---
 
@@ -260,6 +272,8 @@ class GossipService:
 
     def _enforce(self, peer: PeerId, verdict: Verdict, reason: str) -> None:
         _log.warning("%s: %s after %s", peer, verdict.value, reason)
+        if verdict is Verdict.BANNED:
+            self._keeper.soon()
         if peer in self._transport.peers():
             try:
                 self._cuts[0].send_nowait(peer)
@@ -273,30 +287,25 @@ class GossipService:
                 await self._transport.disconnect(peer)
 
     async def _keep_house(self) -> None:
-        saved_s = trio.current_time()
         while True:
             await trio.sleep(TICK_S)
             now = trio.current_time()
             self.directory.tick(now)
-            if self._config.state_path is not None and now >= saved_s + SAVE_S:
-                saved_s = now
-                await trio.to_thread.run_sync(self._save, self._state())
+            if self._keeper.take_turn(now):
+                await trio.to_thread.run_sync(self._save, self._state(RESERVED))
 
-    def _state(self) -> SavedState:
+    def _state(self, reserved: int) -> SavedState:
+        """reserved: how many sequences may be used before the next save."""
+        self._keeper.turn()
         now, now_ms = trio.current_time(), self._config.wall_clock_ms()
         floors = {str(peer): floor for peer, floor in self.directory.floors().items()}
         bans = self.standing.saved_bans(now, now_ms)
-        return SavedState(sequence=self._own.sequence, floors=floors, bans=bans)
+        return SavedState(sequence=self._own.sequence + reserved, floors=floors, bans=bans)
 
     def _save(self, state: SavedState) -> None:
         """Blocks for the disk. A full disk costs the memory of a restart, not the node."""
-        if self._config.state_path is None:
-            return
-        try:
-            save(self._config.state_path, state)
-        except OSError as exc:
+        if not self._keeper.save(state):
             self._drop("save_failed")
-            _log.warning("gossip's state cannot be saved to %s: %s", self._config.state_path, exc)
 
     def _drop(self, reason: str) -> None:
         self._hearing.drops[reason] += 1

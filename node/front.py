@@ -47,12 +47,16 @@ class ModelRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readiness:
-    """Whether requests are accepted now; `reason` is one sentence for people, empty when ready."""
+    """Whether requests are accepted now; `reason` is one sentence for people, empty when ready.
+
+    degraded: a sentence for each thing that does not work while requests are served all the same.
+    """
 
     ready: bool
     reason: str = ""
     loading: bool = False
     retry_after_s: float | None = None
+    degraded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +95,7 @@ class Front(Protocol):
         """Whether requests are accepted now."""
 
     def status(self) -> dict[str, Any]:
-        """JSON for GET /api/v1/status: keys node, peering, gossip, inference, model, readiness."""
+        """JSON for GET /api/v1/status: keys node, peering, gossip, inference, model, readiness, disk."""
 
     def peers(self) -> list[dict[str, Any]]:
         """JSON for GET /api/v1/peers: per peer what it advertises and what was observed."""

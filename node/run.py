@@ -15,13 +15,14 @@ import random
 import secrets
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
 
+from crypto.disk import write_whole
 from crypto.identity import Identity, PeerId
 from gossip.messages import advert_topic
 from gossip.service import GossipConfig, GossipService
@@ -275,20 +276,19 @@ def _psk(config: NodeConfig) -> bytes | None:
 
 @contextmanager
 def _announced(path: Path | None, ready: dict[str, object]) -> Iterator[None]:
-    """The ready file, written atomically, there for as long as the block runs. Raises ConfigError."""
+    """The ready file, whole or absent, there for as long as the block runs. Raises ConfigError."""
     if path is None:
         yield
         return
-    fresh = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        fresh.write_text(json.dumps(ready) + "\n")
-        fresh.replace(path)
+        write_whole(path, json.dumps(ready).encode() + b"\n", over=True, mode=0o644)
     except OSError as exc:
         raise ConfigError(f"cannot write the ready file {path}: {exc.strerror}") from exc
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that is read-only by now keeps a file, and no more
+            path.unlink(missing_ok=True)
 
 
 def _print_banner(ready: dict[str, object], config: NodeConfig, peers: int) -> None:
@@ -298,4 +298,7 @@ def _print_banner(ready: dict[str, object], config: NodeConfig, peers: int) -> N
     lines.append(f"model     {ready['model']} {ready['revision']}" if ready["model"] else "model     none")
     lines.append(f"network   {config.network}, {peers} peers connected")
     lines.append("ready; Ctrl-C stops")
-    print("\n".join(lines), flush=True)
+    try:
+        print("\n".join(lines), flush=True)
+    except OSError as exc:  # a log on a full disk, a pipe that was closed: nobody reads, and the node serves
+        _log.warning("the banner cannot be printed: %s", exc.strerror)

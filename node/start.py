@@ -12,13 +12,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import trio
 
-from crypto.errors import UnsafePermissions
+from crypto.errors import BadKey
 from model.errors import ModelError
 from node.config import NodeConfig, load_config
 from node.errors import ConfigError, DataDirLocked
@@ -45,7 +45,7 @@ def start(flags: Mapping[str, object], file: Path | None) -> int:
         code = _say(group, EXIT_LOCKED)
     except* CannotListen as group:
         code = _say(group, EXIT_NO_LISTEN)
-    except* UnsafePermissions as group:
+    except* BadKey as group:  # UnsafePermissions is one
         code = _say(group, EXIT_UNSAFE_KEY)
     return code
 
@@ -83,9 +83,9 @@ def locked(data_dir: Path) -> Iterator[None]:
                 f"the data directory {data_dir} is in use by another node (pid {holder}): "
                 "stop that one, or give this one its own --data-dir"
             )
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with suppress(OSError):  # on a full disk the lock holds all the same, and only the pid is not told
+            os.truncate(file.fileno(), 0)
+            os.write(file.fileno(), str(os.getpid()).encode())
         yield
 
 

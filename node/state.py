@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import trio
 
+from crypto.disk import FileStatus, told_time
 from gossip.messages import Capacity, ModelKind, ModelOffer
 from node.config import NodeConfig
 from node.errors import NO_ROOM_RETRY_S
@@ -64,12 +65,16 @@ class NodeState:
         """Ready when the model (if any) is loaded and the node is not stopping."""
         match self.phase:
             case "running":
-                return Readiness(ready=True)
+                return Readiness(ready=True, degraded=tuple(file.problem for file in self._files() if file.problem))
             case "stopping":
                 return Readiness(ready=False, reason="the node is stopping", retry_after_s=NO_ROOM_RETRY_S)
             case _:
                 reason = f"the model {self._parts.config.model} is loading"
                 return Readiness(ready=False, reason=reason, loading=True, retry_after_s=NO_ROOM_RETRY_S)
+
+    def _files(self) -> list[FileStatus]:
+        network = self._parts.network
+        return [file for file in (network.peering.file_status(), network.gossip.file_status()) if file is not None]
 
     def models(self) -> list[ModelRow]:
         """This node's own models first, then what peers serve; peers counts this node."""
@@ -118,6 +123,7 @@ class NodeState:
             "gossip": asdict(network.gossip.statistics()),
             "transport": asdict(network.transport.statistics()),
             "calls": asdict(network.calls.statistics()),
+            "disk": _disk(self._files()),
             "inference": {**asdict(statistics), "counts": dict(inference.counts)},
             "model": self._model(inference.hosting),
         }
@@ -200,6 +206,28 @@ class NodeState:
             "engine": asdict(hosting.statistics()),
             "running": hosting.requests_running,
         }
+
+
+def _disk(known: Sequence[FileStatus]) -> dict[str, Any]:
+    """What cannot be saved now and since when, what was moved aside at start, and each file's counts."""
+    return {
+        "degraded": [
+            {"what": file.what, "reason": file.reason, "since": told_time(file.since_s), "sentence": file.problem}
+            for file in known
+            if file.problem
+        ],
+        "set_aside": [file.set_aside for file in known if file.set_aside],
+        "files": [
+            {
+                "what": file.what,
+                "path": file.path,
+                "saved": told_time(file.saved_s),
+                "writes": file.writes,
+                "failures": file.failures,
+            }
+            for file in known
+        ],
+    }
 
 
 def _row(offer: ModelOffer, peers: int, *, local: bool) -> ModelRow:

@@ -1,21 +1,21 @@
 """Peers from the disk: the operator's bootstrap file, and the address book that a node keeps for itself.
 
 Rules: a bad bootstrap entry is refused with its file, line, number and reason, and all bad ones are named at once. The
-book is replaced whole or not at all (temporary file, fsync, rename, fsync of the folder); a spoiled one is put aside
-and the node starts with an empty one, because it can be learned again.
+book is replaced whole or not at all (crypto/disk.py); one that cannot be used is moved aside and the node starts with
+an empty one, because it can be learned again.
 Source: SECURITY.md section 3.3; NETWORK.md rule 6.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from crypto.disk import SYSTEM, FileStatus, StateFile, System
+from crypto.errors import BadState
 from p2p.address import Address, parse_address
 from p2p.book import BOOK_BYTES_MAX, Book
 from p2p.errors import BadAddress, BadFile
@@ -23,7 +23,6 @@ from p2p.errors import BadAddress, BadFile
 BOOTSTRAP_BYTES_MAX = 1 << 20
 BOOTSTRAP_PEERS_MAX = 256  # a list to enter the network by, not a directory of it
 NOTE_CHARS_MAX = 200
-BOOK_NAME = "address_book.json"
 _WANTED = '{"addr": "/ip4/203.0.113.7/tcp/4001/p2p/12D3KooW...", "note": "whose it is"}'
 
 
@@ -127,50 +126,27 @@ def _lines_of_entries(text: str) -> list[int]:
     return lines
 
 
-def load_book(path: Path, book: Book, now: float) -> str:
-    """Read the saved address book into `book`, if there is one. Blocks on the disk; returns what was wrong, or ''."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(BOOK_BYTES_MAX + 1)
-    except FileNotFoundError:
-        return ""
-    except OSError as exc:
-        return f"the address book {path} cannot be read ({exc.strerror}); starting with an empty one"
+class BookFile:
+    """The address book on disk. Blocks the thread for the disk; raises nothing that a disk can do."""
+
+    def __init__(self, path: Path, system: System = SYSTEM) -> None:
+        self._file = StateFile(path, kind="address_book", version=1, bytes_max=BOOK_BYTES_MAX, system=system)
+
+    def load(self, book: Book, now: float) -> None:
+        """Read the saved book into `book`, if there is one that can be used."""
+        self._file.read(lambda raw: _read_into(book, raw, now))
+
+    def save(self, raw: bytes) -> bool:
+        """Replace the book as a whole; False when that failed, and the old one stands."""
+        return self._file.write(raw)
+
+    def status(self) -> FileStatus:
+        """How the file fares."""
+        return self._file.status()
+
+
+def _read_into(book: Book, raw: bytes, now: float) -> None:
     try:
         book.read_json(raw, now, time.time())
     except BadFile as exc:
-        aside = path.with_name(path.name + ".spoiled")
-        try:
-            os.replace(path, aside)
-        except OSError as failed:
-            return f"the address book {path} is spoiled ({exc}) and cannot be put aside ({failed.strerror})"
-        return f"the address book was spoiled ({exc}); put aside as {aside}, starting with an empty one"
-    return ""
-
-
-def save_book(path: Path, raw: bytes) -> str:
-    """Replace the address book on disk. Blocks on the disk; returns what went wrong, or ''."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as exc:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        return f"the address book {path} cannot be saved: {exc.strerror}"
-    return ""
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name != "posix":
-        return  # Windows cannot open a folder
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        raise BadState(str(exc)) from exc

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import trio
 
+from crypto.disk import SYSTEM, FileStatus, System
 from crypto.identity import PeerId
 from p2p.address import Address, Scope, seen_scope, told
 from p2p.book import Book, Source
-from p2p.bootstrap import BootstrapPeer, load_book, save_book
+from p2p.bootstrap import BookFile, BootstrapPeer
 from p2p.calls import Calls, Handler
 from p2p.dialling import dial, dial_reason
 from p2p.errors import Refused, RemoteProtocolError, Unreachable
@@ -40,6 +41,7 @@ RECONCILE_S = 5.0
 MDNS_POLITE_S = 1.0  # of two nodes that see each other at once the one with the larger id waits
 STEADY_S = 30.0  # a connection that lasted so long was a good one
 SAVE_EVERY_S = 120.0
+SAVE_AGAIN_S = 10.0  # after a failure: room on the disk may be back
 SAVE_TIMEOUT_S = 2.0  # at the end
 
 
@@ -52,6 +54,7 @@ class PeeringConfig:
     instance: str
     bootstrap: tuple[BootstrapPeer, ...] = ()
     book_path: Path | None = None  # None: the book is not saved
+    system: System = SYSTEM  # writes it
     mdns: bool = True
     peers_target: int = PEERS_TARGET
     outbound_min: int = OUTBOUND_MIN
@@ -91,7 +94,8 @@ class Peering:
         self._limiter = trio.CapacityLimiter(DIALS_MAX)
         self._wake = trio.Event()
         self._duplicate = ""
-        self._notes = {"mdns": "off", "book": "", "save": ""}
+        self._mdns = "off"
+        self._file = BookFile(config.book_path, config.system) if config.book_path is not None else None
 
     # -- for the rest of the node -------------------------------------------------------------------------------
 
@@ -149,18 +153,21 @@ class Peering:
             bootstrap=self._bootstrap.results(self._roster, self._transport, now),
             refusals=self.refusals(),
             duplicate=self._duplicate,
-            mdns=self._notes["mdns"],
-            book_problem=self._notes["save"] or self._notes["book"],
+            mdns=self._mdns,
             dialling=len(self._dialling),
         )
+
+    def file_status(self) -> FileStatus | None:
+        """How the address book's file fares; None when the book is not saved."""
+        return self._file.status() if self._file is not None else None
 
     async def run(self, calls: Calls, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep peers until cancelled; then the book is saved, shielded, in at most SAVE_TIMEOUT_S."""
         now = trio.current_time()
         for entry in self._config.bootstrap:
             self._book.add(entry.address, Source.BOOTSTRAP, now)
-        if self._config.book_path is not None:
-            self._notes["book"] = await trio.to_thread.run_sync(load_book, self._config.book_path, self._book, now)
+        if self._file is not None:
+            await trio.to_thread.run_sync(self._file.load, self._book, now)
         self._transport.watch(self._watch)
         try:
             async with trio.open_nursery() as nursery:
@@ -303,9 +310,9 @@ class Peering:
             instance=self._config.instance,
             addresses=self._transport.addresses(),
         )
-        self._notes["mdns"] = "starting"
+        self._mdns = "starting"
         problem = await nursery.start(run_mdns, announcement, self.sighted)
-        self._notes["mdns"] = problem or "on"
+        self._mdns = problem or "on"
 
     def sighted(self, sighting: Sighting) -> None:
         """A node was seen on the LAN. Sync, called in the Trio thread."""
@@ -334,11 +341,13 @@ class Peering:
             self._on_duplicate(self._duplicate)
 
     async def _save_now_and_then(self) -> None:
+        wait_s = SAVE_EVERY_S
         while True:
-            await trio.sleep(SAVE_EVERY_S)
-            await self._save()
+            await trio.sleep(wait_s)
+            wait_s = SAVE_EVERY_S if await self._save() else SAVE_AGAIN_S
 
-    async def _save(self) -> None:
-        if self._config.book_path is not None:
-            raw = self._book.to_json(trio.current_time(), time.time())
-            self._notes["save"] = await trio.to_thread.run_sync(save_book, self._config.book_path, raw)
+    async def _save(self) -> bool:
+        if self._file is None:
+            return True
+        raw = self._book.to_json(trio.current_time(), time.time())
+        return await trio.to_thread.run_sync(self._file.save, raw)

@@ -65,7 +65,6 @@ class PeeringStatus:
     refusals: tuple[RefusalRow, ...]
     duplicate: str  # '' or a sentence: another live process has our identity
     mdns: str  # off, starting, on, or why not
-    book_problem: str  # '' or why the address book could not be read or saved
     dialling: int
     nat: str = NAT_UNKNOWN
 

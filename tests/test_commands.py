@@ -249,14 +249,12 @@ def test_doctor_repeats_what_the_node_says_of_its_peers() -> None:
         refusals=[msgspec.to_builtins(refusal)],
         duplicate="12D3KooWtwin answers at 10.0.0.7",
         mdns="no multicast here",
-        book_problem="disk full",
     )
     assert {line.name for line in lines if line.verdict is Verdict.LOOK} == {
         "peers",
         "bootstrap peer",
         "refused peer",
         "mDNS",
-        "address book",
     }
     assert found(lines, "bootstrap peer").found == "/failed: connection refused"
     assert "other network" in found(lines, "refused peer").found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -16,13 +17,14 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from trio.testing import MockClock
 
+from crypto.disk import StateFile, System
 from crypto.identity import Identity, PeerId
 from gossip.directory import FLOOR_KEEP_S
 from gossip.errors import LocalProtocolError
 from gossip.messages import Advert, Capacity, ModelKind, ModelOffer, advert_topic, seal_advert
 from gossip.pace import INTERVAL_S, JOINED_AGAIN_S, JOINED_S, REFRESH_S, AdvertPace, Buckets, matters
 from gossip.routing import Need, WhyNot
-from gossip.saved import FILE_BYTES_MAX, SavedState, load, save
+from gossip.saved import FILE_BYTES_MAX, SAVE_S, Keeper, SavedState
 from gossip.service import ADVERTS_PROTOCOL, GOODBYE_S, GossipConfig, GossipService
 from gossip.standing import Fault, SavedBan, Verdict
 from p2p.errors import Unreachable
@@ -466,33 +468,91 @@ async def test_a_restart_keeps_sequences_and_bans(
         assert again.gossip.statistics().directory.outcomes == {"stale": 1}
 
 
-def test_a_lost_or_broken_file_starts_afresh(tmp_path: Path) -> None:
+async def test_after_a_kill_no_sequence_is_used_twice_though_the_clock_was_set_back(
+    network: LoopbackNetwork, autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    path, who = tmp_path / "gossip.json", Identity.make()
+    used: list[int] = []
+    for life in range(4):
+        async with node(
+            network, who, port=1, state_path=path, wall_clock_ms=lambda back=life: wall_clock_ms() - back * 10**7
+        ) as here:
+            here.gossip.offer(CAPACITY)
+            await trio.sleep((0.5, 4.5, 31.0, 1.0)[life])
+            here.gossip.offer(replace(CAPACITY, accepting=False))  # said at once, and perhaps long after the last save
+            await trio.sleep(INTERVAL_S)
+            assert here.gossip._own.sequence > max(used, default=0)
+            used.append(here.gossip._own.sequence)
+            raw = path.read_bytes()
+        path.write_bytes(raw)  # as a kill would have left it
+
+
+async def test_a_ban_is_saved_at_the_next_tick(
+    network: LoopbackNetwork, autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with node(network, state_path=tmp_path / "gossip.json") as here:
+        keeper, now = here.gossip._keeper, trio.current_time()
+        assert keeper.take_turn(now)
+        assert not keeper.take_turn(now)
+        here.gossip.blame(PeerId("eve"), Fault.FATAL, "equivocation")
+        assert keeper.take_turn(now)
+        assert not keeper.take_turn(now + SAVE_S / 2)
+        assert keeper.take_turn(now + SAVE_S)
+
+
+@pytest.mark.parametrize("broken", [b"", b"{", b"[" * 100_000, b'{"extra": 1}', b"\xff", b'{"floors": {"\xff": 1}}'])
+def test_a_whole_file_that_is_no_state_starts_afresh(tmp_path: Path, broken: bytes) -> None:
     path = tmp_path / "gossip.json"
-    assert load(path) == SavedState()
-    for broken in (b"", b"{", b"[" * 100_000, b'{"v": 2}', b'{"extra": 1}', b"{}" + b" " * FILE_BYTES_MAX):
-        path.write_bytes(broken)
-        assert load(path) == SavedState()
-        assert not path.exists()
-        assert path.with_name("gossip.json.broken").read_bytes() == broken
+    keeper = Keeper(path)
+    assert keeper.load() == SavedState()
+    StateFile(path, kind="gossip_state", version=1, bytes_max=FILE_BYTES_MAX).write(broken)
+    assert keeper.load() == SavedState()
+    assert not path.exists()
+    assert path.with_name("gossip.json.corrupt-1").read_bytes().endswith(broken)
 
 
 def test_what_is_saved_is_loaded_and_nothing_is_left_beside(tmp_path: Path) -> None:
     path = tmp_path / "new" / "gossip.json"
     state = SavedState(sequence=7, floors={"p": 3}, bans=(SavedBan(peer="eve", until_ms=9, reason="x"),))
-    save(path, SavedState())
-    save(path, state)
-    assert load(path) == state
+    assert Keeper(path).save(SavedState())
+    assert Keeper(path).save(state)
+    assert Keeper(path).load() == state
     assert [item.name for item in path.parent.iterdir()] == ["gossip.json"]
+    assert Keeper(None).save(state)
+    assert (Keeper(None).load(), Keeper(None).status()) == (SavedState(), None)
 
 
-async def test_a_disk_that_cannot_be_written_costs_no_node(
+class Failing(System):
+    """A disk whose flushes fail until it is mended."""
+
+    broken = True
+
+    def sync(self, handle: int) -> None:
+        if self.broken:
+            raise OSError(errno.EIO, "Input/output error")
+        super().sync(handle)
+
+
+async def test_a_disk_that_fails_costs_no_node_and_is_said_until_it_works(
     network: LoopbackNetwork, autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    (tmp_path / "file").write_text("in the way")
-    async with node(network) as here:
-        here.gossip._config = config(state_path=tmp_path / "file" / "gossip.json")
-        here.gossip._save(here.gossip._state())
-        assert here.gossip.statistics().drops == {"save_failed": 1}
+    disk, path = Failing(), tmp_path / "gossip.json"
+    async with node(network, state_path=path, system=disk) as here, node(network) as other:
+        await here.transport.dial(other.transport.addresses()[0])
+        here.gossip.offer(CAPACITY)
+        await trio.sleep(30)
+        assert other.sees() == {here.peer}
+        file = here.gossip.file_status()
+        assert file is not None
+        assert (file.reason, file.writes) == ("io_error", 0)
+        assert here.gossip.statistics().drops["save_failed"] == file.failures["io_error"] > 0
+        assert not path.exists()
+        disk.broken = False
+        with trio.fail_after(1000):
+            while (file := here.gossip.file_status()) is None or file.problem:  # noqa: ASYNC110  # by a thread
+                await trio.sleep(1)
+        assert file.writes > 0
+    assert Keeper(path).load().sequence > 0
 
 
 # --- pace ---

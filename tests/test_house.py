@@ -229,6 +229,16 @@ def test_the_environment_is_read_in_one_file(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sources(*PACKAGES), ids=name_of)
+def test_what_must_last_is_written_in_one_file(path: Path) -> None:
+    """Flushes, renames and whole files: pretraining and the demo's clusters keep nothing of a node's own."""
+    if name_of(path) in ("crypto/disk.py", "model/pretrain.py", "node/commands/processes.py"):
+        return
+    text = path.read_text()
+    for word in ("os.replace(", "os.rename(", "os.link(", "fsync(", ".write_text(", ".write_bytes(", '.open("w', "'w'"):
+        assert word not in text, f"{name_of(path)} writes a file by itself: {word}"
+
+
+@pytest.mark.parametrize("path", sources(*PACKAGES), ids=name_of)
 def test_nothing_unpickles(path: Path) -> None:
     text = path.read_text()
     assert "torch.load(" not in text

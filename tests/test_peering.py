@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,20 +17,23 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from crypto.disk import System
 from crypto.identity import Identity, PeerId
 from p2p.address import parse_address
 from p2p.book import Book, Source
-from p2p.bootstrap import BootstrapPeer, bootstrap_peer, load_book, read_bootstrap_file, save_book
+from p2p.bootstrap import BookFile, BootstrapPeer, bootstrap_peer, read_bootstrap_file
 from p2p.calls import Calls
 from p2p.dialling import dial_reason
 from p2p.errors import BadAddress, BadFile, Refused, RemoteError, Unreachable
 from p2p.hello import INSTANCES_MAX, PROTOCOL_VERSION, RPC_PROTOCOL, Hello, Instances, objection, read_hello, to_value
 from p2p.loopback import Faults, LoopbackNetwork
 from p2p.mdns import Sighting
-from p2p.peering import DIALS_MAX, RECONCILE_S, Peering, PeeringConfig
+from p2p.peering import DIALS_MAX, RECONCILE_S, SAVE_AGAIN_S, SAVE_EVERY_S, Peering, PeeringConfig
 from p2p.peering_status import PeeringStatus
 from p2p.roster import PINGS_MISSED_MAX, REFUSED_WAIT_S, Roster
 from p2p.transport import Transport
+
+HANG_TURNS = 3000  # of 10 ms in a thread: a hang guard
 
 
 @dataclass
@@ -673,17 +677,51 @@ async def test_a_spoiled_book_is_put_aside_and_said(autojump_clock: MockClock, s
     path = tmp_path / "address_book.json"
     path.write_bytes(b"\x00 not json")
     node = await swarm.start(book_path=path)
-    assert "put aside" in node.status.book_problem
-    assert (tmp_path / "address_book.json.spoiled").read_bytes() == b"\x00 not json"
+    file = node.peering.file_status()
+    assert file is not None
+    assert "moved aside" in file.set_aside
+    assert (tmp_path / "address_book.json.corrupt-1").read_bytes() == b"\x00 not json"
 
 
-def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    assert "cannot be saved" in save_book(tmp_path / "file" / "book.json", b"{}")
-    (tmp_path / "book.json").mkdir()
-    book = Book(Identity.make().peer_id, random.Random(0))
-    assert "cannot be read" in load_book(tmp_path / "book.json", book, 0.0)
-    assert load_book(tmp_path / "none.json", book, 0.0) == ""
+def test_a_whole_file_that_is_no_book_is_put_aside(tmp_path: Path) -> None:
+    path, book = tmp_path / "book.json", Book(Identity.make().peer_id, random.Random(0))
+    file = BookFile(path)
+    assert file.save(b'{"version":1}')
+    file.load(book, 0.0)
+    assert "not an address book" in file.status().set_aside
+    assert not path.exists()
+
+
+class Full(System):
+    """A disk with no room until told otherwise."""
+
+    full = True
+
+    def write(self, handle: int, content: memoryview) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(handle, content)
+
+
+async def test_a_full_disk_is_said_and_tried_again_soon(mock_clock: MockClock, swarm: Swarm, tmp_path: Path) -> None:
+    """The clock stands still but for the jumps: what happens after one was due within it."""
+    disk = Full()
+    node = await swarm.start(book_path=tmp_path / "book.json", system=disk)
+
+    async def after(seconds: float, reason: str, writes: int) -> None:
+        mock_clock.jump(seconds)
+        for _ in range(HANG_TURNS):
+            file = node.peering.file_status()
+            assert file is not None
+            if (file.reason, file.writes) == (reason, writes):
+                return
+            await trio.to_thread.run_sync(time.sleep, 0.01)
+        pytest.fail(f"{seconds:g} s later: {file}")
+
+    await after(SAVE_EVERY_S, "no_space", 0)
+    disk.full = False
+    await after(SAVE_AGAIN_S, "", 1)
+    await after(SAVE_EVERY_S, "", 2)
 
 
 # --- the bootstrap file

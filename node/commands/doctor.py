@@ -82,6 +82,11 @@ def status_checks(told: Mapping[str, Any]) -> Iterator[Check]:
         yield bad("readiness", str(readiness.get("reason")), "see the node's log")
     yield _connected(peering)
     yield from _discovery(peering)
+    disk = _mapping(told.get("disk"))
+    for row in _rows(disk.get("degraded")):
+        yield bad("state on disk", f"since {row.get('since')}: {row.get('sentence')}", "the node serves meanwhile")
+    for sentence in disk.get("set_aside") or []:
+        yield look("state on disk", str(sentence), "it was learned anew; look at that file, then remove it")
     if duplicate := peering.get("duplicate"):
         yield bad(
             "identity",
@@ -102,7 +107,7 @@ def _connected(peering: Mapping[str, Any]) -> Check:
 
 
 def _discovery(peering: Mapping[str, Any]) -> Iterator[Check]:
-    """What stands in the way of meeting others: bootstrap peers, refusals, mDNS, the address book."""
+    """What stands in the way of meeting others: bootstrap peers, refusals, mDNS."""
     for result in _rows(peering.get("bootstrap")):
         if result.get("state") == "failed":
             found = f"{result.get('address')}: {result.get('reason')}"
@@ -112,8 +117,6 @@ def _discovery(peering: Mapping[str, Any]) -> Iterator[Check]:
         yield look("refused peer", found, "nodes meet only with the same --network, --psk-file and protocol version")
     if (mdns := peering.get("mdns", "off")) not in ("off", "starting", "on"):
         yield look("mDNS", str(mdns), "use --bootstrap, or --no-mdns to silence this")
-    if problem := peering.get("book_problem"):
-        yield look("address book", str(problem), "peers are found anew at each start until this is mended")
     if nat := peering.get("nat"):
         yield ok("NAT", str(nat))
 

@@ -111,7 +111,8 @@ class Facts:
 
     async def readyz(self, request: Request) -> Response:
         readiness = self._front.readiness()
-        told = {"ready": readiness.ready, "reason": readiness.reason, "loading": readiness.loading}
+        told: dict[str, Any] = {"ready": readiness.ready, "reason": readiness.reason, "loading": readiness.loading}
+        told["degraded"] = list(readiness.degraded)
         if readiness.ready:
             return json_response(told)
         error = NotReady(readiness.reason, retry_after_s=readiness.retry_after_s)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from crypto.identity import Identity
 from node.commands.processes import Cluster
+from node.config import KEY_FILE
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -92,6 +94,15 @@ def test_a_key_that_others_can_read(tmp_path: Path, cluster: Cluster) -> None:
     key.chmod(0o644)
     sentence(run(tmp_path, "--data-dir", str(cluster.root / "n")), 78, "chmod 600", str(key))
     assert key.read_bytes() == before
+
+
+def test_a_damaged_key(tmp_path: Path) -> None:
+    Identity.make().save(tmp_path / "data" / KEY_FILE)
+    key = tmp_path / "data" / KEY_FILE
+    whole = key.read_bytes()
+    key.write_bytes(whole[:50])
+    sentence(run(tmp_path, "--data-dir", str(tmp_path / "data"), "--model", "none"), 78, str(key), "damaged")
+    assert key.read_bytes() == whole[:50]
 
 
 def test_a_data_directory_in_use(tmp_path: Path, cluster: Cluster) -> None:
