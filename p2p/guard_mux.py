@@ -15,6 +15,7 @@ import trio
 from libp2p.transport.upgrader import TransportUpgrader
 
 from p2p.guard import WINDOW_BYTES_MAX, Drops
+from p2p.guard_noise import GuardedSession
 
 STREAM_BYTES_MAX = 2 * WINDOW_BYTES_MAX  # unread on one stream
 CONNECTION_BYTES_MAX = 32 << 20  # unread on all streams of one connection
@@ -29,6 +30,10 @@ class GuardedUpgrader(TransportUpgrader):  # type: ignore[misc]  # libp2p's type
     def __init__(self, *args: Any, drops: Drops, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._drops = drops
+
+    async def upgrade_security(self, *args: Any, **kwargs: Any) -> Any:
+        """The secured connection, reading and writing many records at a time."""
+        return GuardedSession(await super().upgrade_security(*args, **kwargs))
 
     async def upgrade_connection(self, conn: Any, peer_id: Any) -> Any:
         """The multiplexed connection, not started yet."""

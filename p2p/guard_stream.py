@@ -21,10 +21,9 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 from crypto.identity import PeerId
 from p2p.errors import LocalProtocolError, StreamClosed, Unreachable
 from p2p.frame import FrameReader, encode_frame
-from p2p.guard import RESET_S, Drops
+from p2p.guard import RESET_S, SLICE_BYTES, Drops
 
-SLICE_BYTES = 65_507  # with yamux' 12 bytes exactly one Noise record (65,535 - 16)
-READ_BYTES = 65_536
+READ_BYTES = 1 << 20  # of what is there, in one read
 WINDOW_POLL_S = 0.005  # yamux has no event for an opening window; doubled while it stays closed
 WINDOW_POLL_S_MAX = 0.1
 
