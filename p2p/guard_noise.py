@@ -45,19 +45,25 @@ class GuardedSession(SecureSession):  # type: ignore[misc]  # libp2p's types are
         self._encrypt = states.cipher_state_encrypt.encrypt_with_ad
         self._decrypt = states.cipher_state_decrypt.decrypt_with_ad
         self._raw = session.conn.read_writer.read_write_closer
-        self._cut = b""  # of a record whose rest is still to come
+        self._cut = bytearray()  # of a record whose rest is still to come
         self._plain: deque[memoryview] = deque()
         self._plain_bytes = 0
 
-    async def write(self, data: Any) -> None:
-        """Send all of `data` by one write of the socket, whole even when cancelled. Raises ConnectionClosedError."""
+    @property
+    def unread(self) -> int:
+        """Bytes that can be read without waiting."""
+        return self._plain_bytes
+
+    async def write(self, data: Any, head: bytes = b"") -> None:
+        """Send head and data by one write of the socket, whole even when cancelled. Raises ConnectionClosedError."""
         view = memoryview(data)
-        pieces: list[bytes] = []
-        for start in range(0, len(view), RECORD_BYTES):
-            record = self._encrypt(None, view[start : start + RECORD_BYTES])
-            pieces.append(len(record).to_bytes(LENGTH_BYTES, "big"))
-            pieces.append(record)
-        await self._raw.write(b"".join(pieces))
+        start = RECORD_BYTES - len(head)
+        records = [self._encrypt(None, head + view[:start] if head else view[:start])]
+        for begin in range(start, len(view), RECORD_BYTES):
+            records.append(self._encrypt(None, view[begin : begin + RECORD_BYTES]))
+        await self._raw.write(
+            b"".join([part for each in records for part in (len(each).to_bytes(LENGTH_BYTES, "big"), each)])
+        )
 
     async def read(self, n: int | None = None) -> bytes:
         """n bytes, fewer only at the end; with None what is there, at least one. Cancelled: nothing is lost.
@@ -66,34 +72,60 @@ class GuardedSession(SecureSession):  # type: ignore[misc]  # libp2p's types are
         """
         if n == 0:
             return b""
-        while self._plain_bytes < (1 if n is None else n):
+        await self._fill_up_to(1 if n is None else n)
+        return self._take(self._plain_bytes if n is None else min(n, self._plain_bytes))
+
+    async def read_some(self, n: int) -> memoryview:
+        """At least one and at most n bytes, not copied. Cancelled: nothing is lost. Raises as read does."""
+        await self._fill_up_to(1)
+        first = self._plain.popleft()
+        if len(first) > n:
+            self._plain.appendleft(first[n:])
+            first = first[:n]
+        self._plain_bytes -= len(first)
+        return first
+
+    async def _fill_up_to(self, n: int) -> None:
+        """Read until n bytes are there, or fewer but some at the end. Raises IncompleteReadError at the end."""
+        while self._plain_bytes < n:
             if not await self._fill():
                 break
         if not self._plain_bytes:
-            raise IncompleteReadError("the connection ended", expected_bytes=n or 1, received_bytes=0)
-        return self._take(self._plain_bytes if n is None else min(n, self._plain_bytes))
+            raise IncompleteReadError("the connection ended", expected_bytes=n, received_bytes=0)
 
     async def _fill(self) -> bool:
         """Read the socket once and decrypt the records that are complete; False at its end."""
         piece = await self._raw.read()
         if not piece:
             return False
-        view = memoryview(self._cut + piece if self._cut else piece)
+        view = memoryview(piece)
+        while self._cut and len(view):  # only the record that was cut is copied together
+            size = _record_bytes(self._cut)
+            part = view[: size - len(self._cut)]
+            self._cut += part
+            view = view[len(part) :]
+            if len(self._cut) >= LENGTH_BYTES and len(self._cut) == _record_bytes(self._cut):
+                self._open(memoryview(self._cut)[LENGTH_BYTES:])
+                self._cut = bytearray()
         start = 0
         while len(view) - start >= LENGTH_BYTES:
             end = start + LENGTH_BYTES + int.from_bytes(view[start : start + LENGTH_BYTES], "big")
             if end > len(view):
                 break
-            try:
-                plain = self._decrypt(None, view[start + LENGTH_BYTES : end])
-            except InvalidTag as exc:
-                raise ConnectionClosedError("a record was not encrypted by the peer", transport="tcp") from exc
-            if plain:
-                self._plain.append(memoryview(plain))
-                self._plain_bytes += len(plain)
+            self._open(view[start + LENGTH_BYTES : end])
             start = end
-        self._cut = bytes(view[start:])
+        self._cut += view[start:]
         return True
+
+    def _open(self, record: memoryview) -> None:
+        """Decrypt one record. Raises ConnectionClosedError."""
+        try:
+            plain = self._decrypt(None, record)
+        except InvalidTag as exc:
+            raise ConnectionClosedError("a record was not encrypted by the peer", transport="tcp") from exc
+        if plain:
+            self._plain.append(memoryview(plain))
+            self._plain_bytes += len(plain)
 
     def _take(self, n: int) -> bytes:
         """Exactly n of the bytes that are there."""
@@ -111,3 +143,10 @@ class GuardedSession(SecureSession):  # type: ignore[misc]  # libp2p's types are
             taken.append(first)
             n -= len(first)
         return b"".join(taken)
+
+
+def _record_bytes(start: bytearray) -> int:
+    """How long a record is with its length before it, as far as its first bytes tell: at least LENGTH_BYTES."""
+    if len(start) < LENGTH_BYTES:
+        return LENGTH_BYTES
+    return LENGTH_BYTES + int.from_bytes(start[:LENGTH_BYTES], "big")

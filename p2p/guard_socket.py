@@ -1,7 +1,7 @@
 """TCP sockets under libp2p: whole writes, buffered reads, honest listening.
 
-Rules: a write is never cut by a cancellation, and ends when the peer takes less than WRITE_STALL_BYTES in WRITE_STALL_S;
-then the connection is closed, because part of a record may be out. A read of n bytes gives n, or fewer at the end.
+Rules: a write is never cut by a cancellation. A peer that takes less than WRITE_STALL_BYTES in WRITE_STALL_S loses the
+connection, because part of a record may be out. A read of n bytes gives n bytes, or fewer at the end.
 Listeners do not share a port with anyone, live in the swarm's nursery, and keep the error of a failed bind.
 
 Source: NETWORK.md section 0 (3), section 1 (address pitfalls), section 2 (buffered reads).
@@ -55,8 +55,11 @@ class GuardedSocket(ReadWriteCloser):  # type: ignore[misc]  # libp2p's types ar
         with trio.move_on_after(WRITE_STALL_S) as stall:
             stall.shield = True  # no checkpoint before this line
             try:
-                async with self._write_lock:
+                await lock_without_pause(self._write_lock)
+                try:
                     await self._send_all(memoryview(data), stall)
+                finally:
+                    self._write_lock.release()
                 self.bytes_out += len(data)
             except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
                 raise ConnectionClosedError("connection closed while writing", transport="tcp") from exc
@@ -116,6 +119,14 @@ class GuardedSocket(ReadWriteCloser):  # type: ignore[misc]  # libp2p's types ar
     def get_remote_address(self) -> tuple[str, int] | None:
         """The other side's IP address and port."""
         return self._remote
+
+
+async def lock_without_pause(lock: trio.Lock) -> None:
+    """Acquire a lock; one that is free without a turn of the scheduler, which the write behind it takes anyway."""
+    try:
+        lock.acquire_nowait()
+    except trio.WouldBlock:
+        await lock.acquire()
 
 
 class GuardedTcp(TCP):  # type: ignore[misc]  # libp2p's types are not followed
