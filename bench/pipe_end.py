@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import trio
 
 from crypto.identity import Identity
+from p2p.direct import Direct, DirectConfig
+from p2p.direct_stream import DirectStream
 from p2p.errors import StreamClosed, Unreachable
 from p2p.transport import FRAME_BYTES_MAX, Stream
 
@@ -172,8 +174,39 @@ async def plain_send(size: int, address: str) -> None:
         await send_all(PlainPipe(await host.new_stream(peer.peer_id, [TProtocol(PROTOCOL)])), size)
 
 
-RECEIVERS: dict[str, Callable[[int], Awaitable[None]]] = {"libp2p": libp2p_receive, "plain": plain_receive}
-SENDERS: dict[str, Callable[[int, str], Awaitable[None]]] = {"libp2p": libp2p_send, "plain": plain_send}
+async def direct_receive(size: int) -> None:
+    """The receiver of a direct channel."""
+
+    async def serve(stream: Stream) -> None:
+        assert isinstance(stream, DirectStream), "it fell back"
+        await receive_all(OurPipe(stream), size)
+
+    async with our_host() as host, trio.open_nursery() as nursery:
+        direct = Direct(host, DirectConfig())
+        await nursery.start(direct.run)
+        direct.serve(PROTOCOL, serve)
+        say(address=host.addresses()[0])
+        await trio.sleep_forever()
+
+
+async def direct_send(size: int, address: str) -> None:
+    """The sender of a direct channel."""
+    async with our_host() as host:
+        stream = await Direct(host, DirectConfig()).open_stream(await host.dial(address), PROTOCOL)
+        assert isinstance(stream, DirectStream), "it fell back"
+        await send_all(OurPipe(stream), size)
+
+
+RECEIVERS: dict[str, Callable[[int], Awaitable[None]]] = {
+    "libp2p": libp2p_receive,
+    "direct": direct_receive,
+    "plain": plain_receive,
+}
+SENDERS: dict[str, Callable[[int, str], Awaitable[None]]] = {
+    "libp2p": libp2p_send,
+    "direct": direct_send,
+    "plain": plain_send,
+}
 
 
 def main() -> None:

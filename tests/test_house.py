@@ -52,6 +52,7 @@ CORES = (
     "p2p/roster.py",
     "p2p/hello.py",
     "p2p/address.py",
+    "p2p/direct_frames.py",
     "model/schedule.py",
     "model/requests.py",
     "model/config.py",
