@@ -1,7 +1,7 @@
 """Bulk between directly reachable peers: a TCP connection of its own, keyed over the authenticated libp2p stream.
 
-Rules: the opener and the server of a protocol agree on keys over a libp2p stream; then the opener claims a connection
-to the server's port with a token that only these two can know, or says that it could not, and the frames go over that same
+Rules: opener and server of a protocol agree on keys over a libp2p stream; then the opener claims a connection to the
+server's port with a token that only these two can know, or says that it could not, and the frames go over that same
 libp2p stream. Both get a Stream and need not know which. Only the address at which a peer is connected already is
 dialled, so that nobody can send us elsewhere. A channel lives no longer than the peer's libp2p connection.
 A connection to the port costs its peer nothing yet, so those are few, short, and say one token or nothing.
