@@ -93,6 +93,26 @@ def test_a_key_that_agrees_with_every_other_is_refused() -> None:
         both.keys(ours, bytes(32))
 
 
+# docs/PROTOCOLS.md: X25519 seeds 01.. and 02.., opener `alice`, server `bob`; what the opener sends first
+GOLDEN_OPENER = "b599362c16023051f907d4b58aee61097315752ae626a1ec489726e960703338"
+GOLDEN_TOKEN = "ae7c6f925b495f194537cb7e9e8140149b13b794882efe019a1873af06fffe64"
+GOLDEN_FRAMES = [
+    (b"", 0, "0000000004ecfa2a0d8671c275bf3739ef80b7e2"),
+    (b"hello", 0, "000000059d6cb5bb1931617a6c7a1020df5e89e1415a5b5473"),
+    (b"", KIND_END, "0100000060d8a67e661126ed3e51cb7e784b7a88"),
+]
+
+
+def test_golden_bytes() -> None:
+    both, ours, _ = agreement()
+    keys = both.keys(ours, both.server_key)
+    assert (keys.opener.hex(), keys.token.hex()) == (GOLDEN_OPENER, GOLDEN_TOKEN)
+    sealer = Sealer(keys.opener)
+    assert [bytes(sealer.seal(content, kind)).hex() for content, kind, _ in GOLDEN_FRAMES] == [
+        wire for _, _, wire in GOLDEN_FRAMES
+    ]
+
+
 # ---- frames ----
 
 
@@ -141,6 +161,7 @@ Break = st.sampled_from(["repeat", "drop", "swap", "flip", "reflect", "shorten",
 def test_what_is_not_as_it_was_sealed_ends_the_channel(contents: list[bytes], how: str, where: int) -> None:
     sealer, opener = Sealer(KEY), Opener(KEY)
     wires = [wire_of(sealer, content) for content in contents]
+    sealed = tuple(wires)
     at = where % (len(wires) - 1)
     frame = bytearray(wires[at])
     match how:
@@ -168,8 +189,9 @@ def test_what_is_not_as_it_was_sealed_ends_the_channel(contents: list[bytes], ho
             got.append(opened(opener, wire))
     assert got == contents[: len(got)]
     assert not opener.ended
-    with pytest.raises(RemoteProtocolError):
-        opened(opener, wire_of(Sealer(KEY), b""))
+    for wire in sealed:  # what would open if the failure were forgotten
+        with pytest.raises(RemoteProtocolError):
+            opened(opener, wire)
 
 
 def test_nothing_comes_after_an_end() -> None:
@@ -336,6 +358,33 @@ async def closed_mouth() -> Any:
             yield listener.socket.getsockname()[1]
 
     return opened_port()
+
+
+class SeenAt:
+    """A transport whose peers are connected at another address than they really are."""
+
+    def __init__(self, below: Libp2pTransport, address: str | None) -> None:
+        self.below, self.address = below, address
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.below, name)
+
+    def remote_address(self, peer: PeerId) -> str | None:
+        return self.address
+
+
+@slow
+@pytest.mark.parametrize("address", [None, "/ip4/127.0.0.2/tcp/1", "/p2p-circuit", ""])
+async def test_only_the_address_of_the_connection_is_dialled(address: str | None) -> None:
+    async with pair() as both:
+        both.server.serve(BULK, echo)
+        transport: Any = SeenAt(both.alice, address)
+        stream = await Direct(transport, DirectConfig()).open_stream(both.peer, BULK)
+        assert not isinstance(stream, DirectStream)
+        await stream.send(b"hello")
+        assert await stream.receive() == b"hello"
+        assert not both.server._scopes
+        assert "token_missing" not in both.server.counts
 
 
 @slow
