@@ -28,7 +28,7 @@ from libp2p.io.exceptions import IncompleteReadError
 from libp2p.tools.anyio_service import LifecycleError
 
 MULTISTREAM_BYTES_MAX = 1024  # one line of protocol negotiation; ours are under 64 bytes
-WINDOW_BYTES_MAX = 1 << 20  # of one yamux stream, and of one frame; other implementations send 64 KiB at most
+WINDOW_BYTES_MAX = 2 << 20  # of one yamux stream whose reader keeps up, and of one frame; it begins at 256 KiB
 SLICE_BYTES = 4 * 65_519 - 12  # of one frame that we send: four whole Noise records, and just below the first window
 LINGER_S = 5.0  # for the other side of a finished inbound stream to end its direction too
 LINGER_BYTES = 65_536  # thrown away at once meanwhile

@@ -1,7 +1,7 @@
 """yamux: how much a peer may make us hold, and a short way for the two kinds of frames that carry bulk.
 
-Rules: a peer that sends past the window it was given is dropped with its connection. Windows grow to WINDOW_BYTES_MAX
-and no further, so that twice that is more than any honest peer can have on the way. A data frame that we send is never
+Rules: a peer that sends past the window it was given is dropped with its connection; in frames that libp2p's own code
+takes, past twice WINDOW_BYTES_MAX, to which windows grow while a reader keeps up. A data frame that we send is never
 larger than the window that the peer has opened. What is not a plain data frame or window update of an open stream goes
 to libp2p's own code.
 
@@ -47,7 +47,7 @@ class GuardedUpgrader(TransportUpgrader):  # type: ignore[misc]  # libp2p's type
         muxed = await super().upgrade_connection(conn, peer_id)
         assert muxed.stream_buffers == {}, "yamux changed: look at this workaround again"
         muxed.stream_buffers = _Buffers(self._drops)
-        muxed.secured_conn = GuardedFrames(muxed)
+        muxed.secured_conn = GuardedFrames(muxed, self._drops)
         return muxed
 
 
@@ -58,8 +58,9 @@ class GuardedFrames:
     writer polls for an open window every 10 ms.
     """
 
-    def __init__(self, muxed: Any) -> None:
+    def __init__(self, muxed: Any, drops: Drops) -> None:
         self._muxed = muxed
+        self._drops = drops
         self._session: GuardedSession = muxed.secured_conn
         self._body_left = 0  # of a frame that libp2p's own loop reads
         self._opened: dict[int, trio.Event] = {}  # stream -> its writer waits for the window
@@ -101,8 +102,11 @@ class GuardedFrames:
             length -= len(piece)
             stream = muxed.streams.get(number)
             if stream is not None:
+                if len(piece) > stream.recv_window:
+                    self._drops.count("window_exceeded")
+                    raise trio.TooSlowError("the peer sends past its window")
                 muxed.stream_buffers[number].extend(piece)
-                stream.recv_window = max(0, stream.recv_window - len(piece))
+                stream.recv_window -= len(piece)
                 if not length or not self._session.unread:
                     muxed.stream_events[number].set()
 

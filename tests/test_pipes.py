@@ -259,6 +259,35 @@ async def test_a_peer_never_gets_more_than_its_window() -> None:
 
 
 @slow
+async def test_a_peer_may_use_its_whole_window_and_not_a_byte_more() -> None:
+    async def hang(stream: Stream) -> None:
+        await trio.sleep_forever()
+
+    async with node() as bob, bare_connection(bob) as muxed:
+        bob.serve(BLOB, hang)
+        secured = muxed.secured_conn
+        lines = b"".join(map(encode_delim, (b"/multistream/1.0.0", BLOB.encode())))
+        await secured.write(struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_DATA, FLAG_SYN, 1, len(lines)) + lines)
+        room, quiet = DEFAULT_WINDOW_SIZE - len(lines), False
+        while not quiet:  # what negotiating gave back, and how far the window grew by that
+            with trio.move_on_after(1) as scope:
+                _, kind, _, number, length = struct.unpack(YAMUX_HEADER_FORMAT, await secured.read(HEADER_SIZE))
+                if kind == TYPE_DATA:
+                    await secured.read(length)
+                room += length if kind == TYPE_WINDOW_UPDATE and number == 1 else 0
+            quiet = scope.cancelled_caught
+        while room:
+            size = min(room, 60_000)
+            await secured.write(struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_DATA, 0, 1, size) + bytes(size))
+            room -= size
+        await trio.sleep(0.5)
+        assert bob.peers()
+        await secured.write(struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_DATA, 0, 1, 1) + b"x")
+        await until(lambda: not bob.peers())
+        assert bob.statistics().drops["window_exceeded"] == 1
+
+
+@slow
 async def test_a_writer_goes_on_as_soon_as_its_window_opens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard_stream, "WINDOW_POLL_S", 3600.0)
     got: list[int] = []
