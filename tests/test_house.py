@@ -48,6 +48,7 @@ CORES = (
     "gossip/observations.py",
     "gossip/breaker.py",
     "gossip/pace.py",
+    "gossip/transfer.py",
     "p2p/admission.py",
     "p2p/roster.py",
     "p2p/hello.py",
