@@ -140,6 +140,7 @@ def test_a_donor_that_sends_other_bytes_is_named_and_its_chunks_go_to_another(wr
     effects = transfer.received(EVE, 1, wrong, 1.0)
     assert isinstance(effects[0], Drop)
     assert (effects[0].donor, effects[0].lied) == (EVE, True)
+    assert ("other bytes" in effects[0].reason) == (len(wrong) == CHUNK)  # the length is compared before hashing
     assert transfer.statistics().dropped.keys() == {EVE}
     assert transfer.joined(EVE, 2.0) == []
     assert transfer.received(EVE, 0, chunk(content, 0), 2.0) == []
@@ -193,6 +194,7 @@ def test_a_donor_that_never_answers_is_dropped_without_being_called_a_liar() -> 
     while (now := transfer.deadline()) < 1000:
         effects += transfer.tick(now)
     assert [(each.donor, each.lied) for each in effects if isinstance(each, Drop)] == [(ALICE, False)]
+    assert asks(effects) == []  # not of her again
     assert transfer.starved() == {0}
 
 
