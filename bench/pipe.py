@@ -20,7 +20,7 @@ from bench.harness import Row, options, report
 
 PAYLOAD_MIB = 64
 MB = 1_000_000
-PATHS = ("libp2p", "direct", "plain")
+PATHS = ("libp2p", "direct", "blob", "plain")
 PLAIN = "libp2p 0.8.1 plain"
 
 

@@ -17,7 +17,9 @@ from typing import Any, Protocol
 
 import trio
 
+from crypto.digest import digest
 from crypto.identity import Identity
+from gossip.transfer import Ask, Drop, Finished, Store, Transfer, TransferConfig, decode_manifest, manifest_of
 from p2p.direct import Direct, DirectConfig
 from p2p.direct_stream import DirectStream
 from p2p.errors import StreamClosed, Unreachable
@@ -26,6 +28,7 @@ from p2p.transport import FRAME_BYTES_MAX, Stream
 PROTOCOL = "/openagi/bench/1"
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 WORD = b"word"
+INDEX_BYTES = 4
 
 
 class Pipe(Protocol):
@@ -83,7 +86,10 @@ async def receive_all(pipe: Pipe, size: int) -> None:
             await pipe.take(len(WORD))
             began = time.process_time()
             await pipe.send(WORD)
-            await pipe.take(size)
+            if isinstance(pipe, BlobPipe):
+                assert await pipe.fetch() == size, "another blob came"
+            else:
+                await pipe.take(size)
             say(cpu_s=time.process_time() - began)
             await pipe.send(WORD)
     except (StreamClosed, Unreachable):
@@ -93,15 +99,61 @@ async def receive_all(pipe: Pipe, size: int) -> None:
 async def send_all(pipe: Pipe, size: int) -> None:
     """A transfer for every line of the standard input."""
     piece = os.urandom(FRAME_BYTES_MAX)
+    if isinstance(pipe, BlobPipe):
+        pipe.offer(os.urandom(size))
     say(ready=True)
     while await trio.to_thread.run_sync(sys.stdin.readline):
         await pipe.send(WORD)
         await pipe.take(len(WORD))
         cpu_s, wall_s = time.process_time(), time.perf_counter()
-        for _ in range(size // len(piece)):
-            await pipe.send(piece)
+        if isinstance(pipe, BlobPipe):
+            await pipe.give()
+        else:
+            for _ in range(size // len(piece)):
+                await pipe.send(piece)
         await pipe.take(len(WORD))
         say(cpu_s=time.process_time() - cpu_s, wall_s=time.perf_counter() - wall_s)
+
+
+class BlobPipe(OurPipe):
+    """A blob fetched by its id over a Stream: its manifest, then the chunks that gossip.transfer asks for, compared."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(stream)
+        self._content = b""
+
+    def offer(self, content: bytes) -> None:
+        """What `give` gives."""
+        self._content = content
+        self._manifest = manifest_of(content)
+
+    async def give(self) -> None:
+        """Send the manifest, then every chunk that is asked for, until all of it was."""
+        await self._stream.send(self._manifest.encode())
+        for _ in range(self._manifest.count):
+            index = await self._stream.receive()
+            start, length = self._manifest.span(int.from_bytes(index, "big"))
+            await self._stream.send(index + self._content[start : start + length])
+
+    async def fetch(self) -> int:
+        """Take a whole blob and give its size in bytes."""
+        raw = await self._stream.receive()
+        transfer = Transfer(decode_manifest(raw, digest(raw)), TransferConfig())
+        effects, stored = transfer.joined(self._stream.peer, time.monotonic()), 0
+        while True:
+            for effect in effects:
+                match effect:
+                    case Ask():
+                        await self._stream.send(effect.index.to_bytes(INDEX_BYTES, "big"))
+                    case Store():
+                        stored += len(effect.content)
+                    case Finished():
+                        return stored
+                    case Drop():
+                        raise SystemExit(f"the donor {effect.reason}")
+            frame = await self._stream.receive()
+            index, content = int.from_bytes(frame[:INDEX_BYTES], "big"), frame[INDEX_BYTES:]
+            effects = transfer.received(self._stream.peer, index, content, time.monotonic())
 
 
 @asynccontextmanager
@@ -174,12 +226,12 @@ async def plain_send(size: int, address: str) -> None:
         await send_all(PlainPipe(await host.new_stream(peer.peer_id, [TProtocol(PROTOCOL)])), size)
 
 
-async def direct_receive(size: int) -> None:
+async def direct_receive(size: int, kind: type[OurPipe] = OurPipe) -> None:
     """The receiver of a direct channel."""
 
     async def serve(stream: Stream) -> None:
         assert isinstance(stream, DirectStream), "it fell back"
-        await receive_all(OurPipe(stream), size)
+        await receive_all(kind(stream), size)
 
     async with our_host() as host, trio.open_nursery() as nursery:
         direct = Direct(host, DirectConfig())
@@ -189,22 +241,34 @@ async def direct_receive(size: int) -> None:
         await trio.sleep_forever()
 
 
-async def direct_send(size: int, address: str) -> None:
+async def direct_send(size: int, address: str, kind: type[OurPipe] = OurPipe) -> None:
     """The sender of a direct channel."""
     async with our_host() as host:
         stream = await Direct(host, DirectConfig()).open_stream(await host.dial(address), PROTOCOL)
         assert isinstance(stream, DirectStream), "it fell back"
-        await send_all(OurPipe(stream), size)
+        await send_all(kind(stream), size)
+
+
+async def blob_receive(size: int) -> None:
+    """Fetches blobs over a direct channel."""
+    await direct_receive(size, BlobPipe)
+
+
+async def blob_send(size: int, address: str) -> None:
+    """Gives blobs over a direct channel."""
+    await direct_send(size, address, BlobPipe)
 
 
 RECEIVERS: dict[str, Callable[[int], Awaitable[None]]] = {
     "libp2p": libp2p_receive,
     "direct": direct_receive,
+    "blob": blob_receive,
     "plain": plain_receive,
 }
 SENDERS: dict[str, Callable[[int, str], Awaitable[None]]] = {
     "libp2p": libp2p_send,
     "direct": direct_send,
+    "blob": blob_send,
     "plain": plain_send,
 }
 
