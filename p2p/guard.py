@@ -28,7 +28,8 @@ from libp2p.io.exceptions import IncompleteReadError
 from libp2p.tools.anyio_service import LifecycleError
 
 MULTISTREAM_BYTES_MAX = 1024  # one line of protocol negotiation; ours are under 64 bytes
-WINDOW_BYTES_MAX = 1 << 20  # of one yamux stream, and of one frame; other implementations send 64 KiB at most
+WINDOW_BYTES_MAX = 2 << 20  # of one yamux stream whose reader keeps up, and of one frame; it begins at 256 KiB
+SLICE_BYTES = 4 * 65_519 - 12  # of one frame that we send: four whole Noise records, and just below the first window
 LINGER_S = 5.0  # for the other side of a finished inbound stream to end its direction too
 LINGER_BYTES = 65_536  # thrown away at once meanwhile
 RESET_S = 1.0  # to tell a peer that its stream is over
@@ -180,15 +181,19 @@ async def read_exactly(reader: Any, n: int, retry_count: int = 0) -> bytes:
 
     Around: libp2p gives up after 101 pieces, so a large frame over a slow link breaks the connection.
     """
+    piece = await reader.read(n)
+    if len(piece) == n:
+        return bytes(piece)  # the common case: bytes already, not copied
     buffer = bytearray()
-    while len(buffer) < n:
-        piece = await reader.read(n - len(buffer))
+    while True:
         if not piece:
             raise IncompleteReadError(
                 f"the other side ended after {len(buffer)} of {n} bytes", expected_bytes=n, received_bytes=len(buffer)
             )
         buffer += piece
-    return bytes(buffer)
+        if len(buffer) == n:
+            return bytes(buffer)
+        piece = await reader.read(n - len(buffer))
 
 
 async def read_delim(reader: Any) -> bytes:
@@ -220,6 +225,7 @@ def install() -> None:
         assert hasattr(holder, "read_exactly"), f"{holder.__name__} changed: look at this workaround again"
         holder.read_exactly = read_exactly
     libp2p.stream_muxer.yamux.yamux.MAX_WINDOW_SIZE = WINDOW_BYTES_MAX
+    libp2p.stream_muxer.yamux.yamux.MAX_MESSAGE_SIZE = SLICE_BYTES + libp2p.stream_muxer.yamux.yamux.HEADER_SIZE
     quiet()
 
 

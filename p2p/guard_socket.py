@@ -1,7 +1,7 @@
 """TCP sockets under libp2p: whole writes, buffered reads, honest listening.
 
-Rules: a write is never cut by a cancellation, and never waits more than WRITE_STALL_S for the peer; after that the
-connection is closed, because part of a record may be out. A read of n bytes gives n bytes, or fewer at the end.
+Rules: a write is never cut by a cancellation. A peer that takes less than WRITE_STALL_BYTES in WRITE_STALL_S loses the
+connection, because part of a record may be out. A read of n bytes gives n bytes, or fewer at the end.
 Listeners do not share a port with anyone, live in the swarm's nursery, and keep the error of a failed bind.
 
 Source: NETWORK.md section 0 (3), section 1 (address pitfalls), section 2 (buffered reads).
@@ -26,7 +26,8 @@ from p2p.guard import Drops
 from p2p.interfaces import multiaddr_text
 
 WRITE_STALL_S = 5.0  # a peer that takes nothing for so long is as good as gone
-READ_BYTES = 65_536  # asked of the system at once: the largest Noise record and its length fit
+WRITE_STALL_BYTES = 65_536  # what a peer has to take in that time
+READ_BYTES = 262_144  # asked of the system at once: several Noise records
 LISTEN_BACKLOG = 256
 
 
@@ -54,34 +55,58 @@ class GuardedSocket(ReadWriteCloser):  # type: ignore[misc]  # libp2p's types ar
         with trio.move_on_after(WRITE_STALL_S) as stall:
             stall.shield = True  # no checkpoint before this line
             try:
-                async with self._write_lock:
-                    await self._stream.send_all(data)
+                await lock_without_pause(self._write_lock)
+                try:
+                    await self._send_all(memoryview(data), stall)
+                finally:
+                    self._write_lock.release()
                 self.bytes_out += len(data)
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+            except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
                 raise ConnectionClosedError("connection closed while writing", transport="tcp") from exc
         if stall.cancelled_caught:
             self._drops.count("write_stalled")
             self.abort()
-            raise ConnectionClosedError(f"the peer took nothing for {WRITE_STALL_S} s", transport="tcp")
+            raise ConnectionClosedError(f"the peer took too little in {WRITE_STALL_S} s", transport="tcp")
+
+    async def _send_all(self, data: memoryview, stall: trio.CancelScope) -> None:
+        """Send it with as few system calls as possible; every WRITE_STALL_BYTES taken put the deadline off."""
+        sent, wanted = 0, WRITE_STALL_BYTES
+        while sent < len(data):
+            sent += await self._stream.socket.send(data[sent:])
+            if sent >= wanted:
+                stall.deadline = trio.current_time() + WRITE_STALL_S
+                wanted = sent + WRITE_STALL_BYTES
 
     async def read(self, n: int | None = None) -> bytes:
-        """n bytes (at most READ_BYTES), fewer only at the end, none after it. Cancelled: nothing is lost."""
-        wanted = READ_BYTES if n is None else min(n, READ_BYTES)
+        """n bytes (at most READ_BYTES), fewer only at the end, none after it; with None what is there, at least one.
+
+        Cancelled: nothing is lost.
+        """
         buffer = self._buffer
-        while len(buffer) < (1 if n is None else wanted):
-            try:
-                piece = await self._stream.receive_some(READ_BYTES)
-            except trio.BrokenResourceError as exc:
-                raise ConnectionClosedError("connection reset by the peer", transport="tcp") from exc
-            except trio.ClosedResourceError:
-                break
+        if n is None:
+            if not buffer:
+                return await self._receive_some()  # not copied
+            n = len(buffer)
+        wanted = min(n, READ_BYTES)
+        while len(buffer) < wanted:
+            piece = await self._receive_some()
             if not piece:
                 break
-            self.bytes_in += len(piece)
             buffer += piece
         taken = bytes(buffer[:wanted])
         del buffer[:wanted]
         return taken
+
+    async def _receive_some(self) -> bytes:
+        """What one system call gives; nothing at the end. Raises ConnectionClosedError."""
+        try:
+            piece = await self._stream.receive_some(READ_BYTES)
+        except trio.BrokenResourceError as exc:
+            raise ConnectionClosedError("connection reset by the peer", transport="tcp") from exc
+        except trio.ClosedResourceError:
+            return b""
+        self.bytes_in += len(piece)
+        return bytes(piece)
 
     def abort(self) -> None:
         """Close at once, without a word to the peer. Whoever reads or writes sees it closed."""
@@ -94,6 +119,14 @@ class GuardedSocket(ReadWriteCloser):  # type: ignore[misc]  # libp2p's types ar
     def get_remote_address(self) -> tuple[str, int] | None:
         """The other side's IP address and port."""
         return self._remote
+
+
+async def lock_without_pause(lock: trio.Lock) -> None:
+    """Acquire a lock; one that is free without a turn of the scheduler, which the write behind it takes anyway."""
+    try:
+        lock.acquire_nowait()
+    except trio.WouldBlock:
+        await lock.acquire()
 
 
 class GuardedTcp(TCP):  # type: ignore[misc]  # libp2p's types are not followed

@@ -20,13 +20,11 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 
 from crypto.identity import PeerId
 from p2p.errors import LocalProtocolError, StreamClosed, Unreachable
-from p2p.frame import FrameReader, encode_frame
-from p2p.guard import RESET_S, Drops
+from p2p.frame import FrameReader, frame_head
+from p2p.guard import RESET_S, SLICE_BYTES, Drops
+from p2p.guard_mux import GuardedFrames
 
-SLICE_BYTES = 65_507  # with yamux' 12 bytes exactly one Noise record (65,535 - 16)
-READ_BYTES = 65_536
-WINDOW_POLL_S = 0.005  # yamux has no event for an opening window; doubled while it stays closed
-WINDOW_POLL_S_MAX = 0.1
+WINDOW_POLL_S = 0.1  # between looks at whether a stream whose window is closed has ended: nothing tells its writer
 
 
 @dataclass(slots=True)
@@ -48,6 +46,7 @@ class Libp2pStream:
         self._net = net
         self._muxed = net.muxed_stream
         self._conn = net.muxed_stream.conn
+        self._frames: GuardedFrames = self._conn.secured_conn
         self._peer = peer
         self._traffic = traffic
         self._drops = drops
@@ -66,36 +65,34 @@ class Libp2pStream:
 
     async def send(self, frame: bytes) -> None:
         """See Stream.send. If cancelled, the frame is sent whole or the stream is reset."""
-        raw = encode_frame(frame)
+        head, body = frame_head(frame), memoryview(frame)
         if not self._sending:
             raise LocalProtocolError("a frame was sent after close")
-        sent = 0
+        size, sent = len(head) + len(body), 0
         try:
-            await trio.lowlevel.checkpoint()
-            while sent < len(raw):
+            while sent < size:
+                await trio.lowlevel.checkpoint_if_cancelled()  # the write gives others their turn
                 room = await self._wait_window()
-                piece = raw if len(raw) <= room else raw[sent : sent + room]
+                first = head[sent:room]
+                start = max(0, sent - len(head))
+                piece = body[start : start + room - len(first)]
                 with trio.CancelScope(shield=True):  # bounded by the socket's WRITE_STALL_S
-                    await self._muxed.write(piece)
-                sent += len(piece)
-                if sent < len(raw):
-                    await trio.lowlevel.checkpoint()
+                    await self._frames.write_data(self._muxed, first, piece)
+                sent += len(first) + len(piece)
         except BaseLibp2pError as exc:
             raise self._break(f"the stream to {self._peer} broke while sending", exc) from exc
         finally:
-            if sent < len(raw):
+            if sent < size:
                 await self.reset()
         self._traffic.frames_out += 1
-        self._traffic.bytes_out += len(raw)
+        self._traffic.bytes_out += size
 
     async def _wait_window(self) -> int:
         """Bytes that may be written now, at least 1. Raises MuxedStreamError when the stream is over."""
-        poll_s = WINDOW_POLL_S
         while self._muxed.send_window <= 0:
             if self._muxed.closed or self._muxed.send_closed or self._conn.event_shutting_down.is_set():
                 raise MuxedStreamError("the stream ended while its window was closed")
-            await trio.sleep(poll_s)
-            poll_s = min(2 * poll_s, WINDOW_POLL_S_MAX)
+            await self._frames.wait_window(self._muxed, WINDOW_POLL_S)
         return min(int(self._muxed.send_window), SLICE_BYTES)
 
     async def receive(self) -> bytes:
@@ -105,21 +102,20 @@ class Libp2pStream:
         while not self._ready:
             self._ready.extend(self._reader.feed(await self._read()))
             with trio.CancelScope(shield=True):
-                # Sends an update only when half the window is used up; libp2p's own read sends one a read.
-                await self._refill()
+                await self._refill()  # libp2p's own read sends an update a read
         frame = self._ready.popleft()
         self._traffic.frames_in += 1
         self._traffic.bytes_in += len(frame)
         return frame
 
-    async def _read(self) -> bytes:
+    async def _read(self) -> bytes | bytearray:
         """Some bytes. Raises StreamClosed (clean end between frames), Unreachable."""
         if self._broken is not None:
             await trio.lowlevel.checkpoint()
             raise Unreachable(self._broken)
         number = self._muxed.stream_id
         try:
-            return bytes(await self._conn.read_stream(number, READ_BYTES))
+            return await self._frames.read_stream(self._muxed)
         except MuxedStreamEOF as exc:
             # The end of the connection, and a reset whose reader slept, look like an end of the stream too.
             lost = self._muxed.reset_received or self._conn.event_shutting_down.is_set()
@@ -134,7 +130,7 @@ class Libp2pStream:
 
     async def _refill(self) -> None:
         try:
-            await self._muxed._auto_tune_and_send_window_update(bytes_read=0)
+            await self._frames.refill(self._muxed)
         except BaseLibp2pError:
             pass  # the connection broke; the data is ours already, the next read says it
 
