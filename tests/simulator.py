@@ -25,7 +25,7 @@ from node.work import GenerateWork, Sampling
 from tests.simulator_net import History, Link, Loop, Net, Weather
 from tests.simulator_node import Ask, Peer, Process, text_at, token_at
 
-QUIET_S = 35.0  # after the last request: longer than any deadline, and than the health check needs
+QUIET_S = 38.0  # after the last request: longer than any deadline, and than the health check needs
 WARM_UP_S = 6.0
 GRACE_S = 0.001
 STATEMENTS_MAX = 20_000

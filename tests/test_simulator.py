@@ -25,6 +25,8 @@ STORM = Scenario(seconds=20.0)
 SMALL = Scenario(peers=12, seconds=15.0)
 CALM = {"churn_per_min": 0.0, "pauses_per_min": 0.0, "cuts_per_min": 0.0}
 HOSTILE_SEEDS = (11, 12)
+# clients that leave time for a second and a third try; half of the network's room is used
+PATIENT = {**CALM, "seconds": 30.0, "requests_per_peer_min": 4.0, "deadline_s": (25.0, 35.0)}
 
 
 def check(outcome: Outcome, scenario: Scenario) -> None:
@@ -55,7 +57,7 @@ def p95_s(outcomes: list[Outcome]) -> float:
 
 @pytest.fixture(scope="module")
 def healthy() -> list[Outcome]:
-    scenario = Scenario(seconds=30.0, **CALM)  # type: ignore[arg-type]  # numbers all
+    scenario = Scenario(**PATIENT)  # type: ignore[arg-type]  # numbers all
     return [simulate(seed, scenario) for seed in HOSTILE_SEEDS]
 
 
@@ -63,7 +65,7 @@ def healthy() -> list[Outcome]:
     "bad", [{"black_holes": 0.3}, {"stallers": 0.3}, {"liars": 0.3}], ids=lambda bad: next(iter(bad))
 )
 def test_a_third_of_bad_servers_costs_little(bad: dict[str, float], healthy: list[Outcome]) -> None:
-    scenario = Scenario(seconds=30.0, **CALM, **bad)  # type: ignore[arg-type]
+    scenario = Scenario(**PATIENT, **bad)  # type: ignore[arg-type]
     outcomes = [simulate(seed, scenario) for seed in HOSTILE_SEEDS]
     for outcome in outcomes:
         check(outcome, scenario)
@@ -74,7 +76,7 @@ def test_a_third_of_bad_servers_costs_little(bad: dict[str, float], healthy: lis
 
 
 def test_a_flooder_is_cut_off_and_disturbs_nobody(healthy: list[Outcome]) -> None:
-    scenario = Scenario(seconds=30.0, flooders=0.06, **CALM)  # type: ignore[arg-type]
+    scenario = Scenario(flooders=0.06, **PATIENT)  # type: ignore[arg-type]
     outcomes = [simulate(seed, scenario) for seed in HOSTILE_SEEDS]
     for outcome in outcomes:
         check(outcome, scenario)
@@ -84,7 +86,7 @@ def test_a_flooder_is_cut_off_and_disturbs_nobody(healthy: list[Outcome]) -> Non
 
 
 def test_who_contradicts_himself_is_known_to_nearly_all() -> None:
-    scenario = Scenario(seconds=30.0, equivocators=0.1, **CALM)  # type: ignore[arg-type]
+    scenario = Scenario(equivocators=0.1, **PATIENT)  # type: ignore[arg-type]
     for seed in HOSTILE_SEEDS:
         outcome = simulate(seed, scenario)
         check(outcome, scenario)
@@ -145,5 +147,5 @@ def test_a_lost_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_endless_patience_with_the_silent_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Judge, "waits_until", lambda self, now: now + 1e9)
-    scenario = Scenario(seconds=30.0, black_holes=0.3, **CALM)  # type: ignore[arg-type]
+    scenario = Scenario(black_holes=0.3, **PATIENT)  # type: ignore[arg-type]
     assert success([simulate(seed, scenario) for seed in HOSTILE_SEEDS]) < 0.99
