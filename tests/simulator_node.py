@@ -20,7 +20,7 @@ from gossip.messages import Advert, Capacity, ModelKind, ModelOffer, seal_advert
 from gossip.observations import Observations
 from gossip.pace import OwnAdvert
 from gossip.routing import Candidate, Need, WhyNot, rank
-from gossip.saved import SavedState
+from gossip.saved import RESERVED, SAVE_S, SavedState
 from gossip.standing import Standing, Verdict
 from node.errors import NoRoom, PeerFailed, RequestError
 from node.front import RouteHint
@@ -44,7 +44,6 @@ from tests.simulator_net import Link, Loop, Net, Timer
 START_MS = 1_800_000_000_000
 MODEL, REVISION, CONTEXT = "tale", "r1", 2_000
 DEGREE, DEGREE_MAX, MESH = 5, 16, 6
-SAVE_S, SEQUENCES_PER_SAVE = 5.0, 16
 PROGRESS_S = 0.5
 SEEN_MAX = 8_192
 VOCABULARY = 50_000
@@ -359,7 +358,7 @@ class Process:
         self.heard_bytes = 0
         peer.lives += 1
         now_ms = self.now_ms
-        sequence = max(peer.disk.sequence + SEQUENCES_PER_SAVE, now_ms)
+        sequence = max(peer.disk.sequence, now_ms)
         self.own_advert = OwnAdvert(rng, started_ms=now_ms, sequence=sequence)
         self.instance = rng.randbytes(16).hex()
         self.observations, self.standing = Observations(), Standing()
@@ -414,6 +413,7 @@ class Process:
     # --- life ---
 
     def begin(self) -> None:
+        self._save()  # before the first sequence is used
         self.offer()
         self._keep_house()
 
@@ -432,17 +432,21 @@ class Process:
     def _keep_house(self) -> None:
         self.directory.tick(self.now)
         if self.now >= self._saved_at + SAVE_S:
-            self._saved_at = self.now
-            self.peer.disk = SavedState(
-                sequence=self.own_advert.sequence,
-                floors={str(each): floor for each, floor in self.directory.floors().items()},
-                bans=self.standing.saved_bans(self.now, self.now_ms),
-            )
+            self._save()
         if len(self.links) < DEGREE:
             there = self.rng.choice(self._everybody)
             if there != self.peer_id and there not in self.links:
                 self.net.dial(self, there, lambda _link: None)
         self.after(1.0, self._keep_house)
+
+    def _save(self) -> None:
+        """gossip/service.py's state; what is believed between two saves is lost here, as when the power goes."""
+        self._saved_at = self.now
+        self.peer.disk = SavedState(
+            sequence=self.own_advert.sequence + RESERVED,
+            floors={str(each): floor for each, floor in self.directory.floors().items()},
+            bans=self.standing.saved_bans(self.now, self.now_ms),
+        )
 
     # --- links ---
 
