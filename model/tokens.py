@@ -89,10 +89,6 @@ class Tokens:
         """Plain text -> prompt ids, with the special tokens that the model wants around a text. Raises BadInput."""
         return self._encode(text, special=True)
 
-    def encode_texts(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """Several texts at once, each as by encode(). Raises BadInput."""
-        return [self._encode(text, special=True) for text in texts]
-
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out. Raises ValueError if the tokenizer gives up."""
         with _PanicsAreErrors():

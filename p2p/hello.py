@@ -119,10 +119,6 @@ class Instances:
     def __init__(self) -> None:
         self._seen: OrderedDict[PeerId, list[str]] = OrderedDict()  # the newest last
 
-    def current(self, peer: PeerId) -> str:
-        """The instance heard last, or ''."""
-        return self._seen.get(peer, [""])[-1]
-
     def heard(self, peer: PeerId, instance: str) -> str:
         """Take note of who spoke. Gives the other instance when one that had been replaced speaks again, else ''."""
         seen = self._seen.setdefault(peer, [])

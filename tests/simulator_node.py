@@ -355,7 +355,6 @@ class Process:
         self.asks: dict[int, Ask] = {}
         self.paused_asks: set[int] = set()  # requests whose door was paused meanwhile
         self.violations: list[str] = []
-        self.heard_bytes = 0
         peer.lives += 1
         now_ms = self.now_ms
         sequence = max(peer.disk.sequence, now_ms)
@@ -465,7 +464,6 @@ class Process:
         self._broken(link, Unreachable("the connection broke"))
 
     def take(self, link: Link, kind: str, raw: bytes, about: object) -> None:
-        self.heard_bytes += len(raw)
         match kind:
             case "gossip":
                 self._heard(link, raw, PeerId(str(about)))

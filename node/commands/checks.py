@@ -28,7 +28,6 @@ BUILT_S = 1_760_000_000  # October 2025: no clock that is right can say less
 CLOCK_S_MAX = 4_102_444_800  # the year 2100
 FUTURE_S_MAX = 300.0  # a file of ours from further in the future means that the clock went back
 MULTICAST = "224.0.0.251"  # mDNS
-MULTICAST_PORT = 5353
 
 
 class Verdict(Enum):
