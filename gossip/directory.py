@@ -1,17 +1,21 @@
 """Who offers what: the newest signed advert of each peer, until it expires.
 
 Rules: core. A higher sequence wins; the same sequence with other bytes is equivocation, and both are kept as evidence.
-An advert lives ADVERT_LIFE_S after its receipt by our monotonic clock (less if its sender said so) and a copy of it
-does not prolong it. The wall clock serves only to refuse what is too old or from the future. A peer's sequence is
+An advert that its publisher sends lives from its receipt, by our monotonic clock, as long as it says, at most
+ADVERT_LIFE_MS_MAX; one that a third peer hands on lives for what is left of that by the wall clock; a copy of it
+does not prolong it. Else the wall clock serves only to refuse what is too old or from the future. A peer's sequence is
 remembered after its advert ended, until no replay of it could pass as fresh. Nothing here can be made to grow: see
-ADVERTS_MAX. Who is at fault for a refused advert: the publisher for its form, the sender for its content.
+ADVERTS_MAX and gossip/view.py. Who is at fault for a refused advert: the publisher for its form, the sender for its
+content.
 Source: NETWORK.md "Protocols"; SECURITY.md P7, P9, P10, P12.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+import heapq
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
@@ -21,12 +25,15 @@ from crypto.envelope import Envelope, open_envelope
 from crypto.errors import BadEncoding, BadSignature, WrongNetwork
 from crypto.identity import PeerId
 from gossip.errors import RemoteProtocolError
-from gossip.messages import ADVERT_DOMAIN, ADVERT_LIFE_MS, Advert, Capacity, ModelKind, advert_of
+from gossip.messages import ADVERT_DOMAIN, ADVERT_LIFE_MS_MAX, Advert, ModelKind, advert_of
+from gossip.offer import Offer, ServedModel
+from gossip.view import OFFERS_MAX, Preference, sample, served_models, surplus
 
-ADVERT_LIFE_S = ADVERT_LIFE_MS / 1000
 ADVERTS_MAX = 4096  # at most 20 MB, whoever sends them
+OFFERS_SLACK = 1 / 8  # of the offers' room, so that tidying up is done now and then only
+HANDED_LIFE_MS_MIN = 10_000  # of an advert that a third peer hands on, when its sender's clock is behind ours
 SKEW_MS = 60_000  # clocks of honest machines differ by seconds; this is generous
-FLOOR_KEEP_S = (ADVERT_LIFE_MS + 2 * SKEW_MS) / 1000 + 30.0  # after that any replay has expired by its own time
+FLOOR_KEEP_S = (ADVERT_LIFE_MS_MAX + 2 * SKEW_MS) / 1000 + 30.0  # after that any replay has expired by its own time
 EVIDENCE_MAX = 64  # pairs of contradicting adverts, newest kept
 OFFSETS_MAX = 64  # peers with another time than ours, for the diagnosis
 _ANY_TIME_MS = 1 << 63  # the times are checked here, after the signature, so that we know whose clock is off
@@ -65,34 +72,6 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
-    """A live advert. received_s and expires_s are monotonic seconds of this node."""
-
-    peer: PeerId
-    sequence: int
-    advert: Advert
-    received_s: float
-    expires_s: float
-
-    @property
-    def capacity(self) -> Capacity:
-        """What the peer says it can do."""
-        return self.advert.capacity
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedModel:
-    """A model as the network serves it: context_tokens is the longest that any of `peers` peers offers."""
-
-    name: str
-    revision: str
-    kind: ModelKind
-    peers: int
-    context_tokens: int
-    embeds: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
     """Two signed adverts of one peer that contradict each other; anybody can check them."""
 
@@ -118,9 +97,17 @@ class _Entry:
     instance: str
     content_id: Digest | None  # None: only the sequence is known, from before a restart
     raw: bytes
-    offer: Offer | None
     touched_s: float
-    offset_ms: int
+    offset_ms: int | None  # of its clock from ours; unknown when only copies came
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Own:
+    """Who keeps the directory. first_sequence: what this process said first, so that older echoes are known as such."""
+
+    peer: PeerId
+    instance: str
+    first_sequence: int
 
 
 class Directory:
@@ -129,22 +116,25 @@ class Directory:
     def __init__(
         self,
         *,
-        own_peer: PeerId,
-        own_instance: str,
-        own_first_sequence: int,
+        own: Own,
         network: str,
         protected: Callable[[PeerId], bool] = lambda _peer: False,
+        preference: Preference | None = None,
         adverts_max: int = ADVERTS_MAX,
+        offers_max: int = OFFERS_MAX,
     ) -> None:
-        """own_first_sequence: what this process said first, so that echoes from before a restart are known as such."""
+        """preference: which offers stay when there are more than offers_max."""
         assert adverts_max > 0
-        self._own_peer = own_peer
-        self._own_instance = own_instance
-        self._own_first_sequence = own_first_sequence
+        self._own = own
         self._network = network
         self._protected = protected
-        self._adverts_max = adverts_max
+        self._preference = preference or Preference(b"")
+        self._adverts_max, self._offers_max = adverts_max, offers_max
         self._entries: dict[PeerId, _Entry] = {}  # in the order of first receipt: the eviction order
+        self._senders: dict[bytes, PeerId] = {}  # of the entries' bytes: what is known need not be checked again
+        self._offers: dict[PeerId, Offer] = {}
+        self._ends: list[tuple[float, PeerId, int]] = []  # a heap: when which offer ends
+        self._touched: deque[tuple[float, PeerId]] = deque()  # oldest first
         self._evidence: list[Evidence] = []
         self._outcomes: Counter[Outcome] = Counter()
         self._evicted = 0
@@ -162,6 +152,9 @@ class Directory:
         return receipt
 
     def _receive(self, raw: bytes, publisher: PeerId | None, now: float, now_ms: int) -> Receipt:
+        known = self._senders.get(raw)
+        if known is not None and publisher in (None, known):
+            return Receipt(outcome=Outcome.DUPLICATE, peer=known)
         try:
             envelope = open_envelope(
                 raw, domain=ADVERT_DOMAIN, network=self._network, now_ms=now_ms, skew_ms=_ANY_TIME_MS
@@ -179,13 +172,25 @@ class Directory:
             advert = advert_of(envelope)
         except RemoteProtocolError as exc:
             return Receipt(outcome=Outcome.MALFORMED, peer=sender, detail=str(exc))
-        if sender == self._own_peer:
-            return self._own(envelope, advert)
+        if sender == self._own.peer:
+            return self._echo(envelope, advert)
         refused = _refuse_by_time(envelope, now_ms)
         if refused is not None:
-            self._note_offset(sender, envelope.time_ms - now_ms)
+            if publisher is not None:  # a copy's age says nothing of its sender's clock
+                self._note_offset(sender, envelope.time_ms - now_ms)
             return refused
-        return self._newest(raw, envelope, advert, now, now_ms)
+        life_ms = min(ADVERT_LIFE_MS_MAX, envelope.expires_ms - envelope.time_ms)
+        age_ms = 0
+        if publisher is None:
+            age_ms = min(max(0, now_ms - envelope.time_ms), max(0, life_ms - HANDED_LIFE_MS_MIN))
+        offer = Offer(
+            peer=sender,
+            sequence=envelope.sequence,
+            advert=advert,
+            received_s=now - age_ms / 1000,
+            expires_s=now + (life_ms - age_ms) / 1000,
+        )
+        return self._newest(raw, envelope, offer, now, None if publisher is None else envelope.time_ms - now_ms)
 
     def _note_offset(self, peer: PeerId, offset_ms: int) -> None:
         self._offsets.pop(peer, None)
@@ -193,17 +198,17 @@ class Directory:
         if len(self._offsets) > OFFSETS_MAX:
             del self._offsets[next(iter(self._offsets))]
 
-    def _own(self, envelope: Envelope, advert: Advert) -> Receipt:
-        if advert.instance == self._own_instance or envelope.sequence < self._own_first_sequence:
-            return Receipt(outcome=Outcome.OWN, peer=self._own_peer)
+    def _echo(self, envelope: Envelope, advert: Advert) -> Receipt:
+        if advert.instance == self._own.instance or envelope.sequence < self._own.first_sequence:
+            return Receipt(outcome=Outcome.OWN, peer=self._own.peer)
         return Receipt(
             outcome=Outcome.DUPLICATE_IDENTITY,
-            peer=self._own_peer,
+            peer=self._own.peer,
             detail=f"another process (instance {advert.instance}, at {', '.join(advert.addresses) or 'no address'}) "
             "speaks with this node's identity: stop one of the two, and give it a data directory of its own",
         )
 
-    def _newest(self, raw: bytes, envelope: Envelope, advert: Advert, now: float, now_ms: int) -> Receipt:
+    def _newest(self, raw: bytes, envelope: Envelope, offer: Offer, now: float, offset_ms: int | None) -> Receipt:
         sender, content_id = envelope.sender, digest(raw)
         entry = self._entries.get(sender)
         if entry is not None and envelope.sequence <= entry.sequence:
@@ -211,21 +216,35 @@ class Directory:
                 return Receipt(outcome=Outcome.STALE, peer=sender)
             if content_id == entry.content_id:
                 return Receipt(outcome=Outcome.DUPLICATE, peer=sender)
-            return self._contradiction(entry, sender, raw, advert)
+            return self._contradiction(entry, sender, raw, offer.advert)
         if entry is None and not self._make_room(now):
             return Receipt(outcome=Outcome.FULL, peer=sender, detail=f"{self._adverts_max} peers are known already")
-        life_s = min(ADVERT_LIFE_MS, envelope.expires_ms - envelope.time_ms) / 1000
-        offer = Offer(peer=sender, sequence=envelope.sequence, advert=advert, received_s=now, expires_s=now + life_s)
+        if entry is not None:
+            self._senders.pop(entry.raw, None)
         self._entries[sender] = _Entry(
             sequence=envelope.sequence,
-            instance=advert.instance,
+            instance=offer.advert.instance,
             content_id=content_id,
             raw=raw,
-            offer=None if advert.is_goodbye else offer,
             touched_s=now,
-            offset_ms=envelope.time_ms - now_ms,
+            offset_ms=offset_ms,
         )
+        self._senders[raw] = sender
+        self._touched.append((now, sender))
+        if offer.advert.is_goodbye:
+            self._offers.pop(sender, None)
+        else:
+            self._offers[sender] = offer
+            heapq.heappush(self._ends, (offer.expires_s, sender, offer.sequence))
+            self._tidy()
         return Receipt(outcome=Outcome.ACCEPTED, peer=sender, sequence=envelope.sequence)
+
+    def _tidy(self) -> None:
+        """Let go of offers when there are too many of them."""
+        if len(self._offers) > self._offers_max * (1 + OFFERS_SLACK):
+            for peer in surplus(self._offers.values(), self._offers_max, self._preference, self._protected):
+                del self._offers[peer]
+                self._evicted += 1
 
     def _contradiction(self, entry: _Entry, sender: PeerId, raw: bytes, advert: Advert) -> Receipt:
         self._evidence.append(Evidence(peer=sender, first=entry.raw, second=raw))
@@ -247,28 +266,38 @@ class Directory:
             return True
         for peer in self._entries:
             if not self._protected(peer):
-                del self._entries[peer]
+                self._remove(peer)
                 self._evicted += 1
                 return True
         return False
 
+    def _remove(self, peer: PeerId) -> None:
+        self._senders.pop(self._entries.pop(peer).raw, None)
+        self._offers.pop(peer, None)
+
     def forget(self, peer: PeerId) -> None:
         """Drop a peer's offer (it is banned, say); its sequence stays known."""
-        if (entry := self._entries.get(peer)) is not None:
-            entry.offer = None
+        self._offers.pop(peer, None)
 
     def tick(self, now: float) -> tuple[PeerId, ...]:
         """End what expired; returns the peers whose offers ended."""
-        gone = [peer for peer, entry in self._entries.items() if entry.offer and entry.offer.expires_s <= now]
-        for peer in gone:
-            self._entries[peer].offer = None
-        for peer in [peer for peer, entry in self._entries.items() if entry.touched_s + FLOOR_KEEP_S <= now]:
-            del self._entries[peer]
+        gone = list[PeerId]()
+        while self._ends and self._ends[0][0] <= now:
+            _, peer, sequence = heapq.heappop(self._ends)
+            offer = self._offers.get(peer)
+            if offer is not None and offer.sequence == sequence:
+                del self._offers[peer]
+                gone.append(peer)
+        while self._touched and self._touched[0][0] + FLOOR_KEEP_S <= now:
+            _, peer = self._touched.popleft()
+            entry = self._entries.get(peer)
+            if entry is not None and entry.touched_s + FLOOR_KEEP_S <= now:
+                self._remove(peer)
         return tuple(gone)
 
     def deadline(self, now: float) -> float:
-        """When the next offer expires; a life from now when there is none."""
-        return min((offer.expires_s for offer in self._live(now)), default=now + ADVERT_LIFE_S)
+        """When the next offer expires; the longest life from now when there is none."""
+        return min((offer.expires_s for offer in self._live(now)), default=now + ADVERT_LIFE_MS_MAX / 1000)
 
     # --- out ---
 
@@ -278,30 +307,29 @@ class Directory:
 
     def offer_of(self, peer: PeerId, now: float) -> Offer | None:
         """A peer's live offer."""
-        entry = self._entries.get(peer)
-        return entry.offer if entry and entry.offer and entry.offer.expires_s > now else None
+        offer = self._offers.get(peer)
+        return offer if offer is not None and offer.expires_s > now else None
 
     def models(self, now: float) -> tuple[ServedModel, ...]:
-        """What the network serves: one row for each (name, revision, kind), by name."""
-        rows: dict[tuple[str, str, ModelKind], ServedModel] = {}
-        for offer in self._live(now):
-            for model in {(m.name, m.revision, m.kind): m for m in offer.capacity.models}.values():
-                key = (model.name, model.revision, model.kind)
-                row = rows.get(key)
-                rows[key] = ServedModel(
-                    name=model.name,
-                    revision=model.revision,
-                    kind=model.kind,
-                    peers=1 + (row.peers if row else 0),
-                    context_tokens=max(model.context_tokens, row.context_tokens if row else 0),
-                    embeds=model.embeds or (row is not None and row.embeds),
-                )
-        return tuple(rows[key] for key in sorted(rows))
+        """What the network serves, as far as it is known: one row for each (name, revision, kind), by name."""
+        return served_models(self._live(now))
 
     def recent(self, now: float, limit: int) -> list[bytes]:
         """The signed bytes of at most `limit` live adverts, latest first, for a peer that has just joined."""
-        live = ((entry.touched_s, entry.raw) for entry in self._entries.values() if self._is_live(entry, now))
-        return [raw for _, raw in islice(sorted(live, key=lambda pair: -pair[0]), limit)]
+        live = ((self._entries[offer.peer].touched_s, offer.peer) for offer in self._live(now))
+        return self._raws(peer for _, peer in islice(sorted(live, key=lambda pair: -pair[0]), limit))
+
+    def sample(self, now: float, limit: int, rng: random.Random) -> list[bytes]:
+        """The signed bytes of at most `limit` live adverts, the rare before the others, for a peer that wants more."""
+        return self._raws(sample(self._live(now), limit, rng))
+
+    def serving(self, model: str, now: float, limit: int, rng: random.Random) -> list[bytes]:
+        """The signed bytes of at most `limit` live adverts of peers that serve a model."""
+        offers = self.offers(now, model=model)
+        return self._raws(offer.peer for offer in rng.sample(offers, min(limit, len(offers))))
+
+    def _raws(self, peers: Iterable[PeerId]) -> list[bytes]:
+        return [self._entries[peer].raw for peer in peers]
 
     def evidence(self) -> tuple[Evidence, ...]:
         """Contradictions seen, oldest first."""
@@ -315,12 +343,13 @@ class Directory:
         """Take back what `floors` gave before a restart, so that nothing older is believed again."""
         for peer, sequence in islice(floors.items(), self._adverts_max):
             if peer not in self._entries:
-                self._entries[peer] = _Entry(sequence, "", None, b"", None, now, 0)
+                self._entries[peer] = _Entry(sequence, "", None, b"", now, None)
+                self._touched.append((now, peer))
 
     def statistics(self, now: float) -> DirectoryStatistics:
         """A snapshot of the counters."""
-        live = {peer: entry.offset_ms for peer, entry in self._entries.items() if self._is_live(entry, now)}
-        offsets = sorted({**self._offsets, **live}.values())
+        live = {offer.peer: self._entries[offer.peer].offset_ms for offer in self._live(now)}
+        offsets = sorted(offset for offset in {**self._offsets, **live}.values() if offset is not None)
         return DirectoryStatistics(
             outcomes={outcome.value: count for outcome, count in self._outcomes.items()},
             evicted=self._evicted,
@@ -329,12 +358,8 @@ class Directory:
             clock_offset_ms=offsets[len(offsets) // 2] if offsets else None,
         )
 
-    @staticmethod
-    def _is_live(entry: _Entry, now: float) -> bool:
-        return entry.offer is not None and entry.offer.expires_s > now
-
     def _live(self, now: float) -> list[Offer]:
-        return [entry.offer for entry in self._entries.values() if entry.offer and entry.offer.expires_s > now]
+        return [offer for offer in self._offers.values() if offer.expires_s > now]
 
 
 def _refuse_by_time(envelope: Envelope, now_ms: int) -> Receipt | None:
@@ -343,7 +368,7 @@ def _refuse_by_time(envelope: Envelope, now_ms: int) -> Receipt | None:
     if ahead_ms > SKEW_MS:
         detail = f"{envelope.sender}'s clock is {ahead_ms // 1000} s ahead of ours: one of the two is wrong"
         return Receipt(outcome=Outcome.FUTURE, peer=envelope.sender, detail=detail)
-    ends_ms = min(envelope.expires_ms, envelope.time_ms + ADVERT_LIFE_MS)
+    ends_ms = min(envelope.expires_ms, envelope.time_ms + ADVERT_LIFE_MS_MAX)
     if ends_ms + SKEW_MS < now_ms:
         detail = f"{envelope.sender}'s advert ended {(now_ms - ends_ms) // 1000} s ago by our clock"
         return Receipt(outcome=Outcome.EXPIRED, peer=envelope.sender, detail=detail)

@@ -2,7 +2,8 @@
 
 Rules: core. A banned peer is not heard; quotas are asked before any signature is looked at; one message a second of
 a peer over its quota is looked at all the same, so that whoever replays others' messages blames nobody. Only what is
-new to this node is forwarded, proof that a peer contradicts itself included. Every drop is counted with its reason.
+new to this node is forwarded, proof that a peer contradicts itself included; in a crowd only of a share of the peers,
+always the same (gossip/flow.py). Every drop is counted with its reason.
 Source: SECURITY.md P5, P9, P12 and section 6.
 """
 
@@ -13,8 +14,10 @@ from collections.abc import Callable
 
 from crypto.identity import PeerId
 from gossip.directory import Directory, Outcome, Receipt
+from gossip.flow import Flow
 from gossip.pace import Quota
 from gossip.standing import Fault, Standing, Verdict
+from gossip.view import Preference
 
 OVER_QUOTA_BLAMES = 10  # for one sample
 
@@ -43,15 +46,19 @@ class Hearing:
         on_verdict: Callable[[PeerId, Verdict, str], None],
         on_duplicate: Callable[[str], None],
         on_believed: Callable[[PeerId, int], bool] = lambda _peer, _sequence: True,
+        preference: Preference | None = None,
     ) -> None:
-        """on_verdict: a peer is to be cut off, and why. on_duplicate: another process has our identity.
+        """preference: whose adverts to pass on when not all can be. on_duplicate: another process has our identity.
 
+        on_verdict: a peer is to be cut off, and why.
         on_believed: an advert under this sequence is taken for true, so no older one is ever again, though the
         process be killed now; returns False when that cannot be kept.
         """
         self._directory, self._standing = directory, standing
         self._on_verdict, self._on_duplicate, self._on_believed = on_verdict, on_duplicate, on_believed
         self._quota = Quota()
+        self._preference = preference or Preference(b"")
+        self.flow = Flow()
         self.drops: Counter[str] = Counter()
         self.duplicate: str | None = None  # what was last heard of a copy of this node
 
@@ -66,13 +73,18 @@ class Hearing:
         receipt = self._receive(raw, publisher, now, now_ms)
         if not refusal:
             self._judge(receipt, publisher, now)
-            return receipt.outcome in FORWARDED
+            return self._is_forwarded(receipt, publisher, now)
         if receipt.outcome in FRESH:  # only who speaks too much now is to blame, not whom others replay
             for _ in range(OVER_QUOTA_BLAMES):
                 self.blame(publisher, Fault.OVER_QUOTA, "more adverts than its quota", now)
         else:
             self._judge(receipt, publisher, now)
         return self._drop("over_quota")
+
+    def _is_forwarded(self, receipt: Receipt, publisher: PeerId, now: float) -> bool:
+        if receipt.outcome is not Outcome.ACCEPTED:
+            return receipt.outcome in FORWARDED
+        return self.flow.passes_on(self._preference(publisher), now) or self._drop("not_passed_on_in_a_crowd")
 
     def handed(self, giver: PeerId, raw: bytes, now: float, now_ms: int) -> None:
         """A peer that we asked hands on an advert that it knows."""
@@ -84,6 +96,10 @@ class Hearing:
     def may_ask(self, peer: PeerId, now: float) -> bool:
         """Whether a peer may ask for what we know; counted when not."""
         return self._quota.may_ask(peer, now) or self._drop("asked_too_often")
+
+    def may_find(self, peer: PeerId, now: float) -> bool:
+        """Whether a peer may ask for a sample or for who serves a model; counted when not."""
+        return self._quota.may_find(peer, now) or self._drop("searched_too_often")
 
     def blame(self, peer: PeerId, fault: Fault, reason: str, now: float) -> None:
         """A peer did wrong: its standing falls, and it is cut off when that says so."""

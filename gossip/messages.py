@@ -24,6 +24,7 @@ from p2p.transport import GOSSIP_BYTES_MAX
 
 ADVERT_DOMAIN = "advert"
 ADVERT_LIFE_MS = 30_000  # three refreshes: two lost adverts in a row do not make a peer vanish
+ADVERT_LIFE_MS_MAX = 180_000  # in a crowd, where everybody speaks less often (gossip/flow.py)
 ENVELOPE_BYTES = 256  # what an envelope adds to its body at most: key, signature, times, two labels
 CAPACITY_BYTES_MAX = GOSSIP_BYTES_MAX - ENVELOPE_BYTES - 384  # the rest of an advert without any address is under 300
 MODELS_MAX = 16  # a node's engines, with room; sixteen full entries still fit GOSSIP_BYTES_MAX
@@ -130,7 +131,9 @@ def checked_capacity(capacity: Capacity) -> Capacity:
     return capacity
 
 
-def seal_advert(identity: Identity, advert: Advert, *, network: str, sequence: int, time_ms: int) -> bytes:
+def seal_advert(
+    identity: Identity, advert: Advert, *, network: str, sequence: int, time_ms: int, life_ms: int = ADVERT_LIFE_MS
+) -> bytes:
     """The advert's signed wire form, at most GOSSIP_BYTES_MAX; addresses are left out from the end until it fits.
 
     Raises: LocalProtocolError (too large without any address, or a field out of its bounds).
@@ -144,7 +147,8 @@ def seal_advert(identity: Identity, advert: Advert, *, network: str, sequence: i
             f"the advert of {len(advert.capacity.models)} models is over {GOSSIP_BYTES_MAX} bytes even without "
             "addresses: serve fewer models or give them shorter names"
         )
-    expires_ms = time_ms + ADVERT_LIFE_MS
+    assert life_ms <= ADVERT_LIFE_MS_MAX
+    expires_ms = time_ms + life_ms
     try:
         return seal(
             identity,

@@ -2,7 +2,8 @@
 
 Rules: core. An advert goes out when its capacity changed in a way that matters to routing, at most one each
 INTERVAL_S; each REFRESH_S in any case; and soon after a peer joined, twice, because a new neighbour is not in the
-gossip mesh at once. A bucket is asked before anything costly is done for a stranger; buckets are bounded in number.
+gossip mesh at once. In a crowd both times are stretched (gossip/flow.py). A bucket is asked before anything costly is
+done for a stranger; buckets are bounded in number.
 Source: SECURITY.md P5 and section 5 "Rate limits"; NETWORK.md rule 4; ITU-T I.371 (leaky bucket).
 """
 
@@ -19,11 +20,13 @@ INTERVAL_S = 1.0
 REFRESH_S = 10.0  # a third of an advert's life
 REFRESH_JITTER = 0.1  # nodes that started together must not speak together for ever
 JOINED_S, JOINED_AGAIN_S = 0.2, 1.7  # after the subscriptions were exchanged; after the next gossip heartbeat
+FEW_NEIGHBOURS = 4  # with more, who is new to one of them is no news to the network
 LOAD_STEP = 0.2  # of the slots: a smaller change of load waits for the refresh
 RATE_STEP = 0.3  # of a measured rate
 PEER_RATE_PER_S, PEER_BURST = 2.0, 10.0  # SECURITY.md section 5
 STRANGERS_RATE_PER_S, STRANGERS_BURST = 50.0, 200.0  # of all peers together that have no offer yet
 ASK_RATE_PER_S, ASK_BURST = 0.2, 5.0  # a peer asks once for each connection
+FIND_RATE_PER_S, FIND_BURST = 1.0, 10.0  # of one peer: a sample now and then, and names that its clients ask for
 OVER_QUOTA_SAMPLE_PER_S = 1.0  # of what is over quota so much is looked at, so that an old message blames nobody
 
 
@@ -32,6 +35,7 @@ class AdvertPace:
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
+        self.stretch = 1.0
         self._last_s = float("-inf")
         self._wanted_s = float("inf")
         self._again_s = float("-inf")
@@ -40,22 +44,25 @@ class AdvertPace:
         """What the next advert would say matters now."""
         self._wanted_s = min(self._wanted_s, now)
 
-    def joined(self, now: float) -> None:
-        """A peer joined. Before the first `changed` there is nothing to tell it."""
-        if self._wanted_s < float("inf"):
+    def joined(self, now: float, neighbours: int) -> None:
+        """A peer joined, and is one of so many. Before the first `changed` there is nothing to tell it.
+
+        It asks for our advert anyway; what is said now is for those behind it, who cannot know us yet.
+        """
+        if self._wanted_s < float("inf") and neighbours <= FEW_NEIGHBOURS:
             self._wanted_s = min(self._wanted_s, now + JOINED_S)
             self._again_s = now + JOINED_AGAIN_S
 
     def published(self, now: float) -> None:
         """An advert went out."""
         self._last_s = now
-        self._wanted_s = now + REFRESH_S * (1.0 - REFRESH_JITTER * self._rng.random())
+        self._wanted_s = now + REFRESH_S * self.stretch * (1.0 - REFRESH_JITTER * self._rng.random())
         if self._again_s > now:
             self._wanted_s = min(self._wanted_s, self._again_s)
 
     def deadline(self) -> float:
         """When the next advert is due; infinite before the first `changed`."""
-        return max(self._wanted_s, self._last_s + INTERVAL_S)
+        return max(self._wanted_s, self._last_s + INTERVAL_S * self.stretch)
 
 
 def matters(before: Capacity, after: Capacity) -> bool:
@@ -136,6 +143,10 @@ class OwnAdvert:
         self._is_withdrawn = True
         self._capacity = GOODBYE
 
+    def serves(self, model: str) -> bool:
+        """Whether the last advert offered a model."""
+        return self._said is not None and any(offer.name == model for offer in self._said.models)
+
     def say(self, now: float, now_ms: int) -> tuple[Capacity, int]:
         """The capacity to tell now, and under which sequence: it grows though the saved one be lost."""
         self.pace.published(now)
@@ -152,6 +163,7 @@ class Quota:
         self._strangers = Buckets(rate_per_s=STRANGERS_RATE_PER_S, burst=STRANGERS_BURST)
         self._samples = Buckets(rate_per_s=OVER_QUOTA_SAMPLE_PER_S, burst=1)
         self._asks = Buckets(rate_per_s=ASK_RATE_PER_S, burst=ASK_BURST)
+        self._finds = Buckets(rate_per_s=FIND_RATE_PER_S, burst=FIND_BURST)
 
     def refusal(self, peer: PeerId, *, is_stranger: bool, now: float) -> str:
         """Why the peer is not listened to now; empty when it is."""
@@ -168,3 +180,7 @@ class Quota:
     def may_ask(self, peer: PeerId, now: float) -> bool:
         """Whether the peer may ask for what we know."""
         return self._asks.take(peer, now)
+
+    def may_find(self, peer: PeerId, now: float) -> bool:
+        """Whether the peer may ask for a sample, or for who serves a model."""
+        return self._finds.take(peer, now)

@@ -19,9 +19,9 @@ from enum import StrEnum
 
 from crypto.identity import PeerId
 from gossip.breaker import State
-from gossip.directory import Offer
 from gossip.messages import ModelKind, ModelOffer
 from gossip.observations import Observations, Observed
+from gossip.offer import Offer
 
 CANDIDATES_MAX = 8  # no request tries more peers than that
 EXPLORE_SHARE = 0.05  # of draws that skip the comparison

@@ -3,7 +3,8 @@
 Rules: a shell; what to believe, when to speak and whom to ask is decided in the cores it owns (directory, standing,
 observations, pace). Everything a peer sends passes its token bucket before its signature is looked at. A peer that
 has just connected is asked for the adverts it knows (ADVERTS_PROTOCOL), so that a newcomer need not wait for the next
-refresh of everybody. Effects are sync or go through bounded channels; what does not fit is dropped and counted.
+refresh of everybody; in a large network the rest is learnt by asking (gossip/finder.py). Effects are sync or go
+through bounded channels; what does not fit is dropped and counted.
 Source: NETWORK.md "Our rules" and "Protocols"; SECURITY.md P5, P9-P12, section 6.
 """
 
@@ -22,7 +23,10 @@ import trio
 
 from crypto.disk import SYSTEM, FileStatus, System
 from crypto.identity import Identity, PeerId
-from gossip.directory import Directory, DirectoryStatistics
+from gossip.directory import Directory, DirectoryStatistics, Own
+from gossip.finder import Finder
+from gossip.finding import FIND_PROTOCOL
+from gossip.flow import FlowStatistics
 from gossip.hearing import Hearing
 from gossip.messages import ADDRESSES_MAX, Advert, Capacity, advert_topic, checked_capacity, seal_advert
 from gossip.observations import Observations
@@ -30,6 +34,7 @@ from gossip.pace import OwnAdvert
 from gossip.routing import Candidate, Need, WhyNot, rank
 from gossip.saved import RESERVED, Keeper, SavedState
 from gossip.standing import Fault, Standing, StandingStatistics, Verdict
+from gossip.view import Preference
 from p2p.errors import P2PError, StreamClosed
 from p2p.transport import PeerChange, Stream, Transport
 
@@ -82,6 +87,7 @@ class GossipStatistics:
     directory: DirectoryStatistics
     standing: StandingStatistics
     drops: dict[str, int]
+    flow: FlowStatistics
     duplicate_identity: str | None  # what was last heard of a copy of this node
 
 
@@ -97,12 +103,12 @@ class GossipService:
         self._own = OwnAdvert(rng, started_ms=now_ms, sequence=max(saved.sequence, now_ms))
         self.observations = Observations()
         self.standing = Standing()
+        preference = Preference(rng.randbytes(16))
         self.directory = Directory(
-            own_peer=identity.peer_id,
-            own_instance=config.instance,
-            own_first_sequence=self._own.sequence,
+            own=Own(peer=identity.peer_id, instance=config.instance, first_sequence=self._own.sequence),
             network=config.network,
             protected=self._is_protected,
+            preference=preference,
         )
         self.standing.restore(saved.bans, now, now_ms)
         self.directory.restore({PeerId(peer): floor for peer, floor in saved.floors.items()}, now)
@@ -112,7 +118,9 @@ class GossipService:
             on_verdict=self._enforce,
             on_duplicate=config.on_duplicate,
             on_believed=self._keeper.heard,
+            preference=preference,
         )
+        self._finder = Finder(transport, self.directory, self._hearing, self._own, rng, config.wall_clock_ms)
         self._counts: Counter[str] = Counter()
         self._woken = trio.Event()  # the next advert may be due earlier than it was
         self._joins = trio.open_memory_channel[PeerId](JOINS_WAITING_MAX)
@@ -139,6 +147,10 @@ class GossipService:
         now = trio.current_time()
         return rank(need, self.directory.offers(now), self.observations, now, self._rng)
 
+    async def find(self, model: str) -> bool:
+        """Ask peers who serves a model that no known peer serves; whether some are known then. Takes a few seconds."""
+        return await self._finder.find(model)
+
     def blame(self, peer: PeerId, fault: Fault, reason: str) -> None:
         """A peer did wrong: its standing falls, and it is cut off when that says so."""
         self._hearing.blame(peer, fault, reason, trio.current_time())
@@ -151,6 +163,7 @@ class GossipService:
             directory=self.directory.statistics(now),
             standing=self.standing.statistics(now),
             drops=dict(self._hearing.drops),
+            flow=self._hearing.flow.statistics(),
             duplicate_identity=self._hearing.duplicate,
         )
 
@@ -165,11 +178,13 @@ class GossipService:
             async with trio.open_nursery() as nursery:
                 self._transport.watch(self._peer_changed)
                 self._transport.serve(ADVERTS_PROTOCOL, self._hand_on)
+                self._transport.serve(FIND_PROTOCOL, self._finder.answer)
                 await self._transport.subscribe(advert_topic(self._config.network), self._heard)
                 for peer in self._transport.peers():
                     self._peer_changed(PeerChange(peer=peer, connected=True))
                 for _ in range(PULLERS):
                     nursery.start_soon(self._pull_from_the_joined)
+                nursery.start_soon(self._finder.sample_now_and_then)
                 nursery.start_soon(self._speak)
                 nursery.start_soon(self._enforce_verdicts)
                 nursery.start_soon(self._keep_house)
@@ -198,7 +213,14 @@ class GossipService:
             addresses=self._transport.addresses()[:ADDRESSES_MAX],
             capacity=capacity,
         )
-        raw = seal_advert(self._identity, advert, network=network, sequence=sequence, time_ms=now_ms)
+        raw = seal_advert(
+            self._identity,
+            advert,
+            network=network,
+            sequence=sequence,
+            time_ms=now_ms,
+            life_ms=self._hearing.flow.life_ms,
+        )
         self._own.raw = raw
         self._counts["sent"] += 1
         try:
@@ -224,7 +246,7 @@ class GossipService:
         if verdict is not Verdict.FINE:
             self._hearing.enforce(change.peer, verdict, "what it did before")
             return
-        self._own.pace.joined(now)
+        self._own.pace.joined(now, len(self._transport.peers()))
         self._woken.set()
         try:
             self._joins[0].send_nowait(change.peer)
@@ -291,6 +313,8 @@ class GossipService:
             await trio.sleep(TICK_S)
             now = trio.current_time()
             self.directory.tick(now)
+            self._hearing.flow.tick(now)
+            self._own.pace.stretch = self._hearing.flow.stretch
             if self._keeper.take_turn(now):
                 await trio.to_thread.run_sync(self._save, self._state(RESERVED))
 

@@ -18,7 +18,7 @@ from gossip.routing import Candidate, Need, WhyNot
 from node.errors import NO_ROOM_RETRY_S, NotReady, PeerFailed, RequestError
 from node.front import FrontStatistics, RouteHint
 from node.hosting import Hosting
-from node.pursuit import Pursuit, Wait, pursue
+from node.pursuit import Pursuit, Seek, Wait, pursue
 from node.remote import Network, Remote
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork
 
@@ -182,6 +182,9 @@ class Inference:
             if isinstance(target, Wait):
                 await trio.sleep(target.seconds)
                 continue
+            if isinstance(target, Seek):
+                await self._seek(target)
+                continue
             if pursuit.started is not None:
                 self.counts["takeovers"] += 1
             try:
@@ -213,11 +216,18 @@ class Inference:
         while True:
             target = pursuit.step()
             assert not isinstance(target, Wait), "there is nothing to go on with"
+            if isinstance(target, Seek):
+                await self._seek(target)
+                continue
             work = pursuit.continued(trio.current_time())
             try:
                 return await (target.embed(work) if isinstance(target, Hosting) else self._remote.embed(target, work))
             except RequestError as exc:
                 pursuit.failed(target, exc)
+
+    async def _seek(self, seek: Seek) -> None:
+        self.counts["searches"] += 1
+        await self._network.gossip.find(seek.model)
 
 
 @contextmanager

@@ -74,6 +74,13 @@ class Wait:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Seek:
+    """Ask the network who serves a model, then look again."""
+
+    model: str
+
+
 @dataclass(slots=True, kw_only=True)
 class Pursuit(Generic[H]):
     """What one request has behind it: who failed, what the client already has. Make it with `pursue`."""
@@ -88,13 +95,17 @@ class Pursuit(Generic[H]):
     started: Started | None = None
     last_error: RequestError | None = None
     tries: int = 0
+    has_sought: bool = False
 
-    def step(self) -> H | Candidate | Wait:
-        """The engine here, or the peer, to ask now, or how long to wait. Raises RequestError: it ends so."""
+    def step(self) -> H | Candidate | Wait | Seek:
+        """The engine here, or the peer, to ask now, or what to do before. Raises RequestError: it ends so."""
         if self.tries >= ATTEMPTS_MAX:
             raise self.last_error or PeerFailed("no attempt was made")
         target = self._choose()
         if isinstance(target, WhyNot):
+            if (model := self._unknown_model(target)) is not None:
+                self.has_sought = True
+                return Seek(model)
             if self.started is None or target.why is not Why.ALL_FULL:
                 raise self._nobody(target)
             return Wait(FULL_WAIT_S)  # half an answer is worth a wait
@@ -158,6 +169,13 @@ class Pursuit(Generic[H]):
         if here is not None and (isinstance(ranking, WhyNot) or ranking[0].offer.capacity.slots_free < 1):
             return here
         return ranking if isinstance(ranking, WhyNot) else ranking[0]
+
+    def _unknown_model(self, why: WhyNot) -> str | None:
+        """The model that nobody known serves, when others may know somebody."""
+        is_ours_to_find = self.route.route is not Route.LOCAL and self.route.peer is None
+        if self.has_sought or why.why is not Why.NONE_SERVES or not is_ours_to_find:
+            return None
+        return self._model()
 
     def _here(self) -> H | None:
         """The engine here, if the client lets it answer, it can, and it has not failed this request."""

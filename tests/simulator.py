@@ -22,13 +22,16 @@ from gossip.standing import Verdict
 from node.errors import REQUEST_ERRORS
 from node.front import Route, RouteHint
 from node.work import GenerateWork, Sampling
+from tests.simulator_engine import text_at, token_at
 from tests.simulator_net import History, Link, Loop, Net, Weather
-from tests.simulator_node import Ask, Peer, Process, text_at, token_at
+from tests.simulator_node import MODEL, Peer, Process
+from tests.simulator_request import Ask
 
 QUIET_S = 38.0  # after the last request: longer than any deadline, and than the health check needs
 WARM_UP_S = 6.0
 GRACE_S = 0.001
-STATEMENTS_MAX = 20_000
+STATEMENTS_MAX = 100_000
+STARTS_PER_S = 100
 ENDS = frozenset({"finished", "cancelled", *REQUEST_ERRORS})
 
 
@@ -55,6 +58,8 @@ class Scenario:
     liars: float = 0.0
     flooders: float = 0.0
     equivocators: float = 0.0
+    rare_models: int = 0  # each served by one peer only
+    rare_requests: float = 0.0  # of the requests ask for one of them by name
     weather: Weather = field(default_factory=Weather)
 
 
@@ -73,6 +78,9 @@ class Outcome:
     flooder_kept_s: float  # the longest that somebody honest kept a connection with a flooder
     banned: dict[str, float]  # bad actors by kind -> share of the honest peers that have banned them
     bytes_per_peer_s: float
+    bytes_per_peer_s_max: float  # of the peer that sent most
+    searches: int  # for a model that nobody known served
+    found: int  # of these
     events: int
     digest: str
     lines: tuple[str, ...] = ()
@@ -98,8 +106,9 @@ class Swarm:
 
     def run(self, seed: int) -> Outcome:
         scenario, end = self.scenario, WARM_UP_S + self.scenario.seconds
+        start_s = max(2.0, scenario.peers / STARTS_PER_S)
         for peer in self.peers:
-            self.loop.after(self.rng.random() * 2.0, lambda peer=peer: self._start(peer))  # type: ignore[misc]
+            self.loop.after(self.rng.random() * start_s, lambda peer=peer: self._start(peer))  # type: ignore[misc]
         self._each(scenario.peers * scenario.requests_per_peer_min / 60, self._ask, end)
         self._each(scenario.peers * scenario.churn_per_min / 60, self._crash, end)
         self._each(scenario.peers * scenario.pauses_per_min / 60, self._pause, end)
@@ -117,6 +126,7 @@ class Swarm:
 
     def _make_peers(self) -> list[Peer]:
         scenario, peers = self.scenario, list[Peer]()
+        serving = round(scenario.serving * scenario.peers)
         actors: list[str] = []
         for actor, share in (
             ("black_hole", scenario.black_holes),
@@ -125,12 +135,13 @@ class Swarm:
             ("flooder", scenario.flooders),
             ("equivocator", scenario.equivocators),
         ):
-            actors += [actor] * round(share * scenario.serving * scenario.peers)
+            actors += [actor] * round(share * serving)
         for number in range(scenario.peers):
             actor = actors[number] if number < len(actors) else "honest"
-            serves = number < round(scenario.serving * scenario.peers)
+            serves = number < serving
             skew_ms = self.rng.randint(-scenario.skew_ms, scenario.skew_ms)
-            peers.append(Peer(_identity(number), serves, actor, skew_ms))
+            is_rare = serves and number >= serving - scenario.rare_models
+            peers.append(Peer(_identity(number), serves, actor, skew_ms, f"rare{number}" if is_rare else MODEL))
         return peers
 
     def _each(self, rate_per_s: float, act: Any, end: float) -> None:
@@ -172,6 +183,7 @@ class Swarm:
         tokens = tuple(rng.randrange(1000) for _ in range(rng.randint(1, 8)))
         work = GenerateWork(
             request_id=f"r{len(self.asks)}",
+            model=self._wanted(),
             tokens=tokens,
             sampling=Sampling(max_tokens=rng.randint(1, 100)),
             remaining_ms=int(1000 * rng.uniform(*scenario.deadline_s)),
@@ -184,6 +196,13 @@ class Swarm:
         if rng.random() < scenario.cancels:
             door.after(rng.uniform(0.0, 5.0), ask.cancel)
         ask.go()
+
+    def _wanted(self) -> str | None:
+        """The model that a client names, if it does."""
+        rare = [peer.model for peer in self.peers if peer.model != MODEL] if self.scenario.rare_requests else []
+        if not rare:
+            return None
+        return self.rng.choice(rare) if self.rng.random() < self.scenario.rare_requests else MODEL
 
     def _crash(self) -> None:
         process = self.rng.choice(list(self.alive.values()))
@@ -232,6 +251,9 @@ class Swarm:
             flooder_kept_s=self.flooder_kept_s,
             banned=self._banned(),
             bytes_per_peer_s=bytes_at_end / seconds / self.scenario.peers,
+            bytes_per_peer_s_max=max(self.net.sent.values()) / seconds,
+            searches=sum(each.finder.searches for each in self.alive.values()),
+            found=sum(each.finder.found for each in self.alive.values()),
             events=self.loop.done,
             digest=self.history.digest(),
             lines=tuple(self.history.lines),
@@ -292,16 +314,25 @@ def _identity(number: int) -> Identity:
     return _IDENTITIES[number]
 
 
+def _at_any_time(once: Any) -> Any:
+    """A directory opens envelopes whatever their time; so the time need not tell them apart."""
+    return lambda raw, *, domain, network, now_ms, skew_ms: once(
+        raw, domain=domain, network=network, now_ms=0, skew_ms=skew_ms
+    )
+
+
 @contextmanager
 def _each_statement_once() -> Iterator[None]:
     """A statement reaches every peer: what it says, and whether it is signed rightly, are pure functions of its bytes.
 
     They are asked once for each distinct statement; errors are asked again.
     """
-    names = [(crypto.envelope, each) for each in ("verify_key", "peer_id_of", "_parse")]
-    places = [(module, name, vars(module)[name]) for module, name in [*names, (gossip.directory, "advert_of")]]
+    pure = ("digest", "advert_of")
+    names = [(crypto.envelope, ("verify_key", "peer_id_of", "_parse")), (gossip.directory, (*pure, "open_envelope"))]
+    places = [(module, name, vars(module)[name]) for module, each in names for name in each]
     for module, name, genuine in places:
-        setattr(module, name, lru_cache(maxsize=STATEMENTS_MAX)(genuine))
+        once = lru_cache(maxsize=STATEMENTS_MAX)(genuine)
+        setattr(module, name, _at_any_time(once) if name == "open_envelope" else once)
     try:
         yield
     finally:

@@ -145,6 +145,7 @@ class Net:
         self.cut: set[tuple[PeerId, PeerId]] = set()
         self.links: list[Link] = []
         self.bytes = 0
+        self.sent: Counter[PeerId] = Counter()  # bytes by sender
         self.asked_of_holes: Counter[tuple[PeerId, PeerId]] = Counter()  # (door, black hole) -> calls
         self.on_drop: Callable[[Link], None] = lambda _link: None
         self._delays: dict[tuple[PeerId, PeerId], float] = {}
@@ -172,7 +173,7 @@ class Net:
         if self.blocked(sender.peer_id, receiver.peer_id):
             link.held[side].append((kind, raw, about))
             return
-        self.bytes += len(raw)
+        self._count(sender, raw)
         when = max(link.busy_until[side], self.loop.now + self.flight_s(sender.peer_id, receiver.peer_id, len(raw)))
         link.busy_until[side] = when
 
@@ -189,12 +190,12 @@ class Net:
         if not link.alive or (self.cut and self.blocked(sender.peer_id, receiver.peer_id)):
             return
         if receiver.has_seen(raw):  # it would be dropped when it comes: no event for that
-            self.bytes += len(raw)
+            self._count(sender, raw)
             return
         weather, chance = self.weather, self.rng.random
         copies = 1 + (chance() < weather.duplicate) - (chance() < weather.loss)
         for _ in range(copies):
-            self.bytes += len(raw)
+            self._count(sender, raw)
             seconds = self.flight_s(sender.peer_id, receiver.peer_id, len(raw))
             if chance() < weather.reorder:
                 seconds += chance() * weather.late_s
@@ -209,6 +210,10 @@ class Net:
 
             receiver.expected[raw] = when
             self.loop.at(when, arrive, receiver)
+
+    def _count(self, sender: End, raw: bytes) -> None:
+        self.bytes += len(raw)
+        self.sent[sender.peer_id] += len(raw)
 
     def dial(self, here: End, there: PeerId, done: Callable[[Link | None], None]) -> None:
         """A connection, the one that is there if there is one; None when it cannot be had within DIAL_S_MAX."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crypto.identity import Identity, PeerId
-from gossip.directory import Directory
+from gossip.directory import Directory, Own
 from gossip.hearing import Hearing
 from gossip.messages import Advert, Capacity, ModelKind, ModelOffer, seal_advert
 from gossip.observations import Observations
@@ -22,40 +22,27 @@ from gossip.pace import OwnAdvert
 from gossip.routing import Candidate, Need, WhyNot, rank
 from gossip.saved import RESERVED, SAVE_S, SavedState
 from gossip.standing import Standing, Verdict
-from node.errors import NoRoom, PeerFailed, RequestError
-from node.front import RouteHint
-from node.judge import Judge, judged
-from node.pursuit import Pursuit, Wait, pursue
+from gossip.view import Preference
+from node.errors import NoRoom, RequestError
 from node.work import (
     AnswerItem,
     Finished,
     GenerateWork,
-    Piece,
-    Progress,
     Started,
     from_wire,
-    item_from_wire,
     to_wire,
 )
 from p2p.errors import P2PError, Refused, RemoteError, RemoteProtocolError, Unreachable
 from p2p.rpc import CALLS_MAX, Call, CallId, Cancel, Credit, End, Error, Item, Role, Rpc, units_of
+from tests.simulator_engine import REVISION, Engine, Job
+from tests.simulator_finder import Finder
 from tests.simulator_net import Link, Loop, Net, Timer
+from tests.simulator_request import Ask, RemoteAsk
 
 START_MS = 1_800_000_000_000
-MODEL, REVISION, CONTEXT = "tale", "r1", 2_000
+MODEL, CONTEXT = "tale", 2_000
 DEGREE, DEGREE_MAX, MESH = 5, 16, 6
-PROGRESS_S = 0.5
 SEEN_MAX = 8_192
-VOCABULARY = 50_000
-
-
-def token_at(prompt: tuple[int, ...], position: int) -> int:
-    """The one right token of an answer at a position."""
-    return (sum(prompt) * 31 + len(prompt) * 7 + position * 101) % VOCABULARY
-
-
-def text_at(prompt: tuple[int, ...], position: int) -> str:
-    return f"w{token_at(prompt, position)} "
 
 
 @dataclass(slots=True, eq=False)
@@ -66,87 +53,9 @@ class Peer:
     serves: bool
     actor: str = "honest"  # honest | black_hole | staller | liar | flooder | equivocator
     skew_ms: int = 0
+    model: str = MODEL
     disk: SavedState = field(default_factory=SavedState)
     lives: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """One request in an engine."""
-
-    work: GenerateWork
-    emit: Callable[[AnswerItem | RequestError], None]
-    prompt: tuple[int, ...]
-    made: int = 0
-    prefilled: bool = False
-
-
-class Engine:
-    """Slots, a queue, and a token for each running request at each step."""
-
-    def __init__(self, process: Process, *, slots: int = 2, queue_max: int = 4, step_s: float = 0.08) -> None:
-        self.slots, self.queue_max, self.step_s = slots, queue_max, step_s
-        self.running: list[Job] = []
-        self.waiting: deque[Job] = deque()
-        self._process = process
-        self._steps = 0
-        self._stepping = False
-        self._told_at = 0.0
-
-    def serves(self, model: str | None, revision: str | None, kind: str) -> bool:
-        return model in (None, MODEL) and revision in (None, REVISION) and kind == ModelKind.CAUSAL
-
-    def has_room(self) -> bool:
-        return len(self.running) + len(self.waiting) < self.slots
-
-    def add(self, work: GenerateWork, emit: Callable[[AnswerItem | RequestError], None]) -> Job:
-        """Raises NoRoom."""
-        if len(self.waiting) >= self.queue_max:
-            raise NoRoom(f"{self.queue_max} requests wait here")
-        assert work.tokens is not None
-        job = Job(work, emit, work.tokens)
-        self.waiting.append(job)
-        emit(Started(served_by=self._process.peer_id, model=MODEL, revision=REVISION, prompt_tokens=len(job.prompt)))
-        if not self._stepping:
-            self._stepping = True
-            self._process.after(self.step_s, self._step)
-        self._process.offer()
-        return job
-
-    def remove(self, job: Job) -> None:
-        """Cancelled: its slot is free from now on."""
-        if job in self.running:
-            self.running.remove(job)
-        elif job in self.waiting:
-            self.waiting.remove(job)
-        self._process.offer()
-
-    def _step(self) -> None:
-        self._steps += 1
-        while self.waiting and len(self.running) < self.slots:
-            self.running.append(self.waiting.popleft())
-        for job in list(self.running):
-            self._advance(job)
-        if self._process.now - self._told_at >= PROGRESS_S:
-            self._told_at = self._process.now
-            for place, job in enumerate([*self.waiting]):
-                job.emit(Progress(engine_steps=self._steps, prefilled_tokens=0, queue_position=place))
-        self._stepping = bool(self.running or self.waiting)
-        if self._stepping:
-            self._process.after(self.step_s, self._step)
-        self._process.offer()
-
-    def _advance(self, job: Job) -> None:
-        if not job.prefilled:
-            job.prefilled, job.made = True, len(job.work.delivered)
-            return
-        if job.made < job.work.sampling.max_tokens:
-            token, text = token_at(job.prompt, job.made), text_at(job.prompt, job.made)
-            job.made += 1
-            job.emit(Piece(tokens=(token,), text=text))
-        if job.made >= job.work.sampling.max_tokens and job in self.running:
-            self.running.remove(job)
-            job.emit(Finished(reason="length", prompt_tokens=len(job.prompt), completion_tokens=job.made))
 
 
 @dataclass(slots=True, eq=False)
@@ -157,189 +66,6 @@ class Serving:
     job: Job | None = None
     pending: deque[Any] = field(default_factory=deque)
     end: Any = None
-
-
-class Ask:
-    """One client's request at this peer's door, to its one end."""
-
-    def __init__(self, process: Process, number: int, work: GenerateWork, route: RouteHint) -> None:
-        self.process, self.number, self.work = process, number, work
-        self.pursuit: Pursuit[Engine] = pursue(work, route, process, process.now)
-        self.began, self.ended = process.now, None if process.alive else process.now
-        self.outcome: str | None = None
-        self.text = ""
-        self.takeovers = 0
-        self._attempt = 0
-        self._leave: Callable[[], None] = lambda: None  # what tells the server that we go
-        self._timer: Timer | None = None
-        self._deadline = process.after(work.remaining_ms / 1000, lambda: self._end(self.pursuit.too_late().code))
-
-    def go(self) -> None:
-        """The next step of the pursuit."""
-        self._attempt += 1
-        try:
-            target = self.pursuit.step()
-        except RequestError as exc:
-            return self._end(exc.code)
-        self.takeovers += self.pursuit.started is not None and not isinstance(target, Wait)
-        if isinstance(target, Wait):
-            self.process.after(target.seconds, self._if_still(self._attempt, self.go))
-        elif isinstance(target, Engine):
-            self._ask_here(target)
-        else:
-            RemoteAsk(self, target, self._attempt).begin()
-
-    def cancel(self) -> None:
-        """The client leaves."""
-        if self.outcome is None:
-            self._end("cancelled")
-
-    def died(self) -> None:
-        """The door died under the client: its connection breaks."""
-        if self.outcome is None:
-            self._end("door_died")
-
-    def take(self, item: AnswerItem) -> None:
-        if self.pursuit.take(item) and isinstance(item, Piece):
-            self.text += item.text
-        if isinstance(item, Finished):
-            self._end("finished")
-
-    def failed(self, target: Engine | Candidate, error: RequestError) -> None:
-        self._leave = lambda: None
-        try:
-            self.pursuit.failed(target, error)
-        except RequestError as exc:
-            return self._end(exc.code)
-        self.process.after(0.0, self._if_still(self._attempt, self.go))
-
-    def serving(self, leave: Callable[[], None]) -> None:
-        self._leave = leave
-
-    def is_at(self, attempt: int) -> bool:
-        return self.outcome is None and self._attempt == attempt
-
-    def _if_still(self, attempt: int, call: Callable[[], None]) -> Callable[[], None]:
-        return lambda: call() if self.is_at(attempt) else None
-
-    def _ask_here(self, engine: Engine) -> None:
-        attempt = self._attempt
-
-        def emit(item: AnswerItem | RequestError) -> None:
-            if not self.is_at(attempt):
-                return
-            if isinstance(item, RequestError):
-                self.failed(engine, item)
-            elif not isinstance(item, Progress):
-                self.take(item)
-
-        try:
-            job = engine.add(self.pursuit.continued(self.process.now), emit)
-        except RequestError as exc:
-            return self.failed(engine, exc)
-        self._leave = lambda: engine.remove(job)
-
-    def _end(self, outcome: str) -> None:
-        if self.outcome is not None:
-            self.process.net.history.note("ended_twice", self.number, self.outcome, outcome)
-            self.process.violations.append(f"request {self.number} ended twice: {self.outcome}, {outcome}")
-            return
-        self.outcome, self.ended = outcome, self.process.now
-        self.process.net.history.note("end", self.number, outcome, len(self.pursuit.tokens))
-        self._deadline.cancel()
-        leave, self._leave = self._leave, lambda: None
-        leave()
-        self.process.asks.pop(self.number, None)
-
-
-class RemoteAsk:
-    """One attempt of a request at one peer; node/remote.py's part."""
-
-    def __init__(self, ask: Ask, candidate: Candidate, attempt: int) -> None:
-        self.ask, self.candidate, self.attempt = ask, candidate, attempt
-        self.process = ask.process
-        self.work: GenerateWork = ask.pursuit.continued(self.process.now)
-        self.judge = Judge(candidate.peer, candidate.offer.capacity, self.work, self.process.now)
-        self.began = self.process.now
-        self.over = False
-        self._waits: Timer | None = None
-        self._waits_from = 0.0
-        self._call: tuple[Link, CallId] | None = None
-
-    def begin(self) -> None:
-        self.process.observations.started(self.candidate.peer, self.process.now)
-        self.ask.serving(self._leave)
-        self.process.net.dial(self.process, self.candidate.peer, self._dialled)
-
-    def _dialled(self, link: Link | None) -> None:
-        if self.over:
-            return
-        if link is None:
-            return self.fail(Unreachable("no connection"))
-        try:
-            self._call = (link, self.process.call(link, "generate", to_wire(self.work), self))
-        except P2PError as exc:
-            return self.fail(exc)
-        self._wait()
-
-    def item(self, body: Any) -> None:
-        """An item of the peer's."""
-        try:
-            item = item_from_wire(body)
-            self.judge.waited(self.process.now - self._waits_from)
-            is_news = self.judge.take(item, self.process.now)
-        except RemoteProtocolError as exc:
-            return self.fail(exc)
-        self._wait()
-        if is_news:
-            self.ask.take(item)
-
-    def end(self, body: Any) -> None:
-        """The peer's last record."""
-        try:
-            item = from_wire(body, Finished)
-            self.judge.end(item)
-        except RemoteProtocolError as exc:
-            return self.fail(exc)
-        now, watch, peer = self.process.now, self.process.observations, self.candidate.peer
-        first_s = self.judge.first_token_s
-        if first_s is not None:
-            watch.first_token(peer, first_s)
-        watch.finished(peer, self.judge.tokens_received, now - self.began - (first_s or 0.0), now)
-        self._close(tell=False)
-        self.ask.take(item)
-
-    def fail(self, failure: P2PError | PeerFailed) -> None:
-        """The attempt is over; the pursuit goes on elsewhere."""
-        if self.over:
-            return
-        verdict = judged(failure, self.candidate.peer)
-        if verdict.fault is not None:
-            self.process.hearing.blame(self.candidate.peer, verdict.fault, str(failure), self.process.now)
-        self.process.observations.failed(self.candidate.peer, verdict.reason, self.process.now)
-        self.process.net.history.note("failed", self.ask.number, self.candidate.peer[-6:], verdict.reason)
-        self._close(tell=not isinstance(failure, RemoteError))
-        if self.ask.is_at(self.attempt):
-            self.ask.failed(self.candidate, verdict.error)
-
-    def _wait(self) -> None:
-        if self._waits is not None:
-            self._waits.cancel()
-        self._waits_from = self.process.now
-        until = self.judge.waits_until(self.process.now)
-        self._waits = self.process.after(until - self.process.now, lambda: self.fail(self.judge.late(self.process.now)))
-
-    def _leave(self) -> None:
-        if not self.over:
-            self._close(tell=True)
-
-    def _close(self, *, tell: bool) -> None:
-        self.over = True
-        if self._waits is not None:
-            self._waits.cancel()
-        if self._call is not None and tell:
-            self.process.leave(*self._call)
-        self.process.observations.ended(self.candidate.peer, self.process.now)
 
 
 class Process:
@@ -362,18 +88,23 @@ class Process:
         self.instance = rng.randbytes(16).hex()
         self.observations, self.standing = Observations(), Standing()
         self.standing.restore(peer.disk.bans, self.now, now_ms)
+        preference = Preference(rng.randbytes(16))
         self.directory = Directory(
-            own_peer=self.peer_id,
-            own_instance=self.instance,
-            own_first_sequence=sequence,
+            own=Own(peer=self.peer_id, instance=self.instance, first_sequence=sequence),
             network="sim",
             protected=lambda other: other in self.links or self.observations.is_proven(other),
+            preference=preference,
         )
         self.directory.restore({PeerId(each): floor for each, floor in peer.disk.floors.items()}, self.now)
         self.hearing = Hearing(
-            self.directory, self.standing, on_verdict=self._cut_off, on_duplicate=self.violations.append
+            self.directory,
+            self.standing,
+            on_verdict=self._cut_off,
+            on_duplicate=self.violations.append,
+            preference=preference,
         )
-        self.hosting: Engine | None = Engine(self) if peer.serves else None
+        self.finder = Finder(self)
+        self.hosting: Engine | None = Engine(self, peer.model) if peer.serves else None
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._callers: dict[Link, tuple[Rpc, dict[int, RemoteAsk]]] = {}
         self._callees: dict[Link, tuple[Rpc, dict[int, Serving]]] = {}
@@ -415,6 +146,7 @@ class Process:
         self._save()  # before the first sequence is used
         self.offer()
         self._keep_house()
+        self.finder.begin()
 
     def pause(self) -> None:
         """Nothing happens here until `resume`."""
@@ -430,6 +162,8 @@ class Process:
 
     def _keep_house(self) -> None:
         self.directory.tick(self.now)
+        self.hearing.flow.tick(self.now)
+        self.own_advert.pace.stretch = self.hearing.flow.stretch
         if self.now >= self._saved_at + SAVE_S:
             self._save()
         if len(self.links) < DEGREE:
@@ -455,12 +189,13 @@ class Process:
     def connected(self, link: Link) -> None:
         peer = link.other(self).peer_id
         self.observations.connected(peer, True, self.now)
-        self.own_advert.pace.joined(self.now)
+        self.own_advert.pace.joined(self.now, len(self.links))
         self._plan_speech()
         self.net.send(link, self, "pull", b"")
 
     def lost(self, link: Link) -> None:
         self.observations.connected(link.other(self).peer_id, False, self.now)
+        self.finder.lost(link)
         self._broken(link, Unreachable("the connection broke"))
 
     def take(self, link: Link, kind: str, raw: bytes, about: object) -> None:
@@ -474,6 +209,10 @@ class Process:
                         self.net.send(link, self, "pulled", each)
             case "pulled":
                 self.hearing.handed(link.other(self).peer_id, raw, self.now, self.now_ms)
+            case "find":
+                self.finder.asked(link, raw, about)
+            case "found":
+                self.finder.answered(link, raw, about)
             case "call":
                 self._called(link, raw)
             case "answer":
@@ -494,7 +233,7 @@ class Process:
         if self.hosting is None:
             return Capacity(accepting=False)
         offer = ModelOffer(
-            name=MODEL, revision=REVISION, kind=ModelKind.CAUSAL, context_tokens=CONTEXT, dtype="float32"
+            name=self.peer.model, revision=REVISION, kind=ModelKind.CAUSAL, context_tokens=CONTEXT, dtype="float32"
         )
         if self.peer.actor == "liar":
             return Capacity(
@@ -539,7 +278,14 @@ class Process:
 
     def sealed(self, capacity: Capacity, sequence: int) -> bytes:
         advert = Advert(instance=self.instance, started_ms=self.own_advert.started_ms, agent="sim/1", capacity=capacity)
-        return seal_advert(self.peer.identity, advert, network="sim", sequence=sequence, time_ms=self.now_ms)
+        return seal_advert(
+            self.peer.identity,
+            advert,
+            network="sim",
+            sequence=sequence,
+            time_ms=self.now_ms,
+            life_ms=self.hearing.flow.life_ms,
+        )
 
     def has_seen(self, raw: bytes) -> bool:
         return raw in self._seen

@@ -13,21 +13,32 @@ from crypto.canonical import encode_struct
 from crypto.envelope import seal
 from crypto.identity import Identity
 from gossip.directory import (
-    ADVERT_LIFE_S,
     EVIDENCE_MAX,
     FLOOR_KEEP_S,
     OFFSETS_MAX,
     SKEW_MS,
     Directory,
     Outcome,
+    Own,
     Receipt,
 )
-from gossip.messages import ADVERT_DOMAIN, ADVERT_LIFE_MS, GOODBYE, Advert, Capacity, ModelKind, ModelOffer, seal_advert
+from gossip.messages import (
+    ADVERT_DOMAIN,
+    ADVERT_LIFE_MS,
+    ADVERT_LIFE_MS_MAX,
+    GOODBYE,
+    Advert,
+    Capacity,
+    ModelKind,
+    ModelOffer,
+    seal_advert,
+)
 
 IDENTITIES = tuple(Identity.make() for _ in range(6))
 US = IDENTITIES[0]
 ALICE, BOB, CAROL = IDENTITIES[1:4]
 NOW_MS = 1_800_000_000_000
+ADVERT_LIFE_S = ADVERT_LIFE_MS / 1000
 INSTANCE = "aa" * 8
 TALE = ModelOffer(name="tale", revision="r1", kind=ModelKind.CAUSAL, context_tokens=512, dtype="bf16", embeds=True)
 OTHER = ModelOffer(name="other", revision="r1", kind=ModelKind.ENCODER, context_tokens=128, dtype="fp32")
@@ -35,9 +46,7 @@ OTHER = ModelOffer(name="other", revision="r1", kind=ModelKind.ENCODER, context_
 
 def directory(**changes: object) -> Directory:
     settings: dict[str, object] = {
-        "own_peer": US.peer_id,
-        "own_instance": INSTANCE,
-        "own_first_sequence": 1000,
+        "own": Own(peer=US.peer_id, instance=INSTANCE, first_sequence=1000),
         "network": "main",
     }
     return Directory(**{**settings, **changes})  # type: ignore[arg-type]
@@ -79,9 +88,10 @@ def test_a_shorter_life_is_honoured_and_a_longer_one_is_not() -> None:
         body = said(who, 1)
         raw = seal_with_life(who, life_ms)
         assert body != raw
-        assert heard(book, raw) is Outcome.ACCEPTED
+        assert heard(book, raw, by=who) is Outcome.ACCEPTED
     assert [offer.peer for offer in book.offers(5.0)] == [BOB.peer_id]
-    assert book.offers(ADVERT_LIFE_S) == ()
+    assert book.offers(ADVERT_LIFE_MS_MAX / 1000 - 0.01)
+    assert book.offers(ADVERT_LIFE_MS_MAX / 1000) == ()
 
 
 def seal_with_life(who: Identity, life_ms: int) -> bytes:
@@ -195,21 +205,29 @@ def test_clocks_may_differ_a_little(time_ms: int, outcome: Outcome) -> None:
 def test_our_own_clock_can_be_judged_by_the_others() -> None:
     book = directory()
     for number, who in enumerate(IDENTITIES[1:4]):
-        heard(book, said(who, 1, time_ms=NOW_MS + 40_000 + number))
+        heard(book, said(who, 1, time_ms=NOW_MS + 40_000 + number), by=who)
     assert book.statistics(0.0).clock_offset_ms == 40_001
 
 
 def test_also_when_it_is_so_wrong_that_all_are_refused() -> None:
     book = directory()
     for who in IDENTITIES[1:4]:
-        assert heard(book, said(who, 1, time_ms=NOW_MS + 600_000)) is Outcome.FUTURE
+        assert heard(book, said(who, 1, time_ms=NOW_MS + 600_000), by=who) is Outcome.FUTURE
     assert book.statistics(0.0).clock_offset_ms == 600_000
+
+
+def test_a_copy_says_nothing_of_its_senders_clock() -> None:
+    book = directory()
+    assert heard(book, said(ALICE, 1, time_ms=NOW_MS - 20_000)) is Outcome.ACCEPTED
+    assert heard(book, said(BOB, 1, time_ms=NOW_MS + 600_000)) is Outcome.FUTURE
+    assert book.statistics(0.0).clock_offset_ms is None
 
 
 def test_clocks_are_remembered_of_few() -> None:
     book = directory()
     for _ in range(OFFSETS_MAX + 5):
-        heard(book, said(Identity.make(), 1, time_ms=NOW_MS + 600_000))
+        who = Identity.make()
+        heard(book, said(who, 1, time_ms=NOW_MS + 600_000), by=who)
     assert len(book._offsets) == OFFSETS_MAX
 
 
@@ -238,7 +256,7 @@ def test_an_unknown_field_is_the_senders_fault() -> None:
 
 
 def test_our_own_words_are_told_from_a_copy_of_us() -> None:
-    book = directory(own_first_sequence=1000)
+    book = directory()
     assert heard(book, said(US, 1001)) is Outcome.OWN
     assert heard(book, said(US, 999, advert(instance="cc" * 8))) is Outcome.OWN  # from before our restart
     receipt = book.receive(said(US, 1001, advert(instance="cc" * 8)), publisher=None, now=0.0, now_ms=NOW_MS)
@@ -297,7 +315,7 @@ def test_a_forgotten_peer_has_no_offer() -> None:
 
 
 def test_recent_adverts_can_be_handed_on() -> None:
-    book, other = directory(), directory(own_peer=CAROL.peer_id)
+    book, other = directory(), directory(own=Own(peer=CAROL.peer_id, instance=INSTANCE, first_sequence=1000))
     heard(book, said(ALICE, 1))
     heard(book, said(BOB, 1), now=1.0)
     assert book.recent(1.0, 1) == [said(BOB, 1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from crypto.identity import Identity, PeerId
-from gossip.directory import Directory
+from gossip.directory import Directory, Own
 from gossip.hearing import OVER_QUOTA_BLAMES, Hearing
 from gossip.messages import Advert, Capacity, seal_advert
 from gossip.pace import PEER_BURST
@@ -19,7 +19,7 @@ class Ear:
     def __init__(self) -> None:
         own = Identity(b"0" * 32).peer_id
         self.standing = Standing()
-        self.directory = Directory(own_peer=own, own_instance="0" * 32, own_first_sequence=1, network="main")
+        self.directory = Directory(own=Own(peer=own, instance="0" * 32, first_sequence=1), network="main")
         self.verdicts: list[tuple[PeerId, Verdict]] = []
         self.hearing = Hearing(
             self.directory,

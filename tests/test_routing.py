@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from crypto.identity import PeerId
 from gossip.breaker import OPEN_S_MIN, State
-from gossip.directory import Offer
 from gossip.messages import GOODBYE, Advert, Capacity, ModelKind, ModelOffer
 from gossip.observations import (
     FIRST_TOKEN_LATE_S_DEFAULT,
@@ -22,6 +21,7 @@ from gossip.observations import (
     SUCCESS_HALF_LIFE_S,
     Observations,
 )
+from gossip.offer import Offer
 from gossip.routing import CANDIDATES_MAX, Candidate, Need, Why, WhyNot, rank
 
 TALE = ModelOffer(name="tale", revision="r1", kind=ModelKind.CAUSAL, context_tokens=512, dtype="bf16")

@@ -17,7 +17,7 @@ from bench.harness import quantile
 from node.judge import Judge
 from node.pursuit import Pursuit
 from tests.simulator import Outcome, Scenario, replay_command, simulate
-from tests.simulator_node import Ask
+from tests.simulator_request import Ask
 
 pytestmark = pytest.mark.slow
 SEEDS, SOAK_SEEDS = 20, 1_000
