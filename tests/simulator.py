@@ -86,6 +86,16 @@ class Outcome:
     lines: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crowd:
+    """What a node has to do in a network that has settled: in the second half of a scenario's time."""
+
+    bytes_per_peer_s: float
+    bytes_per_peer_s_max: float  # of the peer that sent most
+    events_per_peer_s: float
+    offers_known: float  # live ones of others, at the end, a mean
+
+
 class Swarm:
     """One seed's world."""
 
@@ -113,7 +123,10 @@ class Swarm:
         self._each(scenario.peers * scenario.churn_per_min / 60, self._crash, end)
         self._each(scenario.peers * scenario.pauses_per_min / 60, self._pause, end)
         self._each(scenario.cuts_per_min / 60, self._cut, end)
+        self.loop.run_until(WARM_UP_S + scenario.seconds / 2)
+        half = (self.net.bytes, self.net.sent.copy(), self.loop.done)
         self.loop.run_until(end)
+        self.crowd = self._settled(*half)
         self.net.heal()
         for link in list(self.net.links):
             self._dropped(link)
@@ -123,6 +136,16 @@ class Swarm:
             self.violations += process.violations
             self.violations += [f"{process.peer_id[-6:]}: {what}" for what in process.leftovers()]
         return self._outcome(seed, before)
+
+    def _settled(self, size: int, sent: Counter[PeerId], events: int) -> Crowd:
+        seconds, count = self.scenario.seconds / 2, self.scenario.peers
+        known = [len(each.directory.offers(self.loop.now)) for each in self.alive.values()]
+        return Crowd(
+            bytes_per_peer_s=(self.net.bytes - size) / seconds / count,
+            bytes_per_peer_s_max=max((self.net.sent - sent).values()) / seconds,
+            events_per_peer_s=(self.loop.done - events) / seconds / count,
+            offers_known=sum(known) / len(known),
+        )
 
     def _make_peers(self) -> list[Peer]:
         scenario, peers = self.scenario, list[Peer]()
@@ -291,6 +314,14 @@ def simulate(seed: int, scenario: Scenario, *, keep_lines: bool = False) -> Outc
     """Run one seed to its quiet end."""
     with _each_statement_once():
         return Swarm(seed, scenario, keep_lines=keep_lines).run(seed)
+
+
+def crowd(seed: int, scenario: Scenario) -> tuple[Outcome, Crowd]:
+    """The same, and what it cost a node."""
+    with _each_statement_once():
+        swarm = Swarm(seed, scenario)
+        outcome = swarm.run(seed)
+        return outcome, swarm.crowd
 
 
 def replay_command(seed: int, scenario: Scenario) -> str:

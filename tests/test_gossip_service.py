@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,87 +19,22 @@ from crypto.disk import StateFile, System
 from crypto.identity import Identity, PeerId
 from gossip.directory import FLOOR_KEEP_S
 from gossip.errors import LocalProtocolError
-from gossip.messages import Advert, Capacity, ModelKind, ModelOffer, advert_topic, seal_advert
-from gossip.pace import INTERVAL_S, JOINED_AGAIN_S, JOINED_S, REFRESH_S, AdvertPace, Buckets, matters
+from gossip.messages import Advert, seal_advert
+from gossip.pace import FEW_NEIGHBOURS, INTERVAL_S, JOINED_AGAIN_S, JOINED_S, REFRESH_S, AdvertPace, Buckets, matters
 from gossip.routing import Need, WhyNot
 from gossip.saved import FILE_BYTES_MAX, SAVE_S, Keeper, SavedState
-from gossip.service import ADVERTS_PROTOCOL, GOODBYE_S, GossipConfig, GossipService
+from gossip.service import ADVERTS_PROTOCOL, GOODBYE_S, GossipService
 from gossip.standing import Fault, SavedBan, Verdict
 from p2p.errors import Unreachable
 from p2p.loopback import LoopbackNetwork, LoopbackTransport
 from p2p.loopback_wire import Faults
 from p2p.transport import Stream, Transport
-
-START_MS = 1_800_000_000_000
-TALE = ModelOffer(name="tale", revision="r1", kind=ModelKind.CAUSAL, context_tokens=512, dtype="bf16")
-CAPACITY = Capacity(models=(TALE,), slots_total=4, slots_free=4, kv_tokens_free=2048, device="cpu", accepting=True)
-TOPIC = advert_topic("main")
-
-
-@dataclass
-class Node:
-    """A transport with gossip on it."""
-
-    identity: Identity
-    transport: LoopbackTransport
-    gossip: GossipService
-
-    @property
-    def peer(self) -> PeerId:
-        return self.identity.peer_id
-
-    def sees(self) -> set[PeerId]:
-        return {offer.peer for offer in self.gossip.directory.offers(trio.current_time())}
-
-
-def wall_clock_ms() -> int:
-    return START_MS + int(trio.current_time() * 1000)
-
-
-def config(**changes: object) -> GossipConfig:
-    fields: dict[str, object] = {"network": "main", "instance": random.randbytes(8).hex(), "agent": "test"}
-    return GossipConfig(**{"wall_clock_ms": wall_clock_ms, **fields, **changes})  # type: ignore[arg-type]
-
-
-@asynccontextmanager
-async def node(
-    network: LoopbackNetwork, identity: Identity | None = None, port: int | None = None, **changes: object
-) -> AsyncIterator[Node]:
-    identity = identity or Identity.make()
-    async with network.join(identity, port=port) as transport, trio.open_nursery() as nursery:
-        gossip = GossipService(transport, identity, config(**changes), random.Random(1))
-        await nursery.start(gossip.run)
-        yield Node(identity, transport, gossip)
-        nursery.cancel_scope.cancel()
-
-
-@asynccontextmanager
-async def swarm(network: LoopbackNetwork, count: int) -> AsyncIterator[list[Node]]:
-    """`count` nodes in a ring with one chord each."""
-    async with AsyncExitStack() as stack:
-        nodes = [await stack.enter_async_context(node(network)) for _ in range(count)]
-        for number, here in enumerate(nodes):
-            for step in (1, 2):
-                await here.transport.dial(nodes[(number + step) % count].transport.addresses()[0])
-        yield nodes
+from tests.gossip_swarm import CAPACITY, START_MS, TOPIC, Node, config, connect, node, swarm, until, wall_clock_ms
 
 
 @pytest.fixture
 def network() -> LoopbackNetwork:
     return LoopbackNetwork(random.Random(5))
-
-
-async def connect(one: Node, other: Node) -> None:
-    await one.transport.dial(other.transport.addresses()[0])
-
-
-async def until(true: Callable[[], bool], within_s: float) -> float:
-    """Wait on the mock clock; returns how long it took."""
-    began = trio.current_time()
-    with trio.fail_after(within_s):
-        while not true():  # noqa: ASYNC110  # on a mock clock, and of cores that know no trio
-            await trio.sleep(0.05)
-    return trio.current_time() - began
 
 
 async def test_what_one_offers_the_others_know_soon(network: LoopbackNetwork, autojump_clock: MockClock) -> None:
@@ -568,7 +501,7 @@ def test_the_pace_is_kept_whatever_happens(history: list[tuple[str, float]]) -> 
                 pace.changed(now)
                 begun = True
             case "joined":
-                pace.joined(now)
+                pace.joined(now, 1)
             case _:
                 end = now + wait_s
                 while pace.deadline() <= end:
@@ -583,16 +516,28 @@ def test_the_pace_is_kept_whatever_happens(history: list[tuple[str, float]]) -> 
 
 def test_a_newcomer_is_told_twice_for_it_is_not_in_the_mesh_at_once() -> None:
     pace = AdvertPace(random.Random(1))
-    pace.joined(0.0)
+    pace.joined(0.0, 1)
     assert pace.deadline() == float("inf")  # nothing to tell yet
     pace.changed(0.0)
     pace.published(0.0)
-    pace.joined(5.0)
+    pace.joined(5.0, FEW_NEIGHBOURS + 1)  # no news to the network: the newcomer asks us itself
+    assert pace.deadline() > 5.0 + JOINED_S
+    pace.joined(5.0, FEW_NEIGHBOURS)
     assert pace.deadline() == 5.0 + JOINED_S
     pace.published(5.0 + JOINED_S)
     assert pace.deadline() == 5.0 + JOINED_AGAIN_S
     pace.published(5.0 + JOINED_AGAIN_S)
     assert pace.deadline() > 5.0 + 0.9 * REFRESH_S
+
+
+def test_in_a_crowd_everything_is_said_less_often() -> None:
+    pace = AdvertPace(random.Random(1))
+    pace.stretch = 6.0
+    pace.changed(0.0)
+    pace.published(0.0)
+    assert 0.9 * 6 * REFRESH_S <= pace.deadline() <= 6 * REFRESH_S
+    pace.changed(1.0)
+    assert pace.deadline() == 6 * INTERVAL_S
 
 
 def test_small_changes_can_wait() -> None:

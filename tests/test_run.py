@@ -52,6 +52,7 @@ TASKS = {
 # the same, one floor deeper; what Hypercorn starts is its own
 INSIDE = {
     "gossip.service.GossipService.run": [
+        "gossip.finder.Finder.sample_now_and_then",
         "gossip.service.GossipService._enforce_verdicts",
         "gossip.service.GossipService._keep_house",
         "gossip.service.GossipService._pull_from_the_joined",

@@ -1,0 +1,93 @@
+"""node/pursuit.py: a model that nobody known serves is asked for once, before the client is told that nobody does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from crypto.identity import PeerId
+from gossip.messages import Advert, Capacity, ModelKind, ModelOffer
+from gossip.offer import Offer
+from gossip.routing import Candidate, Need, Why, WhyNot
+from node.errors import NoRoom, PeerFailed, UnknownModel
+from node.front import Route, RouteHint
+from node.pursuit import Pursuit, Seek, pursue
+from node.work import GenerateWork, Sampling, Started
+
+TALE = ModelOffer(name="tale", revision="r1", kind=ModelKind.CAUSAL, context_tokens=100, dtype="bf16")
+
+
+def candidate(name: str) -> Candidate:
+    said = Advert(instance="0" * 16, started_ms=0, agent="t", capacity=Capacity(models=(TALE,), slots_free=0))
+    offer = Offer(peer=PeerId(name), sequence=1, advert=said, received_s=0.0, expires_s=9.0)
+    return Candidate(offer=offer, model=TALE, cost_s=1.0, in_doubt=False)
+
+
+@dataclass
+class Around:
+    """Surroundings in which `known` serve the model."""
+
+    known: list[str] = field(default_factory=list)
+    why: Why = Why.NONE_SERVES
+    own = PeerId("us")
+    hosting = None
+
+    def rank(self, need: Need) -> tuple[Candidate, ...] | WhyNot:
+        found = tuple(candidate(name) for name in self.known if name not in need.exclude)
+        return found or WhyNot(why=self.why)
+
+    def served_names(self) -> set[str]:
+        return set()
+
+
+def pursuit(around: Around, route: RouteHint | None = None, model: str | None = "tale") -> Pursuit:  # type: ignore[type-arg]
+    work = GenerateWork(request_id="r", model=model, tokens=(1,), sampling=Sampling(max_tokens=3), remaining_ms=1000)
+    return pursue(work, route or RouteHint(), around, 0.0)
+
+
+def test_an_unknown_model_is_searched_for_once() -> None:
+    around = Around()
+    one = pursuit(around)
+    assert one.step() == Seek("tale")
+    with pytest.raises(UnknownModel):
+        one.step()
+
+
+def test_who_was_found_is_asked() -> None:
+    around = Around()
+    one = pursuit(around)
+    assert one.step() == Seek("tale")
+    around.known.append("far")
+    target = one.step()
+    assert isinstance(target, Candidate)
+    assert target.peer == "far"
+    assert one.tries == 1  # the search is no attempt
+
+
+@pytest.mark.parametrize("route", [RouteHint(route=Route.LOCAL), RouteHint(peer="them")])
+def test_where_the_client_chose_nobody_else_is_searched_for(route: RouteHint) -> None:
+    with pytest.raises(UnknownModel):
+        pursuit(Around(), route).step()
+
+
+def test_without_a_name_there_is_nothing_to_search_for() -> None:
+    with pytest.raises(UnknownModel):
+        pursuit(Around(), model=None).step()
+
+
+def test_full_peers_are_known_peers() -> None:
+    with pytest.raises(NoRoom):
+        pursuit(Around(why=Why.ALL_FULL)).step()
+
+
+def test_half_an_answer_is_worth_a_search_for_its_model() -> None:
+    around = Around(["near"])
+    one = pursuit(around, model=None)
+    target = one.step()
+    assert isinstance(target, Candidate)
+    one.take(Started(served_by="near", model="tale", revision="r1", prompt_tokens=1))
+    one.failed(target, PeerFailed("gone"))
+    assert one.step() == Seek("tale")
+    around.known.append("far")
+    assert isinstance(one.step(), Candidate)
