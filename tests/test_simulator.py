@@ -16,7 +16,7 @@ import pytest
 from bench.harness import quantile
 from node.judge import Judge
 from node.pursuit import Pursuit
-from tests.simulator import Outcome, Scenario, replay_command, simulate
+from tests.simulator import Crowd, Outcome, Scenario, crowd, replay_command, simulate
 from tests.simulator_request import Ask
 
 pytestmark = pytest.mark.slow
@@ -149,3 +149,37 @@ def test_endless_patience_with_the_silent_is_found(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Judge, "waits_until", lambda self, now: now + 1e9)
     scenario = Scenario(black_holes=0.3, **PATIENT)  # type: ignore[arg-type]
     assert success([simulate(seed, scenario) for seed in HOSTILE_SEEDS]) < 0.99
+
+
+# --- a network too large to know ---
+
+CROWD = {
+    "serving": 0.3,
+    "churn_per_min": 0.02,
+    "pauses_per_min": 0.01,
+    "cancels": 0.0,
+    "rare_requests": 0.2,
+}
+
+
+def crowds(peers: int, seconds: float) -> Crowd:
+    """What a node has to do, when nearly all requests are answered, also those for what only one peer serves."""
+    scenario = Scenario(peers=peers, seconds=seconds, rare_models=4, requests_per_peer_min=60 / peers, **CROWD)  # type: ignore[arg-type]  # numbers all
+    outcome, settled = crowd(1, scenario)
+    check(outcome, scenario)
+    assert success([outcome]) >= 0.95
+    return settled
+
+
+def test_a_node_in_a_crowd_has_no_more_to_do() -> None:
+    little, crowded = crowds(60, 60.0), crowds(180, 120.0)
+    assert crowded.bytes_per_peer_s < little.bytes_per_peer_s
+    assert crowded.events_per_peer_s < little.events_per_peer_s
+
+
+@pytest.mark.soak
+def test_nor_in_one_of_a_thousand() -> None:
+    little, crowded = crowds(60, 60.0), crowds(1_000, 600.0)
+    assert crowded.bytes_per_peer_s < little.bytes_per_peer_s
+    assert crowded.events_per_peer_s < little.events_per_peer_s
+    assert crowded.offers_known < 300  # one in three of a thousand serves
