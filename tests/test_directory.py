@@ -9,12 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+import gossip.directory
 from crypto.canonical import encode_struct
 from crypto.envelope import seal
 from crypto.identity import Identity
 from gossip.directory import (
     EVIDENCE_MAX,
     FLOOR_KEEP_S,
+    HANDED_LIFE_MS_MIN,
     OFFSETS_MAX,
     SKEW_MS,
     Directory,
@@ -395,3 +397,67 @@ def test_a_crowded_directory_keeps_its_bounds(history: list[tuple[str, float, in
     for event in history:
         listener.live(*event)
         listener.check()
+
+
+# --- a network too large to know ---
+
+
+def test_what_a_third_peer_hands_on_lives_for_what_is_left_of_it() -> None:
+    book = directory()
+    raw = said(ALICE, 1, time_ms=NOW_MS - 12_000)
+    assert heard(book, raw) is Outcome.ACCEPTED
+    (offer,) = book.offers(0.0)
+    assert (offer.received_s, offer.expires_s) == (-12.0, 18.0)
+    # a sender whose clock is behind ours is believed for a while all the same
+    assert heard(book, said(BOB, 1, time_ms=NOW_MS - 55_000)) is Outcome.ACCEPTED
+    assert book.offer_of(BOB.peer_id, HANDED_LIFE_MS_MIN / 1000 - 0.1) is not None
+    assert book.offer_of(BOB.peer_id, HANDED_LIFE_MS_MIN / 1000) is None
+    # what the publisher says itself is new, whatever its clock
+    assert heard(book, said(CAROL, 1, time_ms=NOW_MS - 55_000), by=CAROL) is Outcome.ACCEPTED
+    assert book.offer_of(CAROL.peer_id, ADVERT_LIFE_S - 0.1) is not None
+
+
+def test_known_bytes_are_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    book, raw = directory(), said(ALICE, 1)
+    assert heard(book, raw, by=ALICE) is Outcome.ACCEPTED
+    checks: list[bytes] = []
+    monkeypatch.setattr(gossip.directory, "open_envelope", lambda raw, **_: checks.append(raw))
+    assert heard(book, raw, by=ALICE) is Outcome.DUPLICATE
+    assert heard(book, raw) is Outcome.DUPLICATE
+    assert checks == []
+
+
+def test_known_bytes_from_a_publisher_that_did_not_sign_them_are_its_fault() -> None:
+    book, raw = directory(), said(ALICE, 1)
+    assert heard(book, raw, by=ALICE) is Outcome.ACCEPTED
+    assert heard(book, raw, by=BOB) is Outcome.WRONG_SENDER
+
+
+def test_more_offers_than_there_is_room_for_are_let_go() -> None:
+    close = IDENTITIES[1].peer_id
+    book = directory(offers_max=8, protected=lambda peer: peer == close)
+    for number, who in enumerate([IDENTITIES[1], *(Identity.make() for _ in range(40))]):
+        assert heard(book, said(who, 1), by=who) is Outcome.ACCEPTED
+        assert len(book.offers(0.0)) <= 9, number
+    assert book.offer_of(close, 0.0) is not None
+    assert book.statistics(0.0).evicted >= 31
+    assert len(book.floors()) == 41  # what they said is not forgotten with the offer
+
+
+def test_a_newer_offer_outlives_the_end_of_the_older() -> None:
+    book = directory()
+    assert heard(book, said(ALICE, 1), by=ALICE) is Outcome.ACCEPTED
+    assert heard(book, said(ALICE, 2), by=ALICE, now=20.0) is Outcome.ACCEPTED
+    assert book.tick(ADVERT_LIFE_S) == ()
+    assert book.offer_of(ALICE.peer_id, ADVERT_LIFE_S) is not None
+    assert book.tick(20.0 + ADVERT_LIFE_S) == (ALICE.peer_id,)
+
+
+def test_a_peer_heard_again_is_remembered_from_then_on() -> None:
+    book = directory()
+    heard(book, said(ALICE, 1), by=ALICE)
+    heard(book, said(ALICE, 2, time_ms=NOW_MS + 100_000), by=ALICE, now=100.0)
+    book.tick(FLOOR_KEEP_S)
+    assert book.floors() == {ALICE.peer_id: 2}
+    book.tick(100.0 + FLOOR_KEEP_S)
+    assert book.floors() == {}

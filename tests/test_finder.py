@@ -16,6 +16,8 @@ from gossip.finding import (
     FIND_ADVERTS_MAX,
     FIND_PROTOCOL,
     FOUND_ADVERTS,
+    ONWARD_BURST,
+    ONWARD_S,
     SAMPLE_S,
     SEARCH_S,
     UNKNOWN_S,
@@ -211,3 +213,66 @@ async def test_a_question_that_never_comes_is_not_waited_for(
         stream = await one.transport.open_stream(other.peer, FIND_PROTOCOL)
         with trio.fail_after(ANSWER_S + 1.0), pytest.raises((StreamClosed, Unreachable)):
             await stream.receive()
+
+
+async def test_who_asks_is_not_asked_back(network: LoopbackNetwork, autojump_clock: MockClock) -> None:
+    asker, other = Stranger(), Stranger()
+    async with (
+        node(network) as middle,
+        network.join(Identity.make()) as one,
+        network.join(Identity.make()) as two,
+    ):
+        for transport, stranger in ((one, asker), (two, other)):
+            transport.serve(FIND_PROTOCOL, stranger)
+            await transport.dial(middle.transport.addresses()[0])
+        stream = await one.open_stream(middle.peer, FIND_PROTOCOL)
+        await stream.send(find_to_wire(Find(model="tale", limit=5, onward=True)))
+        with pytest.raises(StreamClosed):
+            await stream.receive()
+        assert [find for find in asker.asked if find.model] == []
+        assert [find for find in other.asked if find.model] == [Find(model="tale", limit=5)]
+
+
+async def test_nobody_can_have_us_ask_without_end(network: LoopbackNetwork, autojump_clock: MockClock) -> None:
+    asked = Stranger()
+    async with AsyncExitStack() as stack:
+        middle = await stack.enter_async_context(node(network))
+        there = await stack.enter_async_context(network.join(Identity.make()))
+        there.serve(FIND_PROTOCOL, asked)
+        await there.dial(middle.transport.addresses()[0])
+        for asker in range(4):
+            transport = await stack.enter_async_context(network.join(Identity.make()))
+            await transport.dial(middle.transport.addresses()[0])
+            for number in range(8):
+                stream = await transport.open_stream(middle.peer, FIND_PROTOCOL)
+                await stream.send(find_to_wire(Find(model=f"m{asker}.{number}", onward=True)))
+                with pytest.raises(StreamClosed):
+                    await stream.receive()
+        assert len([find for find in asked.asked if find.model]) == ONWARD_BURST
+
+
+async def test_a_neighbour_that_says_nothing_holds_nobody_up(
+    network: LoopbackNetwork, autojump_clock: MockClock
+) -> None:
+    async with (
+        node(network) as here,
+        node(network) as middle,
+        network.join(Identity.make()) as silent,
+    ):
+        silent.serve(FIND_PROTOCOL, Stranger(closes=False))
+        await silent.dial(middle.transport.addresses()[0])
+        await connect(here, middle)
+        began = trio.current_time()
+        assert await ask(here, middle, find_to_wire(Find(model="tale", onward=True))) == []
+        assert trio.current_time() - began == ONWARD_S
+        await silent.dial(here.transport.addresses()[0])
+        async with node(network) as server:
+            for each in (here, middle, server):
+                each.gossip._hearing.flow.share = 0.0
+            server.gossip.offer(CAPACITY)
+            await trio.sleep(1.0)
+            await connect(server, middle)
+            await trio.sleep(1.0)
+            began = trio.current_time()
+            assert await here.gossip.find("tale")
+            assert trio.current_time() - began < 0.5  # though the silent one was asked too

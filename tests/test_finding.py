@@ -107,3 +107,11 @@ def test_a_search_asks_each_once_a_few_at_a_time_and_ends(
     assert search.is_found == (PeerId(f"p{finder}") in asked)
     if search.is_found:
         assert search.next() is None
+
+
+def test_once_somebody_knows_nobody_else_is_asked() -> None:
+    search = Search([PeerId("a"), PeerId("b")], 2)
+    assert search.next() == "a"
+    search.answered(is_found=True)
+    assert search.next() is None
+    assert search.is_over

@@ -530,6 +530,21 @@ def test_a_newcomer_is_told_twice_for_it_is_not_in_the_mesh_at_once() -> None:
     assert pace.deadline() > 5.0 + 0.9 * REFRESH_S
 
 
+async def test_what_is_heard_decides_how_often_we_speak_and_how_long_we_are_believed(
+    network: LoopbackNetwork, autojump_clock: MockClock
+) -> None:
+    async with node(network) as here, node(network) as other:
+        await connect(here, other)
+        here.gossip._hearing.flow.stretch = 3.0
+        await trio.sleep(2.5)
+        assert 2.0 < here.gossip._own.pace.stretch < 3.0  # there is no crowd here
+        assert here.gossip.statistics().flow.stretch == here.gossip._own.pace.stretch
+        here.gossip.offer(CAPACITY)
+        await until(lambda: here.peer in other.sees(), 10.0)
+        (offer,) = other.gossip.directory.offers(trio.current_time())
+        assert offer.expires_s - offer.received_s > 60.0
+
+
 def test_in_a_crowd_everything_is_said_less_often() -> None:
     pace = AdvertPace(random.Random(1))
     pace.stretch = 6.0

@@ -61,6 +61,26 @@ async def test_a_node_without_a_model_answers_through_a_peer(swarm: Swarm, autoj
     assert door.network.gossip.observations.is_proven(peer.id)
 
 
+async def test_who_serves_what_nobody_known_serves_is_searched_for(
+    swarm: Swarm, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door, peer = await swarm.start(), await swarm.start()
+    searched: list[str] = []
+
+    async def find(model: str) -> bool:
+        searched.append(model)
+        await trio.sleep(0.5)
+        await swarm.start(FakeRuntime())
+        await swarm.settled()
+        return True
+
+    monkeypatch.setattr(door.network.gossip, "find", find)
+    got = await ask(door, work("hello", 9, model="tale"))
+    assert got.is_right("hello", 9)
+    assert searched == ["tale"]
+    assert peer.id not in got.servers
+
+
 async def test_the_client_chooses_the_route(swarm: Swarm, autojump_clock: MockClock) -> None:
     one, other, third = [await swarm.start(FakeRuntime()) for _ in range(3)]
     door = await swarm.start()

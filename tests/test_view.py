@@ -99,3 +99,9 @@ def test_a_sample_is_another_each_time() -> None:
 def test_models_are_told_once_each() -> None:
     rows = served_models([offer(1, "a", "b"), offer(2, "b"), offer(3, "b", "b")])
     assert [(row.name, row.peers) for row in rows] == [("a", 1), ("b", 3)]
+
+
+def test_a_sample_leaves_room_for_the_common() -> None:
+    offers = [offer(n, "tale") for n in range(90)] + [offer(1000 + n, f"rare{n}") for n in range(10)]
+    common = {f"p{n}" for n in range(90)}
+    assert all(len(common & set(sample(offers, 10, random.Random(seed)))) >= 3 for seed in range(20))
