@@ -4,7 +4,8 @@ Rules: core. What counts is what is heard: distinct adverts a second. Above HEAR
 up to STRETCH_MAX; when that does not help, only a share of the peers is passed on, always the same ones, until no more
 than CROWDED_PER_S is heard: adverts then stay near their publisher, and the rest of the network is known by samples
 that neighbours hand over (gossip/view.py). It goes back the same way.
-Source: Chiu and Jain (1989), "Analysis of the increase and decrease algorithms" (multiplicative, with a dead band; here in proportion to the excess).
+Source: Chiu and Jain (1989), "Analysis of the increase and decrease algorithms" (multiplicative, with a dead band;
+here in proportion to the excess).
 """
 
 from __future__ import annotations

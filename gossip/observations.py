@@ -18,6 +18,8 @@ PEERS_MAX = 4096
 ENDED_MAX = 256  # ended requests remembered of each peer: more cannot end within one advert's life of a slow engine
 SAMPLE_WEIGHT = 0.2  # of the newest sample
 SUCCESS_HALF_LIFE_S = 300.0
+NETWORK_PRIOR = 0.5  # one failure and no success make a network dubious, until half of it has faded
+NETWORKS_MAX = 1024
 NEWCOMERS_PRIOR = 3.0  # newcomers that worked, before any was tried
 SEEN_LAG_S = 0.2  # an advert counts the requests that reached its sender before it was made, about so long ago
 FULL_S_MIN = 0.5  # a peer that refused is left alone so long, twice as long at each refusal in a row
@@ -79,6 +81,7 @@ class _Record:
     full_until_s: float = 0.0
     refusals: int = 0  # in a row
     connected: bool | None = None
+    network: str | None = None
 
 
 class Observations:
@@ -90,6 +93,7 @@ class Observations:
     def __init__(self, *, peers_max: int = PEERS_MAX) -> None:
         self._records: dict[PeerId, _Record] = {}  # least recently used first
         self._newcomers = _Tally()  # first requests to peers
+        self._networks: dict[str, _Tally] = {}  # the same, of each public network; least recently used first
         self._peers_max = peers_max
 
     # --- in ---
@@ -113,7 +117,7 @@ class Observations:
     def finished(self, peer: PeerId, tokens: int, seconds: float, now: float) -> None:
         """A request was answered in full: `tokens` in `seconds` from first to last (0 tokens: an embedding)."""
         record = self._record(peer)
-        for tally in (record.tally, *(() if record.breaker.proven else (self._newcomers,))):
+        for tally in self._tallies(record):
             tally.fade(now)
             tally.worked += 1.0
         record.breaker.worked(now)
@@ -130,7 +134,7 @@ class Observations:
             return
         record = self._record(peer)
         record.breaker.failed(now, unreachable=reason == UNREACHABLE and not record.connected)
-        for tally in (record.tally, *(() if record.breaker.proven else (self._newcomers,))):
+        for tally in self._tallies(record):
             tally.fade(now)
             tally.failed += 1.0
 
@@ -159,6 +163,23 @@ class Observations:
         record.connected = connected
         if connected:
             record.breaker.reconnected(now)
+
+    def located(self, peer: PeerId, network: str | None) -> None:
+        """A connected peer is seen in this public network (standing.group_of)."""
+        self._record(peer).network = network
+
+    def _tallies(self, record: _Record) -> list[_Tally]:
+        """Where the outcome of a request to a peer counts."""
+        tallies = [record.tally]
+        if not record.breaker.proven:
+            tallies.append(self._newcomers)
+            if record.network is not None:
+                tally = self._networks.pop(record.network, None) or _Tally()
+                self._networks[record.network] = tally
+                if len(self._networks) > NETWORKS_MAX:
+                    del self._networks[next(iter(self._networks))]
+                tallies.append(tally)
+        return tallies
 
     def _record(self, peer: PeerId) -> _Record:
         record = self._records.pop(peer, None) or _Record()
@@ -190,6 +211,16 @@ class Observations:
             refusing=now < record.full_until_s,
             connected=record.connected,
         )
+
+    def network(self, peer: PeerId) -> str | None:
+        """The public network in which the peer was last seen; None: in a private one, or never."""
+        record = self._records.get(peer)
+        return record.network if record else None
+
+    def is_dubious(self, network: str, now: float) -> bool:
+        """Whether first requests to peers of a network failed lately, more than worked."""
+        tally = self._networks.get(network)
+        return tally is not None and tally.success(NETWORK_PRIOR, now) < 0.5
 
     def load(self, peer: PeerId, claimed: int, advert_s: float) -> int:
         """Requests at the peer: `claimed` busy and queued by its advert received at `advert_s`, corrected by ours."""

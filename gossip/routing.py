@@ -4,7 +4,9 @@ Rules: core, without state; chance is an argument. A peer is judged by the secon
 measured counts in full, what is only claimed is capped. Peers are drawn by chance in proportion to their slots and the
 better of two drawn goes first (many clients with the same view must not all take the same best peer); a small part
 of the draws skips the comparison, so that a bad first sample is not for ever. A peer that never finished a request
-for us gets one at a time while a proven one has room. Withdrawn, expired, excluded and cut-off peers are never chosen.
+for us gets one at a time while a proven one has room, and of such peers only one of each public network (/24, IPv6
+/56) is tried for a request before all others: identities are cheap, networks less so. Withdrawn, expired, excluded and
+cut-off peers are never chosen.
 Source: SERVING.md "Routing"; M. Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing" (2001);
 P. Efraimidis, P. Spirakis, "Weighted random sampling with a reservoir" (2006).
 """
@@ -22,6 +24,7 @@ from gossip.breaker import State
 from gossip.messages import ModelKind, ModelOffer
 from gossip.observations import Observations, Observed
 from gossip.offer import Offer
+from gossip.standing import group_of
 
 CANDIDATES_MAX = 8  # no request tries more peers than that
 EXPLORE_SHARE = 0.05  # of draws that skip the comparison
@@ -120,6 +123,7 @@ def rank(
     sure: list[Candidate] = []
     doubt: list[Candidate] = []
     too_short, full, broken, waits_s = 0, 0, 0, []
+    networks = {_network(offer, observations) for offer, _ in serving if offer.peer in need.exclude}
     for offer, model in _drawn(serving, need, observations, rng):
         if need.tokens > model.context_tokens:
             too_short += 1
@@ -132,7 +136,8 @@ def rank(
             full += 1
         else:
             candidate = _candidate(need, offer, model, seen, load)
-            (doubt if candidate.in_doubt else sure).append(candidate)
+            is_new = seen.proven or _is_of_a_new_network(offer, observations, networks, now)
+            (sure if is_new and not candidate.in_doubt else doubt).append(candidate)
             if len(sure) > CANDIDATES_MAX:
                 break
             continue
@@ -149,6 +154,22 @@ def rank(
         context_tokens_max=max((model.context_tokens for _, model in serving), default=0),
         retry_after_s=max(1.0, min(waits_s)) if waits_s else None,
     )
+
+
+def _is_of_a_new_network(offer: Offer, observations: Observations, networks: set[str | None], now: float) -> bool:
+    """Whether no peer of its network stands in `networks` or failed us lately; it does from now on."""
+    network = _network(offer, observations)
+    if network is None:
+        return True
+    if network in networks or observations.is_dubious(network, now):
+        return False
+    networks.add(network)
+    return True
+
+
+def _network(offer: Offer, observations: Observations) -> str | None:
+    """The public network of a peer: where it was seen, else the one that it claims; None for a private one."""
+    return observations.network(offer.peer) or group_of(next(iter(offer.advert.addresses), None))
 
 
 def _drawn(

@@ -33,7 +33,7 @@ from gossip.observations import Observations
 from gossip.pace import OwnAdvert
 from gossip.routing import Candidate, Need, WhyNot, rank
 from gossip.saved import RESERVED, Keeper, SavedState
-from gossip.standing import Fault, Standing, StandingStatistics, Verdict
+from gossip.standing import Fault, Standing, StandingStatistics, Verdict, group_of
 from gossip.view import Preference
 from p2p.errors import P2PError, StreamClosed
 from p2p.transport import PeerChange, Stream, Transport
@@ -242,7 +242,9 @@ class GossipService:
         self.observations.connected(change.peer, change.connected, now)
         if not change.connected:
             return
-        verdict = self.standing.seen_at(change.peer, self._transport.remote_address(change.peer), now)
+        address = self._transport.remote_address(change.peer)
+        self.observations.located(change.peer, group_of(address))
+        verdict = self.standing.seen_at(change.peer, address, now)
         if verdict is not Verdict.FINE:
             self._hearing.enforce(change.peer, verdict, "what it did before")
             return

@@ -32,6 +32,7 @@ WARM_UP_S = 6.0
 GRACE_S = 0.001
 STATEMENTS_MAX = 100_000
 STARTS_PER_S = 100
+SYBIL_NETWORKS = 4
 ENDS = frozenset({"finished", "cancelled", *REQUEST_ERRORS})
 
 
@@ -58,6 +59,7 @@ class Scenario:
     liars: float = 0.0
     flooders: float = 0.0
     equivocators: float = 0.0
+    sybils: int = 0  # beside the others, in four networks; they claim much, answer nothing, and tell of each other only
     rare_models: int = 0  # each served by one peer only
     rare_requests: float = 0.0  # of the requests ask for one of them by name
     weather: Weather = field(default_factory=Weather)
@@ -74,7 +76,7 @@ class Outcome:
     wrong: tuple[str, ...]  # each a sentence
     takeovers: int  # of answers that had begun
     latencies_s: tuple[float, ...]  # of the answered
-    asked_of_holes: int  # the most requests that one black hole or staller got from one door
+    asked_of_holes: int  # the most requests that one black hole, staller or sybil got from one door
     flooder_kept_s: float  # the longest that somebody honest kept a connection with a flooder
     banned: dict[str, float]  # bad actors by kind -> share of the honest peers that have banned them
     bytes_per_peer_s: float
@@ -106,6 +108,7 @@ class Swarm:
         self.history.keep = keep_lines
         self.net = Net(self.loop, random.Random(self.rng.getrandbits(64)), scenario.weather, self.history)
         self.peers = self._make_peers()
+        self.net.addresses = {peer.identity.peer_id: peer.address for peer in self.peers}
         self._actors = {peer.identity.peer_id: peer.actor for peer in self.peers}
         self.everybody = tuple(peer.identity.peer_id for peer in self.peers)
         self.alive: dict[PeerId, Process] = {}
@@ -164,7 +167,12 @@ class Swarm:
             serves = number < serving
             skew_ms = self.rng.randint(-scenario.skew_ms, scenario.skew_ms)
             is_rare = serves and number >= serving - scenario.rare_models
-            peers.append(Peer(_identity(number), serves, actor, skew_ms, f"rare{number}" if is_rare else MODEL))
+            model = f"rare{number}" if is_rare else MODEL
+            address = f"/ip4/{20 + number // 65536}.{number // 256 % 256}.{number % 256}.1/tcp/4001"
+            peers.append(Peer(_identity(number), serves, actor, address, skew_ms, model))
+        for number in range(scenario.peers, scenario.peers + scenario.sybils):
+            address = f"/ip4/45.0.{number % SYBIL_NETWORKS}.{number % 250}/tcp/{4001 + number // 250}"
+            peers.append(Peer(_identity(number), serves=True, actor="sybil", address=address))
         return peers
 
     def _each(self, rate_per_s: float, act: Any, end: float) -> None:

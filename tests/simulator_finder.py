@@ -87,6 +87,8 @@ class Finder:
     def asked(self, link: Link, raw: bytes, question: object) -> None:
         process, find = self._process, find_of(raw)
         asker = link.other(process).peer_id
+        if process.peer.actor == "sybil":
+            return self._reply(link, process.net.told_by_sybils[: find.limit], question)
         if not process.hearing.may_find(asker, process.now):
             return self._reply(link, [], question)
         if find.model is None:

@@ -142,20 +142,26 @@ class Net:
     def __init__(self, loop: Loop, rng: random.Random, weather: Weather, history: History) -> None:
         self.loop, self.rng, self.weather, self.history = loop, rng, weather, history
         self.processes: dict[PeerId, End] = {}
+        self.addresses: dict[PeerId, str] = {}
         self.cut: set[tuple[PeerId, PeerId]] = set()
         self.links: list[Link] = []
         self.bytes = 0
         self.sent: Counter[PeerId] = Counter()  # bytes by sender
         self.asked_of_holes: Counter[tuple[PeerId, PeerId]] = Counter()  # (door, black hole) -> calls
+        self.told_by_sybils: list[bytes] = []  # newest first
         self.on_drop: Callable[[Link], None] = lambda _link: None
         self._delays: dict[tuple[PeerId, PeerId], float] = {}
+        self._uplinks: dict[PeerId, float] = {}  # when what a machine has sent so far is on the wire
 
     def flight_s(self, here: PeerId, there: PeerId, size: int) -> float:
-        """How long some bytes are on their way, with the retransmissions they need."""
+        """How long some bytes are on their way, behind what `here` sent before, with the retransmissions they need."""
         pair = (here, there) if here < there else (there, here)
         if pair not in self._delays:
             self._delays[pair] = self.rng.uniform(*self.weather.delay_s)
-        seconds = self._delays[pair] + self.rng.random() * self.weather.jitter_s + size / self.weather.bytes_per_s
+        now = self.loop.now
+        sent = max(now, self._uplinks.get(here, 0.0)) + size / self.weather.bytes_per_s
+        self._uplinks[here] = sent
+        seconds = sent - now + self._delays[pair] + self.rng.random() * self.weather.jitter_s
         wait_s = RETRANSMIT_S
         while self.rng.random() < self.weather.loss:
             seconds, wait_s = seconds + wait_s, 2 * wait_s

@@ -21,7 +21,7 @@ from gossip.observations import Observations
 from gossip.pace import OwnAdvert
 from gossip.routing import Candidate, Need, WhyNot, rank
 from gossip.saved import RESERVED, SAVE_S, SavedState
-from gossip.standing import Standing, Verdict
+from gossip.standing import Standing, Verdict, group_of
 from gossip.view import Preference
 from node.errors import NoRoom, RequestError
 from node.work import (
@@ -51,7 +51,8 @@ class Peer:
 
     identity: Identity
     serves: bool
-    actor: str = "honest"  # honest | black_hole | staller | liar | flooder | equivocator
+    actor: str = "honest"  # honest | black_hole | staller | liar | flooder | equivocator | sybil
+    address: str = ""  # a multiaddr, where others see it
     skew_ms: int = 0
     model: str = MODEL
     disk: SavedState = field(default_factory=SavedState)
@@ -189,6 +190,11 @@ class Process:
     def connected(self, link: Link) -> None:
         peer = link.other(self).peer_id
         self.observations.connected(peer, True, self.now)
+        address = self.net.addresses.get(peer)
+        self.observations.located(peer, group_of(address))
+        if (verdict := self.standing.seen_at(peer, address, self.now)) is not Verdict.FINE:
+            self.hearing.enforce(peer, verdict, "what it did before")
+            return
         self.own_advert.pace.joined(self.now, len(self.links))
         self._plan_speech()
         self.net.send(link, self, "pull", b"")
@@ -203,7 +209,10 @@ class Process:
             case "gossip":
                 self._heard(link, raw, PeerId(str(about)))
             case "pull":
-                if self.hearing.may_ask(link.other(self).peer_id, self.now):
+                if self.peer.actor == "sybil":
+                    for each in self.net.told_by_sybils[:256]:
+                        self.net.send(link, self, "pulled", each)
+                elif self.hearing.may_ask(link.other(self).peer_id, self.now):
                     known = self.directory.recent(self.now, 256)
                     for each in [self.own_advert.raw, *known] if self.own_advert.raw else known:
                         self.net.send(link, self, "pulled", each)
@@ -235,7 +244,7 @@ class Process:
         offer = ModelOffer(
             name=self.peer.model, revision=REVISION, kind=ModelKind.CAUSAL, context_tokens=CONTEXT, dtype="float32"
         )
-        if self.peer.actor == "liar":
+        if self.peer.actor in ("liar", "sybil"):
             return Capacity(
                 models=(offer,), slots_total=512, slots_free=512, kv_tokens_free=1 << 30, decode_tok_s=1e6,
                 prefill_tok_s=1e6, device="cuda", accepting=True,
@@ -269,6 +278,8 @@ class Process:
         capacity, sequence = self.own_advert.say(self.now, self.now_ms)
         raw = self.sealed(capacity, sequence)
         self.own_advert.raw = raw
+        if self.peer.actor == "sybil":
+            self.net.told_by_sybils = [raw, *self.net.told_by_sybils[:255]]
         links = list(self.links.values())
         other = raw
         if self.peer.actor == "equivocator":  # a second statement under the same sequence
@@ -277,7 +288,13 @@ class Process:
             self.net.gossip(link, self, raw if number % 2 else other, self.peer_id)
 
     def sealed(self, capacity: Capacity, sequence: int) -> bytes:
-        advert = Advert(instance=self.instance, started_ms=self.own_advert.started_ms, agent="sim/1", capacity=capacity)
+        advert = Advert(
+            instance=self.instance,
+            started_ms=self.own_advert.started_ms,
+            agent="sim/1",
+            addresses=(self.peer.address,),
+            capacity=capacity,
+        )
         return seal_advert(
             self.peer.identity,
             advert,
@@ -369,7 +386,7 @@ class Process:
     def _begin(self, link: Link, call: Call) -> None:
         rpc, served = self._callees[link]
         serving = served[call.id] = Serving(CallId(call.id))
-        if self.peer.actor in ("black_hole", "staller"):
+        if self.peer.actor in ("black_hole", "staller", "sybil"):
             self.net.asked_of_holes[link.other(self).peer_id, self.peer_id] += 1
             if self.peer.actor == "staller":
                 prompt_tokens = len(from_wire(call.body, GenerateWork).tokens or ())

@@ -93,6 +93,17 @@ def test_who_contradicts_himself_is_known_to_nearly_all() -> None:
         assert outcome.banned["equivocator"] > 0.9
 
 
+def test_three_sybils_for_each_honest_peer_cost_time_and_no_answers() -> None:
+    kind = {**PATIENT, "peers": 32}
+    swarms = [Scenario(**kind, sybils=sybils) for sybils in (0, 96)]  # type: ignore[arg-type]
+    (alone, besieged) = ([simulate(seed, each) for seed in HOSTILE_SEEDS] for each in swarms)
+    for outcome in besieged:
+        check(outcome, swarms[1])
+        assert outcome.asked_of_holes <= 5
+    assert success(besieged) >= 0.99
+    assert p95_s(besieged) <= 2.5 * p95_s(alone)  # four networks, one try in each
+
+
 # --- the simulator itself ---
 
 
