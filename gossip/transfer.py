@@ -30,7 +30,8 @@ CHUNKS_MAX = 16_384  # a manifest of 512 KiB: 8 GiB in chunks of CHUNK_BYTES
 DROPPED_MAX = 1024  # donors dropped in one transfer; after so many nobody new is let in
 LOOK_MAX = 1024  # missing chunks looked at for one decision
 BLOB_BYTES_MAX = CHUNKS_MAX * CHUNK_BYTES_MAX
-_MANIFEST = Limits(bytes_max=CHUNKS_MAX * DIGEST_BYTES + 256, bin_max=CHUNKS_MAX * DIGEST_BYTES)
+MANIFEST_BYTES_MAX = CHUNKS_MAX * DIGEST_BYTES + 256
+_MANIFEST = Limits(bytes_max=MANIFEST_BYTES_MAX, bin_max=CHUNKS_MAX * DIGEST_BYTES)
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -139,7 +140,7 @@ class Store:
     """Keep a chunk that was compared with its digest."""
 
     index: int
-    content: bytes
+    content: bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +248,7 @@ class Transfer:
             self._missing[index] = None
         return self._ask(now)
 
-    def received(self, donor: PeerId, index: int, content: bytes, now: float) -> list[Effect]:
+    def received(self, donor: PeerId, index: int, content: bytes | memoryview, now: float) -> list[Effect]:
         """A donor sent a chunk: stored when it is the one, else the donor is dropped."""
         state = self._donors.get(donor)
         if state is None:
