@@ -388,7 +388,5 @@ def _refused(donor: PeerId, refusal: Refusal) -> _Left:
         Refusal.UNKNOWN: "does not have it",
         Refusal.BUSY: "is busy",
         Refusal.GONE: "has it no more",
-        Refusal.OUT_OF_BOUNDS: "refused a range that its manifest has",
     }
-    lied = refusal is Refusal.OUT_OF_BOUNDS
-    return _Left(donor, told[refusal], refusal is Refusal.BUSY, lied=lied)
+    return _Left(donor, told[refusal], refusal is Refusal.BUSY)

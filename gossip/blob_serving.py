@@ -169,7 +169,6 @@ class BlobServing:
                     return
             ask = decode_ask(raw, RangeAsk)
             if not within(ask, source.manifest):
-                await self._refuse(stream, Refusal.OUT_OF_BOUNDS)
                 raise RemoteProtocolError(
                     f"{ask.length} bytes from {ask.start} were asked of a blob of {source.manifest.blob_bytes}"
                 )

@@ -48,7 +48,6 @@ class Refusal(StrEnum):
     UNKNOWN = "unknown"  # it does not offer that blob
     BUSY = "busy"  # it serves as many as it will, to this peer or in all
     GONE = "gone"  # the file is not any more what was offered
-    OUT_OF_BOUNDS = "out_of_bounds"  # the blob has no such range
 
 
 @dataclass(frozen=True, slots=True)

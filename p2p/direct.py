@@ -3,8 +3,9 @@
 Rules: opener and server of a protocol agree on keys over a libp2p stream; then the opener claims a connection to the
 server's port with a token that only these two can know, or says that it could not, and the frames go over that same
 libp2p stream. Both get a Stream and need not know which. Only the address at which a peer is connected already is
-dialled, so that nobody can send us elsewhere; a peer behind a relay has none. A channel lives no longer than the peer's libp2p connection.
-A connection to the port costs its peer nothing yet, so those are few, short, and say one token or nothing.
+dialled, so that nobody can send us elsewhere; a peer behind a relay has none. A channel lives no longer than the
+peer's libp2p connection. A connection to the port costs its peer nothing yet, so those are few, short, and say one
+token or nothing.
 
 Source: NETWORK.md section 2 (direct TCP data channel); SECURITY.md F7.
 """
@@ -63,6 +64,15 @@ class DirectConfig:
                 raise ValueError(f"{name} = {getattr(self, name)} came, wanted more than 0 seconds")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectStatistics:
+    """A snapshot. port: 0 while nothing is listened on; counts: channels opened, fallbacks and drops, since start."""
+
+    port: int
+    channels: int  # open now, both ways
+    counts: dict[str, int]
+
+
 @dataclass(slots=True, eq=False)
 class _Offer:
     """A channel that its opener may claim once."""
@@ -98,6 +108,11 @@ class Direct:
         transport.serve(DIRECT_PROTOCOL, self._answer)
 
     # ---- both ends ----
+
+    def statistics(self) -> DirectStatistics:
+        """A snapshot of the counters."""
+        live = sum(not stream.over.is_set() for stream in self._live)
+        return DirectStatistics(port=self._port, channels=live, counts=dict(self.counts))
 
     def serve(self, protocol: str, handler: StreamHandler) -> None:
         """As Transport.serve: `handler` gets a direct stream, or an ordinary one from a peer that cannot do better."""

@@ -68,13 +68,11 @@ class Peer:
 
 def made(transport: LoopbackTransport, config: BlobsConfig) -> Peer:
     faults: list[tuple[PeerId, str, bool]] = []
-    blobs = Blobs(
-        transport,
-        transport,
-        config,
-        on_fault=lambda peer, what, lied: faults.append((peer, what, lied)),
-        blocking=inline,
-    )
+
+    def blame(peer: PeerId, what: str, lied: bool) -> None:
+        faults.append((peer, what, lied))
+
+    blobs = Blobs(transport, transport, config, on_fault=blame, blocking=inline)
     return Peer(transport, blobs, config, faults)
 
 

@@ -157,7 +157,6 @@ async def test_a_donor_that_dies_is_replaced(tmp_path: Path, autojump_clock: Moc
         (says(b""), True, "no answer"),
         (says(b"\x07xyz"), True, "no answer"),
         (says(piece_head(0) + CONTENT[:SMALL]), True, "before it was asked"),
-        (says(refusal_frame(Refusal.OUT_OF_BOUNDS)), True, "refused a range"),
         (staller, False, "without an answer"),
     ],
 )
