@@ -35,11 +35,11 @@ _MANIFEST = Limits(bytes_max=MANIFEST_BYTES_MAX, bin_max=CHUNKS_MAX * DIGEST_BYT
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a blob is made of. `chunks`: their digests, one after the other."""
+    """What a blob is made of. `chunks`: their digests, one after the other; how many there are bounds the rest."""
 
-    blob_bytes: Annotated[int, Meta(ge=0, le=BLOB_BYTES_MAX)]
+    blob_bytes: Annotated[int, Meta(ge=0)]
     chunk_bytes: Annotated[int, Meta(ge=CHUNK_BYTES_MIN, le=CHUNK_BYTES_MAX)]
-    chunks: Annotated[bytes, Meta(max_length=CHUNKS_MAX * DIGEST_BYTES)]
+    chunks: bytes
 
     @property
     def count(self) -> int:

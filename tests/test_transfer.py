@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from crypto.canonical import encode
@@ -66,6 +66,8 @@ def test_a_manifest_names_every_byte_once(size: int, count: int) -> None:
 
 
 @given(st.integers(0, 6 * CHUNK), st.integers(0, 6 * CHUNK))
+@example(1, 0)
+@example(CHUNK, 0)
 @settings(deadline=None)
 def test_a_range_is_covered_by_the_chunks_that_hold_it(start: int, length: int) -> None:
     content = blob(5, 7)
@@ -75,6 +77,10 @@ def test_a_range_is_covered_by_the_chunks_that_hold_it(start: int, length: int) 
     wanted = range(start, min(start + length, len(content)))
     assert held.issuperset(wanted)
     assert all(set(range(manifest.span(index)[0], sum(manifest.span(index)))) & set(wanted) for index in covering)
+
+
+def test_a_range_before_the_blob_is_nowhere() -> None:
+    assert list(manifest_of(blob(5, 7), CHUNK).covering(-5, 20)) == []
 
 
 def test_bytes_that_are_not_the_manifest_are_refused() -> None:
@@ -88,6 +94,9 @@ def test_bytes_that_are_not_the_manifest_are_refused() -> None:
         {"chunks": bytes(3 * DIGEST_BYTES + 1)},
         {"blob_bytes": 3 * CHUNK + 1},
         {"blob_bytes": -1},
+        {"blob_bytes": -1, "chunks": b""},
+        {"blob_bytes": 3 * FRAME_BYTES_MAX, "chunk_bytes": FRAME_BYTES_MAX},
+        {"blob_bytes": (CHUNKS_MAX + 1) * CHUNK, "chunks": bytes((CHUNKS_MAX + 1) * DIGEST_BYTES)},
         {"chunk_bytes": 0},
         {"chunk_bytes": FRAME_BYTES_MAX},
         {"more": 1},
@@ -112,7 +121,14 @@ def test_the_largest_manifest_fits_a_frame() -> None:
 def test_only_what_compares_equal_counts_as_stored() -> None:
     content = blob(3)
     manifest = manifest_of(content, CHUNK)
-    found = [(0, chunk(content, 0)), (1, chunk(content, 0)), (2, chunk(content, 2)[:-1]), (3, b""), (-1, b"")]
+    found = [
+        (0, chunk(content, 0)),
+        (1, chunk(content, 0)),
+        (2, chunk(content, 2)[:-1]),
+        (3, b""),
+        (-1, b""),
+        (-2, chunk(content, 1)),
+    ]
     assert verified(manifest, found) == {0}
 
 
@@ -224,8 +240,9 @@ def test_donors_are_bounded() -> None:
 
 
 def test_bad_bounds_are_refused() -> None:
-    with pytest.raises(ValueError, match="asks_max"):
-        TransferConfig(asks_max=0)
+    for name in ("donors_max", "asks_per_donor_max", "asks_max", "lates_max"):
+        with pytest.raises(ValueError, match=name):
+            TransferConfig(**{name: 0})  # type: ignore[arg-type]  # one field at a time
     with pytest.raises(ValueError, match="answer_s"):
         TransferConfig(answer_s=0.0)
 
