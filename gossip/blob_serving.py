@@ -1,8 +1,9 @@
 """The serving half of /openagi/blob/1: what this node offers, and to how many, how fast.
 
 Rules: a shell. Nothing is offered that this node's own code did not put here; a peer names a digest, never a place.
-Streams are few, for each peer and in all; what goes out stays within the allowance; a peer that asks nothing, or takes
-nothing, for too long loses its stream. At most one piece a stream is in memory. Every drop is counted with its reason.
+Streams are few for each peer, and those that give are few in all; what goes out stays within the allowance; a peer that
+asks nothing, or takes nothing, for too long loses its stream. At most one piece a stream is in memory. Every drop is
+counted with its reason.
 Source: NETWORK.md "Our rules" 4, 5; BEP 3 (upload slots).
 """
 
@@ -54,8 +55,8 @@ class ServingConfig:
 
     offers_max: int = 1024
     memory_bytes_max: int = 256 << 20  # of the blobs that are offered from memory
-    streams_max: int = 16
-    streams_per_peer_max: int = 4
+    streams_max: int = 16  # that give; one that has not asked yet takes nobody's place
+    streams_per_peer_max: int = 4  # that give, or have not asked yet
     upload_bytes_per_s: float = 100e6  # to all peers together, so that inference and training come first
     burst_bytes: int = 4 << 20
     ask_s: float = 10.0  # for the first ask
@@ -78,7 +79,8 @@ class BlobServing:
     def __init__(self, config: ServingConfig, blocking: Blocking, on_fault: FaultReport) -> None:
         self._config, self._blocking, self._on_fault = config, blocking, on_fault
         self._offers: dict[Digest, Source] = {}
-        self._streams: Counter[PeerId] = Counter()
+        self._streams: Counter[PeerId] = Counter()  # before their first ask too
+        self._giving = 0
         self._allowance = Allowance(config.upload_bytes_per_s, config.burst_bytes)
         self.counts: Counter[str] = Counter()  # streams, pieces and bytes given
         self.drops: Counter[str] = Counter()  # reason -> count
@@ -91,7 +93,7 @@ class BlobServing:
     @property
     def streams(self) -> int:
         """How many streams are served now."""
-        return self._streams.total()
+        return self._giving
 
     def offer(self, source: Source) -> Digest:
         """Give this blob to whoever asks, until it is withdrawn. Raises LocalProtocolError (over a bound)."""
@@ -140,21 +142,29 @@ class BlobServing:
 
     async def _answer(self, stream: Stream) -> None:
         """Raises TooSlowError, RemoteProtocolError, P2PError."""
+        if self._streams[stream.peer] > self._config.streams_per_peer_max:
+            return await self._refuse(stream, Refusal.BUSY)
         with trio.fail_after(self._config.ask_s):
             ask = decode_ask(await stream.receive(), BlobAsk)
         source = self._offers.get(Digest(ask.blob))
-        config = self._config
-        if self._streams.total() > config.streams_max or self._streams[stream.peer] > config.streams_per_peer_max:
-            return await self._refuse(stream, Refusal.BUSY)
         if source is None:
             return await self._refuse(stream, Refusal.UNKNOWN)
+        if self._giving >= self._config.streams_max:
+            return await self._refuse(stream, Refusal.BUSY)
+        self._giving += 1
+        try:
+            await self._open(stream, ask, source)
+        finally:
+            self._giving -= 1
+
+    async def _open(self, stream: Stream, ask: BlobAsk, source: Source) -> None:
+        """Raises as _answer."""
         reader = await self._blocking(source.open) if source.blocks else source.open()
         if reader is None:
             return await self._gone(stream, Digest(ask.blob))
         try:
             self.counts["streams"] += 1
-            manifest = source.manifest.encode() if ask.manifest else b""
-            await self._send(stream, here_frame(manifest))
+            await self._send(stream, here_frame(source.manifest.encode() if ask.manifest else b""))
             await self._give(stream, Digest(ask.blob), source, reader)
         finally:
             reader.close()

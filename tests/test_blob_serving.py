@@ -94,6 +94,26 @@ async def test_streams_are_few_for_a_peer_and_in_all(tmp_path: Path, autojump_cl
         assert (await there.me.blobs.fetch(blob, [one.id])).read_bytes() == bytes(3000)
 
 
+async def test_streams_that_ask_nothing_keep_nobody_out(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with world(tmp_path) as there:
+        one = await there.peer(serving=ServingConfig(streams_max=3, streams_per_peer_max=2))
+        blob = one.blobs.offer_bytes(bytes(3000))
+        for _ in range(4):
+            idler = await there.peer()
+            await idler.transport.dial(one.transport.addresses()[0])
+            for _ in range(3):
+                await idler.transport.open_stream(one.id, BLOB_PROTOCOL)
+        await trio.sleep(1)
+        assert one.blobs.statistics().drops == {"busy": 4}
+        await there.me.transport.dial(one.transport.addresses()[0])
+        began = trio.current_time()
+        await there.me.blobs.fetch(blob, [one.id])
+        assert trio.current_time() - began < 1
+        await trio.sleep(11)
+        assert one.blobs.statistics().drops == {"busy": 4, "too_slow": 8}
+        assert one.transport.statistics().streams_open <= 4  # the refused ones, whose openers have not ended them
+
+
 async def test_a_busy_donor_is_asked_again(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with world(tmp_path) as there:
         one = await there.peer(serving=ServingConfig(streams_max=1, idle_s=8.0))
