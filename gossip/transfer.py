@@ -235,19 +235,6 @@ class Transfer:
         self._release(donor)
         return self._ask(now)
 
-    def lacks(self, donor: PeerId, index: int, now: float) -> list[Effect]:
-        """A donor answered that it does not have a chunk."""
-        state = self._donors.get(donor)
-        if state is None:
-            return []
-        if index not in state.asked and index not in state.late:
-            return self._drop(donor, f"spoke of chunk {index}, for which it was not asked", now, lied=True)
-        state.holds = (self._wanted if state.holds is None else state.holds) - {index}
-        state.late.pop(index, None)
-        if state.asked.pop(index, None) is not None:
-            self._missing[index] = None
-        return self._ask(now)
-
     def received(self, donor: PeerId, index: int, content: bytes | memoryview, now: float) -> list[Effect]:
         """A donor sent a chunk: stored when it is the one, else the donor is dropped."""
         state = self._donors.get(donor)

@@ -168,7 +168,6 @@ def test_what_was_not_asked_is_not_taken() -> None:
     for act in (
         lambda each: each.received(EVE, 7, chunk(content, 7), 1.0),
         lambda each: each.received(EVE, 10**9, b"", 1.0),
-        lambda each: each.lacks(EVE, 7, 1.0),
     ):
         transfer = Transfer(manifest_of(content, CHUNK), CONFIG)
         transfer.joined(EVE, 0.0)
@@ -214,6 +213,15 @@ def test_a_donor_that_never_answers_is_dropped_without_being_called_a_liar() -> 
     assert transfer.starved() == {0}
 
 
+def test_a_donor_may_say_anew_what_it_holds_though_no_more_donors_are_let_in() -> None:
+    content = blob(3)
+    transfer = Transfer(manifest_of(content, CHUNK), TransferConfig(donors_max=1))
+    assert transfer.joined(ALICE, 0.0, holds=[0]) == [Ask(ALICE, 0, 0, CHUNK)]
+    assert transfer.starved() == {1, 2}
+    assert [each.index for each in asks(transfer.joined(ALICE, 0.0, holds=[0, 2]))] == [2]
+    assert transfer.starved() == {1}
+
+
 def test_a_chunk_that_nobody_has_holds_up_no_other() -> None:
     content = blob(3000, 9)
     transfer = Transfer(manifest_of(content, CHUNK), CONFIG)
@@ -235,7 +243,7 @@ def test_donors_are_bounded() -> None:
     transfer.left(EVE, 1.0)
     for number in range(DROPPED_MAX + 5):
         if transfer.joined(PeerId(f"liar {number}"), 2.0):
-            transfer.lacks(PeerId(f"liar {number}"), -1, 2.0)
+            transfer.received(PeerId(f"liar {number}"), -1, b"", 2.0)
     assert len(transfer.statistics().dropped) == DROPPED_MAX
 
 
