@@ -224,6 +224,7 @@ async def test_when_nobody_has_it_the_error_comes_soon_and_says_what_each_did(
 ) -> None:
     async with world(tmp_path) as there:
         poor = await there.peer()
+        poor.blobs.offer_bytes(b"another")
         await there.me.transport.dial(poor.transport.addresses()[0])
         gone, bare = await there.donor(says(refusal_frame(Refusal.GONE))), await there.donor(honest)
         bare._handlers.clear()

@@ -202,6 +202,19 @@ def test_a_late_chunk_is_asked_of_another_and_is_still_welcome() -> None:
     assert transfer.received(ALICE, 1, chunk(content, 1), 13.0) == []
 
 
+def test_a_donor_that_answers_late_each_time_is_kept() -> None:
+    content = blob(4)
+    transfer = Transfer(manifest_of(content, CHUNK), TransferConfig(asks_per_donor_max=1, answer_s=10.0, lates_max=3))
+    assert [each.index for each in asks(transfer.joined(ALICE, 0.0))] == [0]
+    for index in range(3):
+        begin = 25.0 * index
+        assert transfer.tick(begin + 10.0) == []
+        assert transfer.tick(begin + 20.0) == []
+        effects = transfer.received(ALICE, index, chunk(content, index), begin + 25.0)
+        assert effects == [Store(index, chunk(content, index)), Ask(ALICE, index + 1, (index + 1) * CHUNK, CHUNK)]
+    assert transfer.deadline() == 85.0
+
+
 def test_a_donor_that_never_answers_is_dropped_without_being_called_a_liar() -> None:
     transfer = Transfer(manifest_of(blob(1), CHUNK), CONFIG)
     transfer.joined(ALICE, 0.0)
