@@ -219,8 +219,11 @@ def test_a_donor_that_never_answers_is_dropped_without_being_called_a_liar() -> 
     transfer = Transfer(manifest_of(blob(1), CHUNK), CONFIG)
     transfer.joined(ALICE, 0.0)
     effects: list[Effect] = []
+    times = []
     while (now := transfer.deadline()) < 1000:
         effects += transfer.tick(now)
+        times.append(now)
+    assert times == [10.0, 20.0, 30.0]  # lates_max is 3
     assert [(each.donor, each.lied) for each in effects if isinstance(each, Drop)] == [(ALICE, False)]
     assert asks(effects) == []  # not of her again
     assert transfer.starved() == {0}
