@@ -202,6 +202,29 @@ def test_a_late_chunk_is_asked_of_another_and_is_still_welcome() -> None:
     assert transfer.received(ALICE, 1, chunk(content, 1), 13.0) == []
 
 
+def test_a_late_chunk_is_missing_once_and_done_once() -> None:
+    content = blob(2)
+    transfer = Transfer(manifest_of(content, CHUNK), CONFIG)
+    transfer.joined(ALICE, 0.0)
+    assert transfer.tick(10.0) == []
+    assert transfer.starved() == frozenset()  # she may still give them
+    assert transfer.received(ALICE, 0, chunk(content, 0), 11.0) == [Store(0, chunk(content, 0))]
+    assert transfer.statistics().missing == 1
+    assert [each.index for each in asks(transfer.joined(BOB, 12.0))] == [1]
+    transfer.left(ALICE, 13.0)  # what she was late with is BOB's
+    assert (transfer.statistics().missing, transfer.statistics().asked) == (0, 1)
+
+
+def test_what_a_liar_was_asked_for_is_asked_of_another_at_once() -> None:
+    content = blob(2)
+    transfer = Transfer(manifest_of(content, CHUNK), CONFIG)
+    transfer.joined(EVE, 0.0)
+    assert transfer.joined(BOB, 0.0) == []
+    drop, *again = transfer.received(EVE, 0, bytes(CHUNK), 1.0)
+    assert isinstance(drop, Drop)
+    assert {(each.donor, each.index) for each in asks(again)} == {(BOB, 0), (BOB, 1)}
+
+
 def test_a_donor_that_answers_late_each_time_is_kept() -> None:
     content = blob(4)
     transfer = Transfer(manifest_of(content, CHUNK), TransferConfig(asks_per_donor_max=1, answer_s=10.0, lates_max=3))
