@@ -17,6 +17,7 @@ from gossip.transfer import (
     CHUNK_BYTES_MIN,
     CHUNKS_MAX,
     DROPPED_MAX,
+    LOOK_MAX,
     Ask,
     Drop,
     Effect,
@@ -200,6 +201,19 @@ def test_a_late_chunk_is_asked_of_another_and_is_still_welcome() -> None:
     assert transfer.received(BOB, 0, chunk(content, 0), 12.0) == []
     assert transfer.received(BOB, 1, chunk(content, 1), 12.0) == [Store(1, chunk(content, 1)), Finished()]
     assert transfer.received(ALICE, 1, chunk(content, 1), 13.0) == []
+
+
+def test_asks_are_few_in_all_late_ones_included() -> None:
+    transfer = Transfer(manifest_of(blob(12), CHUNK), CONFIG)  # 2 for each donor, 5 in all
+    assert [len(asks(transfer.joined(donor, 0.0))) for donor in (ALICE, BOB, EVE)] == [2, 2, 1]
+    assert transfer.tick(10.0) == []
+    assert transfer.joined(PeerId("carol"), 10.0) == []
+
+
+def test_one_decision_looks_at_a_bounded_number_of_chunks() -> None:
+    transfer = Transfer(manifest_of(blob(LOOK_MAX + 1, 9), CHUNK), CONFIG)
+    assert transfer.joined(ALICE, 0.0, holds=[LOOK_MAX]) == []
+    assert [each.index for each in asks(transfer.tick(0.0))] == [LOOK_MAX]
 
 
 def test_a_late_chunk_is_missing_once_and_done_once() -> None:
