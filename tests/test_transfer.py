@@ -225,7 +225,7 @@ def test_a_late_chunk_is_missing_once_and_done_once() -> None:
     assert transfer.received(ALICE, 0, chunk(content, 0), 11.0) == [Store(0, chunk(content, 0))]
     assert transfer.statistics().missing == 1
     assert [each.index for each in asks(transfer.joined(BOB, 12.0))] == [1]
-    transfer.left(ALICE, 13.0)  # what she was late with is BOB's
+    assert transfer.left(ALICE, 13.0) == []  # what she was late with is BOB's
     assert (transfer.statistics().missing, transfer.statistics().asked) == (0, 1)
 
 
