@@ -2,7 +2,8 @@
 
 Rules: sender and receiver are processes of their own; a round moves the same bytes over each path, path by path in the
 same run. A figure is a median over the rounds of payload bytes over CPU time (user and system) of the end that spent
-more, in MB of 10^6 bytes. The rival is libp2p as it comes, with none of our guards.
+more, in MB of 10^6 bytes. The rival is libp2p as it comes, with none of our guards. A late joiner fetches JOIN_MB from
+three donors, and one of them is killed when half has come.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 from bench.harness import Row, options, report
 
 PAYLOAD_MIB = 64
+JOIN_MB = 100
+JOIN_DONORS = 3
 MB = 1_000_000
 PATHS = ("libp2p", "direct", "blob", "plain")
 PLAIN = "libp2p 0.8.1 plain"
@@ -61,16 +64,38 @@ def main() -> None:
         for _ in range(rounds):
             for path in PATHS:
                 measured[path].append(ends[path].measure())
-    report("pipe", rows_of(measured), chosen)
+    joins = [join() for _ in range(3 if chosen.quick else 9)]
+    report("pipe", rows_of(measured) + rows_of_joins(joins), chosen)
+
+
+def join() -> Round:
+    """A late joiner, once: three donors, and one dies when half has come."""
+    with ExitStack() as stack:
+        donors = []
+        for _ in range(JOIN_DONORS):
+            donors.append(start("join", JOIN_MB * MB, "receive"))
+            stack.callback(stop, donors[-1])
+        told = [read_line(donor) for donor in donors]
+        addresses = ",".join([told[0]["blob"], *(each["address"] for each in told)])
+        joiner = start("join", JOIN_MB * MB, "send", addresses)
+        stack.callback(stop, joiner)
+        read_line(joiner)
+        assert joiner.stdin is not None
+        joiner.stdin.write("go\n")
+        joiner.stdin.flush()
+        read_line(joiner)
+        donors[0].kill()
+        cost = read_line(joiner)
+        return Round(send_cpu_s=0.0, receive_cpu_s=cost["cpu_s"], wall_s=cost["wall_s"])
 
 
 @contextmanager
 def open_ends(path: str) -> Iterator[Ends]:
     """Start both ends of a path; end them when the block is left."""
-    receiver = start(path, "receive")
+    receiver = start(path, PAYLOAD_MIB << 20, "receive")
     try:
         address = read_line(receiver)["address"]
-        sender = start(path, "send", address)
+        sender = start(path, PAYLOAD_MIB << 20, "send", address)
         try:
             read_line(sender)
             yield Ends(sender, receiver)
@@ -80,9 +105,9 @@ def open_ends(path: str) -> Iterator[Ends]:
         stop(receiver)
 
 
-def start(path: str, *role: str) -> subprocess.Popen[str]:
+def start(path: str, size: int, *role: str) -> subprocess.Popen[str]:
     """One end as a process that speaks JSON lines on its standard output."""
-    command = [sys.executable, "-m", "bench.pipe_end", path, str(PAYLOAD_MIB << 20), *role]
+    command = [sys.executable, "-m", "bench.pipe_end", path, str(size), *role]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -123,6 +148,18 @@ def rows_of(measured: Mapping[str, Sequence[Round]]) -> list[Row]:
             figure = f"{path}_{kind}"
             rows.append(Row(figure=figure, value=value, unit=unit, better="higher", rival=PLAIN, rival_value=rival))
     return rows
+
+
+def rows_of_joins(joins: Sequence[Round]) -> list[Row]:
+    """The figures of a late joiner."""
+    figures = (
+        ("late_join_mb_per_s", "MB/s", [JOIN_MB / each.wall_s for each in joins]),
+        ("late_join_mb_per_cpu_s", "MB/CPU-s", [JOIN_MB / each.receive_cpu_s for each in joins]),
+    )
+    return [
+        Row(figure=figure, value=statistics.median(values), unit=unit, better="higher")
+        for figure, unit, values in figures
+    ]
 
 
 if __name__ == "__main__":

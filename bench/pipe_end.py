@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import trio
 
-from crypto.digest import digest
+from crypto.digest import Digest
 from crypto.identity import Identity
-from gossip.transfer import Ask, Drop, Finished, Store, Transfer, TransferConfig, decode_manifest, manifest_of
+from gossip.blob_fetching import Progress
+from gossip.blob_serving import ServingConfig
+from gossip.blobs import Blobs, BlobsConfig
 from p2p.direct import Direct, DirectConfig
 from p2p.direct_stream import DirectStream
 from p2p.errors import StreamClosed, Unreachable
@@ -28,7 +33,7 @@ from p2p.transport import FRAME_BYTES_MAX, Stream
 PROTOCOL = "/openagi/bench/1"
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 WORD = b"word"
-INDEX_BYTES = 4
+UNBOUND_BYTES_PER_S = 1e12  # the bench measures what is possible, not what a node allows
 
 
 class Pipe(Protocol):
@@ -86,12 +91,16 @@ async def receive_all(pipe: Pipe, size: int) -> None:
             await pipe.take(len(WORD))
             began = time.process_time()
             await pipe.send(WORD)
+            path = None
             if isinstance(pipe, BlobPipe):
-                assert await pipe.fetch() == size, "another blob came"
+                path = await pipe.fetch()
             else:
                 await pipe.take(size)
             say(cpu_s=time.process_time() - began)
             await pipe.send(WORD)
+            if path is not None and isinstance(pipe, BlobPipe):
+                assert path.stat().st_size == size, "another blob came"
+                await pipe.forget(path)
     except (StreamClosed, Unreachable):
         pass
 
@@ -100,7 +109,7 @@ async def send_all(pipe: Pipe, size: int) -> None:
     """A transfer for every line of the standard input."""
     piece = os.urandom(FRAME_BYTES_MAX)
     if isinstance(pipe, BlobPipe):
-        pipe.offer(os.urandom(size))
+        await pipe.offer(os.urandom(size))
     say(ready=True)
     while await trio.to_thread.run_sync(sys.stdin.readline):
         await pipe.send(WORD)
@@ -116,44 +125,29 @@ async def send_all(pipe: Pipe, size: int) -> None:
 
 
 class BlobPipe(OurPipe):
-    """A blob fetched by its id over a Stream: its manifest, then the chunks that gossip.transfer asks for, compared."""
+    """A stream for words, and beside it the blobs of a node (gossip.blobs), files at both ends."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, blobs: Blobs, folder: Path) -> None:
         super().__init__(stream)
-        self._content = b""
+        self._blobs, self._folder = blobs, folder
 
-    def offer(self, content: bytes) -> None:
-        """What `give` gives."""
-        self._content = content
-        self._manifest = manifest_of(content)
+    async def offer(self, content: bytes) -> None:
+        """What `give` names."""
+        path = self._folder / "offered"
+        path.write_bytes(content)
+        self._blob = await self._blobs.offer_file(path)
 
     async def give(self) -> None:
-        """Send the manifest, then every chunk that is asked for, until all of it was."""
-        await self._stream.send(self._manifest.encode())
-        for _ in range(self._manifest.count):
-            index = await self._stream.receive()
-            start, length = self._manifest.span(int.from_bytes(index, "big"))
-            await self._stream.send(index + self._content[start : start + length])
+        """Say which blob to fetch."""
+        await self._stream.send(self._blob)
 
-    async def fetch(self) -> int:
-        """Take a whole blob and give its size in bytes."""
-        raw = await self._stream.receive()
-        transfer = Transfer(decode_manifest(raw, digest(raw)), TransferConfig())
-        effects, stored = transfer.joined(self._stream.peer, time.monotonic()), 0
-        while True:
-            for effect in effects:
-                match effect:
-                    case Ask():
-                        await self._stream.send(effect.index.to_bytes(INDEX_BYTES, "big"))
-                    case Store():
-                        stored += len(effect.content)
-                    case Finished():
-                        return stored
-                    case Drop():
-                        raise SystemExit(f"the donor {effect.reason}")
-            frame = await self._stream.receive()
-            index, content = int.from_bytes(frame[:INDEX_BYTES], "big"), frame[INDEX_BYTES:]
-            effects = transfer.received(self._stream.peer, index, content, time.monotonic())
+    async def fetch(self) -> Path:
+        """Take the blob that the sender names from it."""
+        return await self._blobs.fetch(Digest(await self._stream.receive()), [self._stream.peer])
+
+    async def forget(self, path: Path) -> None:
+        """So that the next fetch finds nothing."""
+        await self._blobs.forget(Digest(bytes.fromhex(path.name)))
 
 
 @asynccontextmanager
@@ -226,12 +220,12 @@ async def plain_send(size: int, address: str) -> None:
         await send_all(PlainPipe(await host.new_stream(peer.peer_id, [TProtocol(PROTOCOL)])), size)
 
 
-async def direct_receive(size: int, kind: type[OurPipe] = OurPipe) -> None:
+async def direct_receive(size: int) -> None:
     """The receiver of a direct channel."""
 
     async def serve(stream: Stream) -> None:
         assert isinstance(stream, DirectStream), "it fell back"
-        await receive_all(kind(stream), size)
+        await receive_all(OurPipe(stream), size)
 
     async with our_host() as host, trio.open_nursery() as nursery:
         direct = Direct(host, DirectConfig())
@@ -241,34 +235,88 @@ async def direct_receive(size: int, kind: type[OurPipe] = OurPipe) -> None:
         await trio.sleep_forever()
 
 
-async def direct_send(size: int, address: str, kind: type[OurPipe] = OurPipe) -> None:
+async def direct_send(size: int, address: str) -> None:
     """The sender of a direct channel."""
     async with our_host() as host:
         stream = await Direct(host, DirectConfig()).open_stream(await host.dial(address), PROTOCOL)
         assert isinstance(stream, DirectStream), "it fell back"
-        await send_all(kind(stream), size)
+        await send_all(OurPipe(stream), size)
+
+
+@asynccontextmanager
+async def blob_host() -> AsyncIterator[tuple[Any, Blobs, Path]]:
+    """A host of ours with direct channels and blobs in a folder of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        async with our_host() as host, trio.open_nursery() as nursery:
+            direct = Direct(host, DirectConfig())
+            await nursery.start(direct.run)
+            serving = ServingConfig(upload_bytes_per_s=UNBOUND_BYTES_PER_S)
+            yield host, Blobs(host, direct, BlobsConfig(folder=Path(folder) / "blobs", serving=serving)), Path(folder)
+            assert not direct.counts["fell_back"], "it fell back"
+            nursery.cancel_scope.cancel()
 
 
 async def blob_receive(size: int) -> None:
-    """Fetches blobs over a direct channel."""
-    await direct_receive(size, BlobPipe)
+    """Fetches blobs over direct channels."""
+    async with blob_host() as (host, blobs, folder):
+
+        async def serve(stream: Stream) -> None:
+            await receive_all(BlobPipe(stream, blobs, folder), size)
+
+        host.serve(PROTOCOL, serve)
+        say(address=host.addresses()[0])
+        await trio.sleep_forever()
 
 
 async def blob_send(size: int, address: str) -> None:
-    """Gives blobs over a direct channel."""
-    await direct_send(size, address, BlobPipe)
+    """Gives blobs over direct channels."""
+    async with blob_host() as (host, blobs, folder):
+        stream = await host.open_stream(await host.dial(address), PROTOCOL)
+        await send_all(BlobPipe(stream, blobs, folder), size)
+
+
+async def join_receive(size: int) -> None:
+    """A donor of a blob of so many bytes, the same at each donor; says its address and the blob's digest."""
+    async with blob_host() as (host, blobs, folder):
+        (folder / "offered").write_bytes(random.Random(size).randbytes(size))
+        blob = await blobs.offer_file(folder / "offered")
+        say(address=host.addresses()[0], blob=blob.hex())
+        await trio.sleep_forever()
+
+
+async def join_send(size: int, told: str) -> None:
+    """A late joiner: for every line on the standard input it fetches the blob; says when it has half, and the cost."""
+    blob, *addresses = told.split(",")
+    async with blob_host() as (host, blobs, _):
+        donors = [await host.dial(address) for address in addresses]
+        say(ready=True)
+        while await trio.to_thread.run_sync(sys.stdin.readline):
+            halves: list[int] = []
+
+            def on_progress(progress: Progress, halves: list[int] = halves) -> None:
+                if 2 * progress.stored_bytes >= progress.blob_bytes and not halves:
+                    halves.append(progress.stored_bytes)
+                    say(half=progress.stored_bytes)
+
+            cpu_s, wall_s = time.process_time(), time.perf_counter()
+            path = await blobs.fetch(Digest(bytes.fromhex(blob)), donors, on_progress)
+            say(cpu_s=time.process_time() - cpu_s, wall_s=time.perf_counter() - wall_s)
+            assert path.stat().st_size == size, "another blob came"
+            await blobs.forget(Digest(bytes.fromhex(blob)))
 
 
 RECEIVERS: dict[str, Callable[[int], Awaitable[None]]] = {
     "libp2p": libp2p_receive,
     "direct": direct_receive,
     "blob": blob_receive,
+    "join": join_receive,
     "plain": plain_receive,
 }
 SENDERS: dict[str, Callable[[int, str], Awaitable[None]]] = {
     "libp2p": libp2p_send,
     "direct": direct_send,
     "blob": blob_send,
+    "join": join_send,
     "plain": plain_send,
 }
 

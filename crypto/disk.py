@@ -64,6 +64,19 @@ class System:
         flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         return os.open(path, flags, 0o600)
 
+    def open_part(self, path: Path) -> int:
+        """A file that is filled in any order, made if absent; never what a link points to."""
+        flags = os.O_RDWR | os.O_CREAT
+        flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        return os.open(path, flags, 0o600)
+
+    def write_at(self, handle: int, content: bytes | memoryview, start: int) -> None:
+        """All of it, from `start` on; the handle has one user at a time."""
+        os.lseek(handle, start, os.SEEK_SET)
+        left = memoryview(content)
+        while left:
+            left = left[self.write(handle, left) :]
+
     def write(self, handle: int, content: memoryview) -> int:
         """How many bytes were taken: on a disk that is nearly full, fewer than given."""
         return os.write(handle, content)

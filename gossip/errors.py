@@ -2,7 +2,9 @@
 
 GossipError
 |- LocalProtocolError     we tried to say what the protocol forbids: a bug or a wrong setting of ours
-`- RemoteProtocolError    a peer said what the protocol forbids: drop it, lower its standing
+|- RemoteProtocolError    a peer said what the protocol forbids: drop it, lower its standing
+|- Unavailable            nobody gave what was asked for: says what each peer did
+`- CannotStore            what peers gave cannot be kept here: says what to do
 """
 
 from __future__ import annotations
@@ -18,3 +20,11 @@ class LocalProtocolError(GossipError):
 
 class RemoteProtocolError(GossipError):
     """A peer's message breaks the protocol."""
+
+
+class Unavailable(GossipError):
+    """Nobody gave it; another time, or other peers, may."""
+
+
+class CannotStore(GossipError):
+    """The disk, or a bound of this node, does not let it be kept."""

@@ -30,15 +30,16 @@ CHUNKS_MAX = 16_384  # a manifest of 512 KiB: 8 GiB in chunks of CHUNK_BYTES
 DROPPED_MAX = 1024  # donors dropped in one transfer; after so many nobody new is let in
 LOOK_MAX = 1024  # missing chunks looked at for one decision
 BLOB_BYTES_MAX = CHUNKS_MAX * CHUNK_BYTES_MAX
-_MANIFEST = Limits(bytes_max=CHUNKS_MAX * DIGEST_BYTES + 256, bin_max=CHUNKS_MAX * DIGEST_BYTES)
+MANIFEST_BYTES_MAX = CHUNKS_MAX * DIGEST_BYTES + 256
+_MANIFEST = Limits(bytes_max=MANIFEST_BYTES_MAX, bin_max=CHUNKS_MAX * DIGEST_BYTES)
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a blob is made of. `chunks`: their digests, one after the other."""
+    """What a blob is made of. `chunks`: their digests, one after the other; how many there are bounds the rest."""
 
-    blob_bytes: Annotated[int, Meta(ge=0, le=BLOB_BYTES_MAX)]
+    blob_bytes: Annotated[int, Meta(ge=0)]
     chunk_bytes: Annotated[int, Meta(ge=CHUNK_BYTES_MIN, le=CHUNK_BYTES_MAX)]
-    chunks: Annotated[bytes, Meta(max_length=CHUNKS_MAX * DIGEST_BYTES)]
+    chunks: bytes
 
     @property
     def count(self) -> int:
@@ -139,7 +140,7 @@ class Store:
     """Keep a chunk that was compared with its digest."""
 
     index: int
-    content: bytes
+    content: bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,20 +235,7 @@ class Transfer:
         self._release(donor)
         return self._ask(now)
 
-    def lacks(self, donor: PeerId, index: int, now: float) -> list[Effect]:
-        """A donor answered that it does not have a chunk."""
-        state = self._donors.get(donor)
-        if state is None:
-            return []
-        if index not in state.asked and index not in state.late:
-            return self._drop(donor, f"spoke of chunk {index}, for which it was not asked", now, lied=True)
-        state.holds = (self._wanted if state.holds is None else state.holds) - {index}
-        state.late.pop(index, None)
-        if state.asked.pop(index, None) is not None:
-            self._missing[index] = None
-        return self._ask(now)
-
-    def received(self, donor: PeerId, index: int, content: bytes, now: float) -> list[Effect]:
+    def received(self, donor: PeerId, index: int, content: bytes | memoryview, now: float) -> list[Effect]:
         """A donor sent a chunk: stored when it is the one, else the donor is dropped."""
         state = self._donors.get(donor)
         if state is None:

@@ -21,7 +21,7 @@ KEY_FILE = "identity.key"  # in the data directory
 ENVIRONMENT_PREFIX = "OPENAGI_"
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 _LISTS = frozenset({"listen", "bootstrap"})
-_NUMBERS = frozenset({"threads", "max_batch", "kv_cache_mb"})
+_NUMBERS = frozenset({"threads", "max_batch", "kv_cache_mb", "direct_port", "upload_mb_s"})
 _FLAGS = frozenset({"mdns", "log_json"})
 
 
@@ -53,6 +53,8 @@ class NodeConfig(BaseModel):
     network: str = Field(default="main", pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")
     psk_file: FilePath | None = None
     mdns: bool = True
+    direct_port: int = Field(default=0, ge=0, le=65535)  # TCP port of the direct channels for bulk; 0: any free one
+    upload_mb_s: int = Field(default=100, ge=1, le=100_000)  # of blobs to all peers together, 10^6 bytes a second
     model: str = Field(default="default", min_length=1)  # a name, a path or none
     embedding_model: str | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -24,6 +24,8 @@ import trio
 
 from crypto.disk import write_whole
 from crypto.identity import Identity, PeerId
+from gossip.blob_serving import ServingConfig
+from gossip.blobs import Blobs, BlobsConfig
 from gossip.messages import advert_topic
 from gossip.service import GossipConfig, GossipService
 from gossip.standing import Fault
@@ -37,6 +39,7 @@ from node.state import AGENT, NodeState, Parts
 from p2p.book import Book
 from p2p.bootstrap import BootstrapPeer, bootstrap_peer, read_bootstrap_file
 from p2p.calls import Calls
+from p2p.direct import Direct, DirectConfig
 from p2p.errors import BadAddress, BadFile
 from p2p.hello import RPC_PROTOCOL
 from p2p.host_config import PSK_BYTES, HostConfig
@@ -100,16 +103,25 @@ class Node:
         self._peering = Peering(transport, book, peering_config, self._rng, _log.error)
         self._gossip = GossipService(transport, identity, gossip_config, self._rng)
         self._control = Calls(transport, RPC_PROTOCOL, self._peering.handlers(), self._breach)
+        self._direct = Direct(transport, DirectConfig(port=config.direct_port))
+        upload = ServingConfig(upload_bytes_per_s=config.upload_mb_s * 1_000_000)
+        blobs_config = BlobsConfig(folder=config.data_dir / "blobs", serving=upload)
+        self.blobs = Blobs(transport, self._direct, blobs_config, on_fault=self._bad_donor)  # training's, for bulk
         serving = Serving()
         infer = Calls(transport, INFER_PROTOCOL, serving.handlers(), self._breach)
         network = Network(transport=transport, peering=self._peering, calls=infer, gossip=self._gossip)
         self._inference = serving.inference = Inference(network)
         self._infer = infer
-        self.state = NodeState(Parts(config=config, network=network, inference=self._inference))
+        parts = Parts(config=config, network=network, inference=self._inference, blobs=self.blobs, direct=self._direct)
+        self.state = NodeState(parts)
 
     def _breach(self, peer: PeerId, what: str) -> None:
         """A peer broke a rule of a call protocol: its standing falls."""
         self._gossip.blame(peer, Fault.MALFORMED, what)
+
+    def _bad_donor(self, peer: PeerId, what: str, lied: bool) -> None:
+        """A peer gave, or asked for, what is not in the blob, or let a fetch down."""
+        self._gossip.blame(peer, Fault.MALFORMED if lied else Fault.TIMEOUT, what)
 
     async def run(self) -> None:
         """Run until a signal; returns after an orderly stop."""
@@ -118,6 +130,7 @@ class Node:
             nursery.start_soon(_signals, stop, nursery.cancel_scope)
             await nursery.start(self._control.run)
             await nursery.start(self._infer.run)
+            await nursery.start(self._direct.run)
             await nursery.start(self._gossip.run)
             await nursery.start(self._peering.run, self._control)
             async with trio.open_nursery() as front:

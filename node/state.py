@@ -17,6 +17,7 @@ import psutil
 import trio
 
 from crypto.disk import FileStatus, told_time
+from gossip.blobs import Blobs
 from gossip.messages import Capacity, ModelKind, ModelOffer
 from node.config import NodeConfig
 from node.errors import NO_ROOM_RETRY_S
@@ -25,6 +26,7 @@ from node.hosting import Hosting
 from node.inference import Inference
 from node.remote import Network
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
+from p2p.direct import Direct
 
 VERSION = "0.1.0"
 AGENT = f"openagi-node/{VERSION}"
@@ -37,6 +39,8 @@ class Parts:
     config: NodeConfig
     network: Network
     inference: Inference
+    blobs: Blobs | None = None
+    direct: Direct | None = None
 
 
 class NodeState:
@@ -123,6 +127,8 @@ class NodeState:
             "gossip": asdict(network.gossip.statistics()),
             "transport": asdict(network.transport.statistics()),
             "calls": asdict(network.calls.statistics()),
+            "blobs": None if self._parts.blobs is None else asdict(self._parts.blobs.statistics()),
+            "direct": None if self._parts.direct is None else asdict(self._parts.direct.statistics()),
             "disk": _disk(self._files()),
             "inference": {**asdict(statistics), "counts": dict(inference.counts)},
             "model": self._model(inference.hosting),

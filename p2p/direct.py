@@ -3,8 +3,9 @@
 Rules: opener and server of a protocol agree on keys over a libp2p stream; then the opener claims a connection to the
 server's port with a token that only these two can know, or says that it could not, and the frames go over that same
 libp2p stream. Both get a Stream and need not know which. Only the address at which a peer is connected already is
-dialled, so that nobody can send us elsewhere. A channel lives no longer than the peer's libp2p connection.
-A connection to the port costs its peer nothing yet, so those are few, short, and say one token or nothing.
+dialled, so that nobody can send us elsewhere; a peer behind a relay has none. A channel lives no longer than the
+peer's libp2p connection. A connection to the port costs its peer nothing yet, so those are few, short, and say one
+token or nothing.
 
 Source: NETWORK.md section 2 (direct TCP data channel); SECURITY.md F7.
 """
@@ -63,6 +64,15 @@ class DirectConfig:
                 raise ValueError(f"{name} = {getattr(self, name)} came, wanted more than 0 seconds")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectStatistics:
+    """A snapshot. port: 0 while nothing is listened on; counts: channels opened, fallbacks and drops, since start."""
+
+    port: int
+    channels: int  # open now, both ways
+    counts: dict[str, int]
+
+
 @dataclass(slots=True, eq=False)
 class _Offer:
     """A channel that its opener may claim once."""
@@ -99,6 +109,11 @@ class Direct:
 
     # ---- both ends ----
 
+    def statistics(self) -> DirectStatistics:
+        """A snapshot of the counters."""
+        live = sum(not stream.over.is_set() for stream in self._live)
+        return DirectStatistics(port=self._port, channels=live, counts=dict(self.counts))
+
     def serve(self, protocol: str, handler: StreamHandler) -> None:
         """As Transport.serve: `handler` gets a direct stream, or an ordinary one from a peer that cannot do better."""
         self._handlers[protocol] = handler
@@ -107,9 +122,10 @@ class Direct:
     async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
         """As Transport.open_stream: a direct stream when the peer can be reached, else an ordinary one.
 
-        Takes agree_s and connect_s more than an ordinary one at worst, once in avoid_s. Raises Unreachable, Refused.
+        Takes agree_s and connect_s more than an ordinary one at worst, once in avoid_s; nothing more for a peer that is
+        connected through a relay, which is not asked. Raises Unreachable, Refused.
         """
-        if self._avoided.get(peer, 0.0) > trio.current_time():
+        if self._avoided.get(peer, 0.0) > trio.current_time() or is_relayed(self._transport.remote_address(peer)):
             return await self._transport.open_stream(peer, protocol)
         try:
             control = await self._transport.open_stream(peer, DIRECT_PROTOCOL)
@@ -355,7 +371,12 @@ def _decode(raw: bytes, kind: type[_Message]) -> _Message:
         raise RemoteProtocolError(f"not a message of {DIRECT_PROTOCOL}: {exc}") from exc
 
 
+def is_relayed(address: str | None) -> bool:
+    """Whether a multiaddr leads through a relay: the IP address in it is the relay's, not the peer's."""
+    return "p2p-circuit" in (address or "").split("/")
+
+
 def _ip_of(address: str | None) -> str | None:
-    """The IP address in a multiaddr's text; None when it has none."""
+    """The IP address of the peer in a multiaddr's text; None when it has none."""
     parts = (address or "").split("/")
-    return parts[2] if len(parts) > 2 and parts[1] in ("ip4", "ip6") else None
+    return parts[2] if len(parts) > 2 and parts[1] in ("ip4", "ip6") and not is_relayed(address) else None

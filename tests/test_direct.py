@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from crypto.identity import PeerId
-from p2p.direct import DIRECT_PROTOCOL, Direct, DirectConfig
+from p2p.direct import DIRECT_PROTOCOL, Direct, DirectConfig, _ip_of
 from p2p.direct_frames import (
     FRAMES_MAX,
     HEAD_BYTES,
@@ -386,6 +386,36 @@ async def test_only_the_address_of_the_connection_is_dialled(address: str | None
         assert await stream.receive() == b"hello"
         assert not both.server._scopes
         assert "token_missing" not in both.server.counts
+
+
+@slow
+async def test_a_peer_behind_a_relay_is_not_asked_for_a_port() -> None:
+    async with pair() as both:
+        both.server.serve(BULK, echo)
+        relayed: Any = SeenAt(both.alice, "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWRelay/p2p-circuit")
+        direct = Direct(relayed, DirectConfig())
+        stream = await direct.open_stream(both.peer, BULK)
+        assert not isinstance(stream, DirectStream)
+        await stream.send(b"hello")
+        assert await stream.receive() == b"hello"
+        assert not direct.counts
+        assert not both.server.counts
+
+
+@pytest.mark.parametrize(
+    ("address", "ip"),
+    [
+        ("/ip4/192.0.2.1/tcp/1", "192.0.2.1"),
+        ("/ip6/::1/tcp/1", "::1"),
+        ("/ip4/192.0.2.1/tcp/1/p2p/12D3KooWRelay/p2p-circuit", None),
+        ("/ip4/192.0.2.1/tcp/1/p2p/12D3KooWRelay/p2p-circuit/p2p/12D3KooWPeer", None),
+        ("/dns4/relay.example/tcp/1", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_the_address_of_a_peer_is_not_its_relays(address: str | None, ip: str | None) -> None:
+    assert _ip_of(address) == ip
 
 
 @slow

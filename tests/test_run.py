@@ -42,6 +42,7 @@ TASKS = {
     "signals": "node.run._signals",
     "control calls": "p2p.calls.Calls.run",
     "inference calls": "p2p.calls.Calls.run",
+    "direct channels": "p2p.direct.Direct.run",
     "gossip": "gossip.service.GossipService.run",
     "peering": "p2p.peering.Peering.run",
     "measure": "node.run.Node._measure",
@@ -61,6 +62,7 @@ INSIDE = {
         "gossip.service.GossipService._pull_from_the_joined",
         "gossip.service.GossipService._speak",
     ],
+    "p2p.direct.Direct.run": ["trio._highlevel_serve_listeners._serve_one_listener"],
     "p2p.peering.Peering.run": ["p2p.peering.Peering._keep", "p2p.peering.Peering._save_now_and_then"],
     "node.run.Node._web": ["node.web.serve.serve"],
 }

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from crypto.canonical import encode
@@ -17,6 +17,7 @@ from gossip.transfer import (
     CHUNK_BYTES_MIN,
     CHUNKS_MAX,
     DROPPED_MAX,
+    LOOK_MAX,
     Ask,
     Drop,
     Effect,
@@ -66,6 +67,8 @@ def test_a_manifest_names_every_byte_once(size: int, count: int) -> None:
 
 
 @given(st.integers(0, 6 * CHUNK), st.integers(0, 6 * CHUNK))
+@example(1, 0)
+@example(CHUNK, 0)
 @settings(deadline=None)
 def test_a_range_is_covered_by_the_chunks_that_hold_it(start: int, length: int) -> None:
     content = blob(5, 7)
@@ -75,6 +78,10 @@ def test_a_range_is_covered_by_the_chunks_that_hold_it(start: int, length: int) 
     wanted = range(start, min(start + length, len(content)))
     assert held.issuperset(wanted)
     assert all(set(range(manifest.span(index)[0], sum(manifest.span(index)))) & set(wanted) for index in covering)
+
+
+def test_a_range_before_the_blob_is_nowhere() -> None:
+    assert list(manifest_of(blob(5, 7), CHUNK).covering(-5, 20)) == []
 
 
 def test_bytes_that_are_not_the_manifest_are_refused() -> None:
@@ -88,6 +95,9 @@ def test_bytes_that_are_not_the_manifest_are_refused() -> None:
         {"chunks": bytes(3 * DIGEST_BYTES + 1)},
         {"blob_bytes": 3 * CHUNK + 1},
         {"blob_bytes": -1},
+        {"blob_bytes": -1, "chunks": b""},
+        {"blob_bytes": 3 * FRAME_BYTES_MAX, "chunk_bytes": FRAME_BYTES_MAX},
+        {"blob_bytes": (CHUNKS_MAX + 1) * CHUNK, "chunks": bytes((CHUNKS_MAX + 1) * DIGEST_BYTES)},
         {"chunk_bytes": 0},
         {"chunk_bytes": FRAME_BYTES_MAX},
         {"more": 1},
@@ -112,7 +122,14 @@ def test_the_largest_manifest_fits_a_frame() -> None:
 def test_only_what_compares_equal_counts_as_stored() -> None:
     content = blob(3)
     manifest = manifest_of(content, CHUNK)
-    found = [(0, chunk(content, 0)), (1, chunk(content, 0)), (2, chunk(content, 2)[:-1]), (3, b""), (-1, b"")]
+    found = [
+        (0, chunk(content, 0)),
+        (1, chunk(content, 0)),
+        (2, chunk(content, 2)[:-1]),
+        (3, b""),
+        (-1, b""),
+        (-2, chunk(content, 1)),
+    ]
     assert verified(manifest, found) == {0}
 
 
@@ -152,7 +169,6 @@ def test_what_was_not_asked_is_not_taken() -> None:
     for act in (
         lambda each: each.received(EVE, 7, chunk(content, 7), 1.0),
         lambda each: each.received(EVE, 10**9, b"", 1.0),
-        lambda each: each.lacks(EVE, 7, 1.0),
     ):
         transfer = Transfer(manifest_of(content, CHUNK), CONFIG)
         transfer.joined(EVE, 0.0)
@@ -187,15 +203,76 @@ def test_a_late_chunk_is_asked_of_another_and_is_still_welcome() -> None:
     assert transfer.received(ALICE, 1, chunk(content, 1), 13.0) == []
 
 
+def test_asks_are_few_in_all_late_ones_included() -> None:
+    transfer = Transfer(manifest_of(blob(12), CHUNK), CONFIG)  # 2 for each donor, 5 in all
+    assert [len(asks(transfer.joined(donor, 0.0))) for donor in (ALICE, BOB, EVE)] == [2, 2, 1]
+    assert transfer.tick(10.0) == []
+    assert transfer.joined(PeerId("carol"), 10.0) == []
+
+
+def test_one_decision_looks_at_a_bounded_number_of_chunks() -> None:
+    transfer = Transfer(manifest_of(blob(LOOK_MAX + 1, 9), CHUNK), CONFIG)
+    assert transfer.joined(ALICE, 0.0, holds=[LOOK_MAX]) == []
+    assert [each.index for each in asks(transfer.tick(0.0))] == [LOOK_MAX]
+
+
+def test_a_late_chunk_is_missing_once_and_done_once() -> None:
+    content = blob(2)
+    transfer = Transfer(manifest_of(content, CHUNK), CONFIG)
+    transfer.joined(ALICE, 0.0)
+    assert transfer.tick(10.0) == []
+    assert transfer.starved() == frozenset()  # she may still give them
+    assert transfer.received(ALICE, 0, chunk(content, 0), 11.0) == [Store(0, chunk(content, 0))]
+    assert transfer.statistics().missing == 1
+    assert [each.index for each in asks(transfer.joined(BOB, 12.0))] == [1]
+    assert transfer.left(ALICE, 13.0) == []  # what she was late with is BOB's
+    assert (transfer.statistics().missing, transfer.statistics().asked) == (0, 1)
+
+
+def test_what_a_liar_was_asked_for_is_asked_of_another_at_once() -> None:
+    content = blob(2)
+    transfer = Transfer(manifest_of(content, CHUNK), CONFIG)
+    transfer.joined(EVE, 0.0)
+    assert transfer.joined(BOB, 0.0) == []
+    drop, *again = transfer.received(EVE, 0, bytes(CHUNK), 1.0)
+    assert isinstance(drop, Drop)
+    assert {(each.donor, each.index) for each in asks(again)} == {(BOB, 0), (BOB, 1)}
+
+
+def test_a_donor_that_answers_late_each_time_is_kept() -> None:
+    content = blob(4)
+    transfer = Transfer(manifest_of(content, CHUNK), TransferConfig(asks_per_donor_max=1, answer_s=10.0, lates_max=3))
+    assert [each.index for each in asks(transfer.joined(ALICE, 0.0))] == [0]
+    for index in range(3):
+        begin = 25.0 * index
+        assert transfer.tick(begin + 10.0) == []
+        assert transfer.tick(begin + 20.0) == []
+        effects = transfer.received(ALICE, index, chunk(content, index), begin + 25.0)
+        assert effects == [Store(index, chunk(content, index)), Ask(ALICE, index + 1, (index + 1) * CHUNK, CHUNK)]
+    assert transfer.deadline() == 85.0
+
+
 def test_a_donor_that_never_answers_is_dropped_without_being_called_a_liar() -> None:
     transfer = Transfer(manifest_of(blob(1), CHUNK), CONFIG)
     transfer.joined(ALICE, 0.0)
     effects: list[Effect] = []
+    times = []
     while (now := transfer.deadline()) < 1000:
         effects += transfer.tick(now)
+        times.append(now)
+    assert times == [10.0, 20.0, 30.0]  # lates_max is 3
     assert [(each.donor, each.lied) for each in effects if isinstance(each, Drop)] == [(ALICE, False)]
     assert asks(effects) == []  # not of her again
     assert transfer.starved() == {0}
+
+
+def test_a_donor_may_say_anew_what_it_holds_though_no_more_donors_are_let_in() -> None:
+    content = blob(3)
+    transfer = Transfer(manifest_of(content, CHUNK), TransferConfig(donors_max=1))
+    assert transfer.joined(ALICE, 0.0, holds=[0]) == [Ask(ALICE, 0, 0, CHUNK)]
+    assert transfer.starved() == {1, 2}
+    assert [each.index for each in asks(transfer.joined(ALICE, 0.0, holds=[0, 2]))] == [2]
+    assert transfer.starved() == {1}
 
 
 def test_a_chunk_that_nobody_has_holds_up_no_other() -> None:
@@ -219,13 +296,14 @@ def test_donors_are_bounded() -> None:
     transfer.left(EVE, 1.0)
     for number in range(DROPPED_MAX + 5):
         if transfer.joined(PeerId(f"liar {number}"), 2.0):
-            transfer.lacks(PeerId(f"liar {number}"), -1, 2.0)
+            transfer.received(PeerId(f"liar {number}"), -1, b"", 2.0)
     assert len(transfer.statistics().dropped) == DROPPED_MAX
 
 
 def test_bad_bounds_are_refused() -> None:
-    with pytest.raises(ValueError, match="asks_max"):
-        TransferConfig(asks_max=0)
+    for name in ("donors_max", "asks_per_donor_max", "asks_max", "lates_max"):
+        with pytest.raises(ValueError, match=name):
+            TransferConfig(**{name: 0})  # type: ignore[arg-type]  # one field at a time
     with pytest.raises(ValueError, match="answer_s"):
         TransferConfig(answer_s=0.0)
 
