@@ -1,4 +1,4 @@
-"""`python -m bench.crowd`: what gossip costs one node in simulated networks of 50, 1,000 and 10,000 peers, and what it finds.
+"""`python -m bench.crowd`: what gossip costs a node in simulated networks of 50, 1,000 and 10,000 peers.
 
 Rules: the simulator (tests/simulator.py) runs the node's own cores. Bytes and events are counted once the network has
 settled, that is in the second half of the time; requests in the whole of it. One in a hundred peers serves a model

@@ -22,6 +22,7 @@ from gossip.standing import Verdict
 from node.errors import REQUEST_ERRORS
 from node.front import Route, RouteHint
 from node.work import GenerateWork, Sampling
+from tests.simulator_blob import Fetch
 from tests.simulator_engine import text_at, token_at
 from tests.simulator_net import History, Link, Loop, Net, Weather
 from tests.simulator_node import MODEL, Peer, Process
@@ -33,6 +34,7 @@ GRACE_S = 0.001
 STATEMENTS_MAX = 100_000
 STARTS_PER_S = 100
 SYBIL_NETWORKS = 4
+FETCH_DONORS = 6
 ENDS = frozenset({"finished", "cancelled", *REQUEST_ERRORS})
 
 
@@ -59,6 +61,7 @@ class Scenario:
     liars: float = 0.0
     flooders: float = 0.0
     equivocators: float = 0.0
+    fetches_per_min: float = 0.0  # of a blob that all who serve have
     sybils: int = 0  # beside the others, in four networks; they claim much, answer nothing, and tell of each other only
     rare_models: int = 0  # each served by one peer only
     rare_requests: float = 0.0  # of the requests ask for one of them by name
@@ -83,6 +86,7 @@ class Outcome:
     bytes_per_peer_s_max: float  # of the peer that sent most
     searches: int  # for a model that nobody known served
     found: int  # of these
+    fetches: dict[str, int]  # blobs by how their fetch ended
     events: int
     digest: str
     lines: tuple[str, ...] = ()
@@ -113,6 +117,7 @@ class Swarm:
         self.everybody = tuple(peer.identity.peer_id for peer in self.peers)
         self.alive: dict[PeerId, Process] = {}
         self.asks: list[Ask] = []
+        self.fetches: list[Fetch] = []
         self.violations: list[str] = []
         self.flooder_kept_s = 0.0
         self.net.on_drop = self._dropped
@@ -123,6 +128,7 @@ class Swarm:
         for peer in self.peers:
             self.loop.after(self.rng.random() * start_s, lambda peer=peer: self._start(peer))  # type: ignore[misc]
         self._each(scenario.peers * scenario.requests_per_peer_min / 60, self._ask, end)
+        self._each(scenario.fetches_per_min / 60, self._fetch, end)
         self._each(scenario.peers * scenario.churn_per_min / 60, self._crash, end)
         self._each(scenario.peers * scenario.pauses_per_min / 60, self._pause, end)
         self._each(scenario.cuts_per_min / 60, self._cut, end)
@@ -228,6 +234,17 @@ class Swarm:
             door.after(rng.uniform(0.0, 5.0), ask.cancel)
         ask.go()
 
+    def _fetch(self) -> None:
+        """Somebody honest wants the blob, of some who have it."""
+        process = self.rng.choice([each for each in self._honest() if each.backlog is None])
+        donors = [peer.identity.peer_id for peer in self.peers if peer.serves and peer is not process.peer]
+        chosen = self.rng.sample(donors, min(FETCH_DONORS, len(donors)))
+        fetch = Fetch(process, len(self.fetches), chosen)
+        self.fetches.append(fetch)
+        process.fetches.append(fetch)
+        self.history.note("fetch", fetch.number, process.peer_id[-6:])
+        fetch.go()
+
     def _wanted(self) -> str | None:
         """The model that a client names, if it does."""
         rare = [peer.model for peer in self.peers if peer.model != MODEL] if self.scenario.rare_requests else []
@@ -243,6 +260,8 @@ class Swarm:
         self.violations += process.violations
         for ask in list(process.asks.values()):
             ask.died()
+        for fetch in process.fetches:
+            fetch.died()
         self.net.crashed(process, silent=silent)
         self.loop.after(self.rng.uniform(*self.scenario.down_s), lambda: self._start(process.peer))
 
@@ -267,6 +286,7 @@ class Swarm:
             if ask.outcome is not None and ask.outcome not in ENDS | {"door_died"}:
                 wrong.append(f"request {ask.number} ended as {ask.outcome!r}")
             wrong += _faults(ask)
+        wrong += [f"fetch {each.number} has not ended" for each in self.fetches if each.outcome is None]
         seconds = WARM_UP_S + self.scenario.seconds
         return Outcome(
             seed=seed,
@@ -285,6 +305,7 @@ class Swarm:
             bytes_per_peer_s_max=max(self.net.sent.values()) / seconds,
             searches=sum(each.finder.searches for each in self.alive.values()),
             found=sum(each.finder.found for each in self.alive.values()),
+            fetches=dict(sorted(Counter(str(each.outcome) for each in self.fetches).items())),
             events=self.loop.done,
             digest=self.history.digest(),
             lines=tuple(self.history.lines),

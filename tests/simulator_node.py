@@ -34,6 +34,7 @@ from node.work import (
 )
 from p2p.errors import P2PError, Refused, RemoteError, RemoteProtocolError, Unreachable
 from p2p.rpc import CALLS_MAX, Call, CallId, Cancel, Credit, End, Error, Item, Role, Rpc, units_of
+from tests.simulator_blob import Conversation, Fetch, serve_blob
 from tests.simulator_engine import REVISION, Engine, Job
 from tests.simulator_finder import Finder
 from tests.simulator_net import Link, Loop, Net, Timer
@@ -80,6 +81,7 @@ class Process:
         self.links: dict[PeerId, Link] = {}
         self.expected: dict[bytes, float] = {}
         self.asks: dict[int, Ask] = {}
+        self.fetches: list[Fetch] = []
         self.paused_asks: set[int] = set()  # requests whose door was paused meanwhile
         self.violations: list[str] = []
         peer.lives += 1
@@ -202,6 +204,8 @@ class Process:
     def lost(self, link: Link) -> None:
         self.observations.connected(link.other(self).peer_id, False, self.now)
         self.finder.lost(link)
+        for fetch in list(self.fetches):
+            fetch.left(link.other(self).peer_id, "the connection broke")
         self._broken(link, Unreachable("the connection broke"))
 
     def take(self, link: Link, kind: str, raw: bytes, about: object) -> None:
@@ -222,6 +226,11 @@ class Process:
                 self.finder.asked(link, raw, about)
             case "found":
                 self.finder.answered(link, raw, about)
+            case "blob_ask" | "blob_range":
+                serve_blob(self, link, kind, raw, about)
+            case "blob_answer":
+                assert isinstance(about, Conversation)
+                about.fetch.answered(about, raw)
             case "call":
                 self._called(link, raw)
             case "answer":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import gossip.transfer
 from bench.harness import quantile
 from node.judge import Judge
 from node.pursuit import Pursuit
@@ -21,7 +22,7 @@ from tests.simulator_request import Ask
 
 pytestmark = pytest.mark.slow
 SEEDS, SOAK_SEEDS = 20, 1_000
-STORM = Scenario(seconds=20.0)
+STORM = Scenario(seconds=20.0, fetches_per_min=30.0)
 SMALL = Scenario(peers=12, seconds=15.0)
 CALM = {"churn_per_min": 0.0, "pauses_per_min": 0.0, "cuts_per_min": 0.0}
 HOSTILE_SEEDS = (11, 12)
@@ -102,6 +103,32 @@ def test_three_sybils_for_each_honest_peer_cost_time_and_no_answers() -> None:
         assert outcome.asked_of_holes <= 5
     assert success(besieged) >= 0.99
     assert p95_s(besieged) <= 2.5 * p95_s(alone)  # four networks, one try in each
+
+
+@pytest.mark.parametrize("bad", [{}, {"liars": 0.3}, {"black_holes": 0.3}], ids=lambda bad: next(iter(bad), "none"))
+def test_a_blob_comes_whole_whatever_a_third_of_its_donors_do(bad: dict[str, float]) -> None:
+    scenario = Scenario(peers=24, seconds=30.0, fetches_per_min=60.0, **bad)  # type: ignore[arg-type]
+    for seed in HOSTILE_SEEDS:
+        outcome = simulate(seed, scenario)
+        check(outcome, scenario)
+        stayed = sum(outcome.fetches.values()) - outcome.fetches.get("door_died", 0)
+        assert outcome.fetches["finished"] >= 0.95 * stayed > 10
+
+
+def test_bytes_that_nobody_compared_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gossip.transfer, "digest", lambda _content: EveryDigest())
+    scenario = Scenario(peers=24, seconds=30.0, fetches_per_min=60.0, liars=0.3)
+    assert any("has other bytes" in sentence for sentence in simulate(HOSTILE_SEEDS[0], scenario).wrong)
+
+
+class EveryDigest:
+    """Equal to any."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
 
 
 # --- the simulator itself ---
