@@ -10,7 +10,7 @@ Source: NETWORK.md "Our rules" 1-3, 5; libp2p specs.
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -140,6 +140,10 @@ class Libp2pTransport:
     def watch(self, watcher: PeerWatcher) -> None:
         """Call `watcher` (sync) at every PeerChange from now on. If it raises, the host ends."""
         self._watchers.append(watcher)
+
+    def keep_places_for(self, is_known: Callable[[PeerId], bool]) -> None:
+        """See Transport.keep_places_for."""
+        self._swarm.is_known = is_known
 
     def serve(self, protocol: str, handler: StreamHandler) -> None:
         """Run `handler` for each inbound stream of `protocol`; its exceptions reset that stream and no more."""

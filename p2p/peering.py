@@ -29,7 +29,7 @@ from p2p.greeting import Greeting, Introduction, Ledger
 from p2p.hello import PROTOCOL_VERSION, misfit
 from p2p.mdns import Announcement, Sighting, run_mdns
 from p2p.peering_status import BootstrapLog, PeeringStatus, RefusalRow, peer_rows, refusal_rows
-from p2p.roster import OUTBOUND_MIN, PEERS_TARGET, REFUSED_WAIT_S, Disconnect, Errand, Roster
+from p2p.roster import OUTBOUND_MIN, PEERS_TARGET, REFUSED_WAIT_S, Disconnect, Errand, Phase, Roster
 from p2p.transport import PeerChange, Transport
 
 DIALS_MAX = 4  # at once; 256 dials at once leave py-libp2p broken (F10)
@@ -169,6 +169,7 @@ class Peering:
         if self._file is not None:
             await trio.to_thread.run_sync(self._file.load, self._book, now)
         self._transport.watch(self._watch)
+        self._transport.keep_places_for(self._book.is_known)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep, calls, nursery)
@@ -207,6 +208,9 @@ class Peering:
             self._roster.connected(peer, now, None)
         for peer in self._roster.members.keys() - connected:
             self._lost(peer, now)
+        for member in self._roster.members.values():
+            if member.dialled is not None and member.phase is Phase.GREETED:
+                self._book.lasted(member.dialled, now - member.since)
 
     def _busy(self) -> frozenset[PeerId]:
         return frozenset(self._dialling) | frozenset(self._roster.members)

@@ -88,6 +88,9 @@ class Transport(Protocol):
     def watch(self, watcher: PeerWatcher) -> None:
         """Call `watcher` (sync) at every PeerChange from now on."""
 
+    def keep_places_for(self, is_known: Callable[[PeerId], bool]) -> None:
+        """Let in the peers that `is_known` (sync, must not raise) says, when strangers hold the other places."""
+
     def serve(self, protocol: str, handler: StreamHandler) -> None:
         """Run `handler` for each inbound stream of `protocol`; its exceptions reset that stream and no more."""
 

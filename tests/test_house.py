@@ -40,6 +40,7 @@ CORES = (
     "p2p/frame.py",
     "p2p/rpc.py",
     "p2p/book.py",
+    "p2p/book_saved.py",
     "p2p/transport.py",
     "gossip/messages.py",
     "gossip/directory.py",

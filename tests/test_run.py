@@ -311,11 +311,14 @@ async def test_one_breach_of_a_serving_peer_costs_once_however_many_calls_were_o
         candidate = Candidate(offer=offer, model=model, cost_s=1.0, in_doubt=False)
         remote = Remote(here.node._inference._network, Counter())
 
+        async def answered() -> None:
+            async with remote.generate(candidate, work(tokens=8)) as items:
+                async for _ in items:
+                    pass
+
         async def ask() -> None:
             with pytest.raises(PeerFailed):
-                async with remote.generate(candidate, work(tokens=8)) as items:
-                    async for _ in items:
-                        pass
+                await answered()
 
         with trio.fail_after(PATIENCE_S):
             async with trio.open_nursery() as nursery:
