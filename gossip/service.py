@@ -219,6 +219,8 @@ class GossipService:
         now = trio.current_time()
         self.observations.connected(change.peer, change.connected, now)
         if not change.connected:
+            if change.breach:
+                self._hearing.blame(change.peer, Fault.MALFORMED, change.breach, now)
             return
         verdict = self.standing.seen_at(change.peer, self._transport.remote_address(change.peer), now)
         if verdict is not Verdict.FINE:

@@ -47,10 +47,14 @@ GossipReceiver = Callable[[PeerId, bytes], bool]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerChange:
-    """A peer's first connection came up, or its last went down."""
+    """A peer's first connection came up, or its last went down.
+
+    breach: why the transport itself has cut it off, when its conduct was the reason.
+    """
 
     peer: PeerId
     connected: bool
+    breach: str = ""
 
 
 PeerWatcher = Callable[[PeerChange], None]
