@@ -2,8 +2,8 @@
 
 Rules: prints one line when it is ready, begins when a line comes on its standard input, and prints what befell it as
 JSON. It attacks only the address it is given. gossip NETWORK RATE: valid signed adverts of one identity. idle SOCKETS
-PREFIX HOSTS: sockets that say nothing, from HOSTS addresses such as PREFIX.1, opened again when closed. claims: connections
-that claim a gibibyte before their handshake.
+PREFIX HOSTS: sockets that say nothing, from HOSTS addresses such as PREFIX.1, opened again when closed. claims
+CONNECTIONS: they claim a gibibyte before their handshake.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ def published(identity: Identity, network: str, number: int) -> rpc_pb2.Message:
     """A valid advert in a valid gossip message."""
     advert = Advert(instance="ab" * 16, started_ms=1, agent="flood", capacity=Capacity(accepting=True))
     raw = seal_advert(
-        identity, advert, network=network, sequence=time.time_ns() // 1_000_000 + number, time_ms=int(time.time() * 1000)
+        identity,
+        advert,
+        network=network,
+        sequence=time.time_ns() // 1_000_000 + number,
+        time_ms=int(time.time() * 1000),
     )
     key = create_new_key_pair(identity.seed)
     message = rpc_pb2.Message(

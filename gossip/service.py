@@ -284,7 +284,7 @@ class GossipService:
 
     async def _enforce_verdicts(self) -> None:
         async for peer in self._cuts[1]:
-            self._counts["disconnected"] += 1
+            self._drop("disconnected")
             with trio.move_on_after(DISCONNECT_S):
                 await self._transport.disconnect(peer)
 

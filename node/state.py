@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from node.hosting import Hosting
 from node.inference import Inference
 from node.remote import Network
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
+from p2p.calls import Calls
 
 VERSION = "0.1.0"
 AGENT = f"openagi-node/{VERSION}"
@@ -48,6 +49,8 @@ class NodeState:
         self._process = psutil.Process()
         self.phase = "starting"  # starting | loading | running | stopping; run.py moves it on
         self.http: str | None = None
+        self.control: Calls | None = None  # hello, ping, peers
+        self.log_left_out: Mapping[str, int] = {}
 
     def answer(self, work: GenerateWork, route: RouteHint) -> AbstractAsyncContextManager[AsyncIterator[AnswerItem]]:
         """See node.front.Front."""
@@ -123,6 +126,8 @@ class NodeState:
             "gossip": asdict(network.gossip.statistics()),
             "transport": asdict(network.transport.statistics()),
             "calls": asdict(network.calls.statistics()),
+            "control": None if self.control is None else asdict(self.control.statistics()),
+            "log": {"left_out": dict(self.log_left_out)},
             "disk": _disk(self._files()),
             "inference": {**asdict(statistics), "counts": dict(inference.counts)},
             "model": self._model(inference.hosting),

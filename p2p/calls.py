@@ -225,7 +225,7 @@ class Calls:
         while len(streams) >= STREAMS_IN_MAX:
             self._drops["streams_over_bound"] += 1
             streams.pop(0).fail(Unreachable(f"{raw_stream.peer} has opened {STREAMS_IN_MAX} streams since"))
-        stream = _CalleeStream(raw_stream.peer, self.handler_for)
+        stream = _CalleeStream(raw_stream.peer, self.handler_for, self._drops)
         streams.append(stream)
         try:
             await stream.run(raw_stream)
@@ -328,8 +328,10 @@ class _CallerStream(CallStream):
 class _CalleeStream(CallStream):
     """Our end of a stream that a peer opened."""
 
-    def __init__(self, peer: PeerId, handler_for: Callable[[Call, PeerId], Handler]) -> None:
+    def __init__(self, peer: PeerId, handler_for: Callable[[Call, PeerId], Handler], drops: Counter[str]) -> None:
+        """`drops` counts calls that end in an error, by its code."""
         super().__init__(peer, Role.CALLEE)
+        self._drops = drops
         self.answering: dict[int, Incoming] = {}
         self._handler_for = handler_for
         self._nursery: trio.Nursery
@@ -372,6 +374,8 @@ class _CalleeStream(CallStream):
             except LocalProtocolError as exc:
                 _log.error("the handler of %s returned what cannot be sent: %s", incoming.method, exc)
                 outcome = RemoteError("internal", f"the result of {incoming.method} cannot be sent", retryable=True)
+        if outcome.code != "cancelled":  # as the caller wished
+            self._drops[f"answered_{outcome.code}"] += 1
         self.post(self.rpc.error(incoming.call_id, outcome))
 
     async def _outcome(self, handler: Handler, incoming: Incoming) -> Value | RemoteError:

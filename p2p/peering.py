@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,7 @@ class Peering:
         self._on_duplicate = on_duplicate
         self._roster = Roster(rng, target=config.peers_target, outbound_min=config.outbound_min)
         self._bootstrap = BootstrapLog(config.bootstrap)
+        self._drops: Counter[str] = Counter()
         self._greeting = Greeting(
             transport,
             Introduction(network=config.network, agent=config.agent, instance=config.instance),
@@ -88,6 +90,7 @@ class Peering:
                 bootstrap=self._bootstrap,
                 on_change=self._changed,
                 on_duplicate=self._duplicated,
+                drops=self._drops,
             ),
         )
         self._dialling: dict[PeerId, Address] = {}
@@ -155,6 +158,7 @@ class Peering:
             duplicate=self._duplicate,
             mdns=self._mdns,
             dialling=len(self._dialling),
+            drops=dict(self._drops),
         )
 
     def file_status(self) -> FileStatus | None:
@@ -244,12 +248,14 @@ class Peering:
         if now - member.since >= STEADY_S:
             self._book.steady(member.dialled)
         else:
+            self._drops["cut_at_once"] += 1
             self._book.failed(member.dialled, now, f"the connection was lost after {now - member.since:.1f} s")
 
     async def _run_errand(self, errand: Errand, calls: Calls) -> None:
         """One errand, whatever it meets; a peer's fault is noted and is no fault of ours."""
         try:
             if isinstance(errand, Disconnect):
+                self._drops["disconnected"] += 1
                 await self._disconnect(errand.peer, errand.reason)
             else:
                 await self._greeting.say(errand, calls)
@@ -292,6 +298,7 @@ class Peering:
         now = trio.current_time()
         self._bootstrap.note(address, reason, now)
         if reason:
+            self._drops["dial_failed"] += 1
             self._book.failed(address, now, reason)
         return reason
 

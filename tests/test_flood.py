@@ -1,4 +1,4 @@
-"""Gossip floods at a real host: who forwards too much, or forgeries, is cut and told of; nothing is remembered of it."""
+"""Gossip floods at a real host: who forwards too much, or forgeries, is cut and told of; nothing of it is kept."""
 
 from __future__ import annotations
 

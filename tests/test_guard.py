@@ -660,7 +660,7 @@ async def test_a_stream_that_never_says_its_protocol_ends() -> None:
 
 def test_what_is_known_of_a_peer_is_bounded_and_our_key_stays() -> None:
     own, eve = (ID.from_base58(Identity.make().peer_id) for _ in range(2))
-    store = GuardedPeerStore(own)
+    store = GuardedPeerStore(own, Drops())
     store.peer_data_map[own] = store.peer_data_map.get(own) or _peer_data()
     for round_number in range(5):
         store.add_addrs(eve, [Multiaddr(f"/ip4/10.0.{round_number}.{n}/tcp/1") for n in range(200)], 600)

@@ -65,6 +65,8 @@ CORES = (
     "node/work.py",
     "node/pursuit.py",
     "node/judge.py",
+    "node/log_pace.py",
+    "node/metrics.py",
     "node/front.py",
 )
 WAITING = {"trio", "socket", "time", "threading", "select", "subprocess", "os", "queue", "sched", "datetime"}
