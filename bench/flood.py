@@ -101,8 +101,9 @@ async def honest(address: str, network: str) -> AsyncIterator[Honest]:
 
 @contextmanager
 def attacker(*words: str) -> Iterator[subprocess.Popen[str]]:
-    """The attacker's process, ready and waiting for a line."""
-    command = [sys.executable, "-m", "bench.flood_end", *words]
+    """The attacker's process, ready and waiting for a line; without words one that does nothing."""
+    nothing = "print('ready', flush=True); input(); print('{}', flush=True)"
+    command = [sys.executable, "-m", "bench.flood_end", *words] if words else [sys.executable, "-c", nothing]
     root = Path(__file__).parent.parent
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
         assert process.stdout is not None
@@ -127,37 +128,33 @@ class Outcome:
 async def attacked(victim: NodeProcess, network: str, seconds: float, *words: str) -> Outcome:
     """Run an attack of `seconds` on a node, with honest peers beside it. words: of bench.flood_end; none: no attack."""
     process = psutil.Process(victim.process.pid)
-    async with honest(victim.address, network) as pair:
-        before = most = process.memory_info().rss
-        told: dict[str, Any] = {}
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(pair.speak)
-            nursery.start_soon(pair.join, victim.address)
-            if words:
-                kind, *more = words
-                with attacker(kind, victim.address, str(seconds), *more) as attack:
-                    assert attack.stdin is not None
-                    assert attack.stdout is not None
-                    pair.delays_s.clear()
+    more = [words[0], victim.address, str(seconds), *words[1:]] if words else []
+    with attacker(*more) as attack:  # its start blocks this thread, so the honest come after it
+        async with honest(victim.address, network) as pair:
+            before = most = process.memory_info().rss
+            told: dict[str, Any] = {}
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pair.speak)
+                nursery.start_soon(pair.join, victim.address)
+                if attack.stdin is not None:
                     attack.stdin.write("go\n")
                     attack.stdin.flush()
-                    until = trio.current_time() + seconds
-                    while trio.current_time() < until:
-                        await trio.sleep(0.2)
-                        most = max(most, process.memory_info().rss)
-                    told = json.loads(await trio.to_thread.run_sync(attack.stdout.readline))
-            else:
-                await trio.sleep(seconds)
-            await trio.sleep(1.0)
-            nursery.cancel_scope.cancel()
-        fresh = sum(time.monotonic() - sent < LATE_S for sent in pair.sent_s.values())
-        return Outcome(
-            delays_s=tuple(pair.delays_s),
-            joins_s=tuple(pair.joins_s),
-            lost=pair.lost - min(fresh, 1),
-            grown_mib=(most - before) / MIB,
-            told=told,
-        )
+                until = trio.current_time() + seconds
+                while trio.current_time() < until:
+                    await trio.sleep(0.2)
+                    most = max(most, process.memory_info().rss)
+                assert attack.stdout is not None
+                told = json.loads(await trio.to_thread.run_sync(attack.stdout.readline))
+                await trio.sleep(1.0)
+                nursery.cancel_scope.cancel()
+            fresh = sum(time.monotonic() - sent < LATE_S for sent in pair.sent_s.values())
+            return Outcome(
+                delays_s=tuple(pair.delays_s),
+                joins_s=tuple(pair.joins_s),
+                lost=pair.lost - min(fresh, 1),
+                grown_mib=(most - before) / MIB,
+                told=told,
+            )
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import trio
 from libp2p import new_host
 from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.keys import KeyPair
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
@@ -29,13 +30,13 @@ from gossip.messages import Advert, Capacity, advert_topic, seal_advert
 
 MESHSUB = TProtocol("/meshsub/1.1.0")
 MESSAGES_PER_FRAME = 50
-PREPARED = 5_000  # messages signed before the attack; their copies follow
+PREPARED = 2_000  # messages signed before the attack; their copies follow
 CLAIMED_BYTES = 1 << 30
 CLAIM_CHUNK = b"x" * 16_384
 
 
-def published(identity: Identity, network: str, number: int) -> rpc_pb2.Message:
-    """A valid advert in a valid gossip message."""
+def published(identity: Identity, network: str, number: int, pair: KeyPair | None = None) -> rpc_pb2.Message:
+    """A valid advert in a valid gossip message. pair: the identity's, made once."""
     advert = Advert(instance="ab" * 16, started_ms=1, agent="flood", capacity=Capacity(accepting=True))
     raw = seal_advert(
         identity,
@@ -44,7 +45,7 @@ def published(identity: Identity, network: str, number: int) -> rpc_pb2.Message:
         sequence=time.time_ns() // 1_000_000 + number,
         time_ms=int(time.time() * 1000),
     )
-    key = create_new_key_pair(identity.seed)
+    key = pair or create_new_key_pair(identity.seed)
     message = rpc_pb2.Message(
         data=raw,
         topicIDs=[advert_topic(network)],
@@ -58,17 +59,18 @@ def published(identity: Identity, network: str, number: int) -> rpc_pb2.Message:
 async def gossip(address: str, seconds: float, network: str, rate: str) -> dict[str, Any]:
     """RATE messages a second; after each cut it connects again. Returns what was sent, and when the first cut came."""
     identity = Identity.make()
+    pair = create_new_key_pair(identity.seed)
     frames = [
         encode_varint_prefixed(
             rpc_pb2.RPC(
-                publish=[published(identity, network, first + n) for n in range(MESSAGES_PER_FRAME)]
+                publish=[published(identity, network, first + n, pair) for n in range(MESSAGES_PER_FRAME)]
             ).SerializeToString()
         )
         for first in range(0, PREPARED, MESSAGES_PER_FRAME)
     ]
     await ready()
     began, sent, cuts, first_cut_s = time.monotonic(), 0, 0, None
-    host = new_host(key_pair=create_new_key_pair(identity.seed), muxer_preference="YAMUX")
+    host = new_host(key_pair=pair, muxer_preference="YAMUX")
     async with host.run([]):
         while time.monotonic() - began < seconds:
             try:

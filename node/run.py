@@ -163,8 +163,13 @@ class Node:
         network = self._transport
         learned: dict[str, int] = {}
         expelled: frozenset[str] = frozenset()
+        clock_is_wrong = False
         while True:
             await trio.sleep(MEASURE_EVERY_S)
+            problem = self.state.clock_problem()
+            if problem and not clock_is_wrong:
+                _log.warning("%s", problem)
+            clock_is_wrong = bool(problem)
             for peer in network.peers():
                 if (rtt_ms := self._peering.rtt_ms(peer)) is not None:
                     self._gossip.observations.rtt(peer, rtt_ms / 1000)
