@@ -393,7 +393,7 @@ async def test_a_node_that_overruns_the_deadline_is_cut_off(bench: Bench, autoju
 
 
 async def test_metrics_tell_what_the_status_counts(bench: Bench) -> None:
-    await bench.get("/healthz", headers={"host": "evil.example"})
+    await bench.get("/healthz", host="evil.example")
     response = await bench.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     assert 'openagi_drops_total{part="web.drops",reason="foreign_host"} 1' in response.text
