@@ -89,6 +89,7 @@ class DirectoryStatistics:
     offers: int
     peers_known: int
     clock_offset_ms: int | None  # median of peers' clocks minus ours, refused ones too; None without peers
+    clock_peers: int = 0  # of how many
 
 
 @dataclass(slots=True)
@@ -356,6 +357,7 @@ class Directory:
             offers=len(live),
             peers_known=len(self._entries),
             clock_offset_ms=offsets[len(offsets) // 2] if offsets else None,
+            clock_peers=len(offsets),
         )
 
     def _live(self, now: float) -> list[Offer]:

@@ -241,6 +241,8 @@ class GossipService:
         now = trio.current_time()
         self.observations.connected(change.peer, change.connected, now)
         if not change.connected:
+            if change.breach:
+                self._hearing.blame(change.peer, Fault.MALFORMED, change.breach, now)
             return
         address = self._transport.remote_address(change.peer)
         self.observations.located(change.peer, group_of(address))
@@ -306,7 +308,7 @@ class GossipService:
 
     async def _enforce_verdicts(self) -> None:
         async for peer in self._cuts[1]:
-            self._counts["disconnected"] += 1
+            self._drop("disconnected")
             with trio.move_on_after(DISCONNECT_S):
                 await self._transport.disconnect(peer)
 

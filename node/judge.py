@@ -17,7 +17,7 @@ from gossip.messages import Capacity
 from gossip.standing import Fault
 from node.errors import NO_ROOM_RETRY_S, REQUEST_ERRORS, BadRequest, NoRoom, NotReady, PeerFailed, RequestError
 from node.work import AnswerItem, Finished, GenerateWork, Piece, Progress, Started
-from p2p.errors import LocalProtocolError, P2PError, Refused, RemoteError, RemoteProtocolError
+from p2p.errors import LocalProtocolError, P2PError, Refused, RemoteError, RemoteProtocolError, StreamBreach
 
 ACCEPT_S = 2.0  # before the first token neither word nor progress for so long: nobody works there, ...
 STALL_S = 5.0  # after it neither token nor progress for so long: frozen, if its speed is known and lets it do better
@@ -162,7 +162,8 @@ def judged(failure: P2PError | PeerFailed, peer: PeerId) -> Verdict:
             return Verdict(error=error, reason=failure.code)
         case RemoteProtocolError():
             error = PeerFailed(f"{peer} broke the protocol: {failure}")
-            return Verdict(error=error, reason="protocol", fault=Fault.MALFORMED)
+            fault = None if isinstance(failure, StreamBreach) else Fault.MALFORMED  # node/run.py was told of that one
+            return Verdict(error=error, reason="protocol", fault=fault)
         case LocalProtocolError():
             error = BadRequest(f"the request cannot be sent to a peer: {failure}; make it smaller")
             return Verdict(error=error, reason=BadRequest.code)
@@ -170,8 +171,8 @@ def judged(failure: P2PError | PeerFailed, peer: PeerId) -> Verdict:
             error = NoRoom(f"{peer} takes no more: {failure}", retry_after_s=NO_ROOM_RETRY_S)
             return Verdict(error=error, reason="busy")
         case PeerFailed():
-            fault = Fault.TIMEOUT if isinstance(failure, LetDown) else None
-            return Verdict(error=PeerFailed(f"{peer}: {failure.message}"), reason="stalled", fault=fault)
+            stalled = Fault.TIMEOUT if isinstance(failure, LetDown) else None
+            return Verdict(error=PeerFailed(f"{peer}: {failure.message}"), reason="stalled", fault=stalled)
         case _:
             return Verdict(error=PeerFailed(f"{peer} cannot be reached: {failure}"), reason="unreachable")
 

@@ -14,7 +14,7 @@ import os
 import random
 import secrets
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -56,15 +56,20 @@ MEASURE_EVERY_S = 1.0
 _log = logging.getLogger("node")
 
 
-async def run_node(config: NodeConfig) -> None:
-    """Run a node until it is told to stop. Raises ConfigError, CannotListen, UnsafePermissions, ModelError."""
+async def run_node(config: NodeConfig, log_left_out: Mapping[str, int]) -> None:
+    """Run a node until it is told to stop. log_left_out: lines left out of the log, by logger; told in the status.
+
+    Raises ConfigError, CannotListen, UnsafePermissions, ModelError.
+    """
     from p2p.host import open_host  # libp2p is imported here, when the settings are known to be good
 
     identity = Identity.load_or_make(config.data_dir / KEY_FILE)
     bootstrap = _bootstrap(config)
     topics = frozenset({advert_topic(config.network)})
     async with open_host(identity, HostConfig(listen=config.listen, psk=_psk(config), topics=topics)) as transport:
-        await Node(config, identity, transport, bootstrap).run()
+        node = Node(config, identity, transport, bootstrap)
+        node.state.log_left_out = log_left_out
+        await node.run()
 
 
 class Node:
@@ -114,6 +119,7 @@ class Node:
         self._infer = infer
         parts = Parts(config=config, network=network, inference=self._inference, blobs=self.blobs, direct=self._direct)
         self.state = NodeState(parts)
+        self.state.control = self._control
 
     def _breach(self, peer: PeerId, what: str) -> None:
         """A peer broke a rule of a call protocol: its standing falls."""
@@ -170,8 +176,13 @@ class Node:
         network = self._transport
         learned: dict[str, int] = {}
         expelled: frozenset[str] = frozenset()
+        clock_is_wrong = False
         while True:
             await trio.sleep(MEASURE_EVERY_S)
+            problem = self.state.clock_problem()
+            if problem and not clock_is_wrong:
+                _log.warning("%s", problem)
+            clock_is_wrong = bool(problem)
             for peer in network.peers():
                 if (rtt_ms := self._peering.rtt_ms(peer)) is not None:
                     self._gossip.observations.rtt(peer, rtt_ms / 1000)

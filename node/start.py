@@ -22,6 +22,7 @@ from crypto.errors import BadKey
 from model.errors import ModelError
 from node.config import NodeConfig, load_config
 from node.errors import ConfigError, DataDirLocked
+from node.log_pace import LogPace
 from p2p.errors import CannotListen
 
 EXIT_OK, EXIT_USAGE, EXIT_NO_LISTEN, EXIT_LOCKED, EXIT_UNSAFE_KEY = 0, 2, 69, 75, 78
@@ -32,11 +33,11 @@ def start(flags: Mapping[str, object], file: Path | None) -> int:
     code = EXIT_OK
     try:
         config = load_config(flags, file=file)
-        _set_up_log(config)
+        pace = _set_up_log(config)
         with locked(config.data_dir):
             from node.run import run_node  # imports libp2p: not before the settings are good
 
-            trio.run(partial(run_node, config), strict_exception_groups=True)
+            trio.run(partial(run_node, config, pace.left_out), strict_exception_groups=True)
     except* ConfigError as group:
         code = _say(group, EXIT_USAGE)
     except* ModelError as group:
@@ -119,11 +120,27 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
-def _set_up_log(config: NodeConfig) -> None:
-    handler = logging.StreamHandler(sys.stderr)
+class _Paced(logging.Filter):
+    """Leaves out what comes too often (node/log_pace.py), and says so in the next line of its kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pace = LogPace()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        missing = self.pace.take(record.name, str(record.msg), time.monotonic())
+        if missing:
+            record.msg = f"{record.msg} ({missing} more such lines were left out)"
+        return missing is not None
+
+
+def _set_up_log(config: NodeConfig) -> LogPace:
+    handler, paced = logging.StreamHandler(sys.stderr), _Paced()
+    handler.addFilter(paced)
     handler.setFormatter(
         _JsonLines() if config.log_json else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     )
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
     for noisy in ("libp2p", "hypercorn.access", "httpx", "httpcore", "multiaddr", "zeroconf"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    return paced.pace

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import trio
 
 from crypto.disk import FileStatus, told_time
 from gossip.blobs import Blobs
+from gossip.directory import SKEW_MS
 from gossip.messages import Capacity, ModelKind, ModelOffer
 from node.config import NodeConfig
 from node.errors import NO_ROOM_RETRY_S
@@ -26,8 +27,10 @@ from node.hosting import Hosting
 from node.inference import Inference
 from node.remote import Network
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
+from p2p.calls import Calls
 from p2p.direct import Direct
 
+CLOCK_PEERS_MIN = 3  # of fewer nobody can say whose clock is wrong
 VERSION = "0.1.0"
 AGENT = f"openagi-node/{VERSION}"
 
@@ -52,6 +55,8 @@ class NodeState:
         self._process = psutil.Process()
         self.phase = "starting"  # starting | loading | running | stopping; run.py moves it on
         self.http: str | None = None
+        self.control: Calls | None = None  # hello, ping, peers
+        self.log_left_out: Mapping[str, int] = {}
 
     def answer(self, work: GenerateWork, route: RouteHint) -> AbstractAsyncContextManager[AsyncIterator[AnswerItem]]:
         """See node.front.Front."""
@@ -69,12 +74,18 @@ class NodeState:
         """Ready when the model (if any) is loaded and the node is not stopping."""
         match self.phase:
             case "running":
-                return Readiness(ready=True, degraded=tuple(file.problem for file in self._files() if file.problem))
+                problems = (*(file.problem for file in self._files()), self.clock_problem())
+                return Readiness(ready=True, degraded=tuple(problem for problem in problems if problem))
             case "stopping":
                 return Readiness(ready=False, reason="the node is stopping", retry_after_s=NO_ROOM_RETRY_S)
             case _:
                 reason = f"the model {self._parts.config.model} is loading"
                 return Readiness(ready=False, reason=reason, loading=True, retry_after_s=NO_ROOM_RETRY_S)
+
+    def clock_problem(self) -> str:
+        """One sentence when most peers say that this machine's clock is wrong; '' otherwise."""
+        heard = self._parts.network.gossip.statistics().directory
+        return clock_problem(heard.clock_offset_ms, heard.clock_peers)
 
     def _files(self) -> list[FileStatus]:
         network = self._parts.network
@@ -129,6 +140,8 @@ class NodeState:
             "calls": asdict(network.calls.statistics()),
             "blobs": None if self._parts.blobs is None else asdict(self._parts.blobs.statistics()),
             "direct": None if self._parts.direct is None else asdict(self._parts.direct.statistics()),
+            "control": None if self.control is None else asdict(self.control.statistics()),
+            "log": {"left_out": dict(self.log_left_out)},
             "disk": _disk(self._files()),
             "inference": {**asdict(statistics), "counts": dict(inference.counts)},
             "model": self._model(inference.hosting),
@@ -212,6 +225,17 @@ class NodeState:
             "engine": asdict(hosting.statistics()),
             "running": hosting.requests_running,
         }
+
+
+def clock_problem(offset_ms: int | None, peers: int) -> str:
+    """What to tell the operator of a clock that most of CLOCK_PEERS_MIN or more peers disagree with; '' otherwise."""
+    if offset_ms is None or peers < CLOCK_PEERS_MIN or abs(offset_ms) <= SKEW_MS:
+        return ""
+    side = "behind" if offset_ms > 0 else "ahead of"
+    return (
+        f"this machine's clock is {abs(offset_ms) // 1000} s {side} those of most of the {peers} peers heard: set it"
+        " (NTP); until then they refuse what this node says, and it what they say"
+    )
 
 
 def _disk(known: Sequence[FileStatus]) -> dict[str, Any]:

@@ -47,8 +47,9 @@ class Address:
         """The /24 or /56 that a public address shares with its neighbours; None where neighbours are no threat."""
         if self.scope is not Scope.PUBLIC:
             return None
-        prefix = 24 if ":" not in self.host else 56
-        return str(ipaddress.ip_network(f"{self.host}/{prefix}", strict=False))
+        if ":" not in self.host:
+            return f"{self.host.rpartition('.')[0]}.0/24"
+        return str(ipaddress.ip_network(f"{self.host}/56", strict=False))
 
     @property
     def bare(self) -> str:

@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-import msgspec
-
 from crypto.identity import PeerId
-from p2p.address import Address, Scope, parse_address, tellable
-from p2p.errors import BadAddress, BadFile
+from p2p.address import Address, Scope, tellable
+from p2p.book_saved import SavedAddress, decode_book, encode_book
 
 PEERS_MAX = 4096
 PEERS_EVICTED_AT_ONCE = 64  # one scan of the whole book makes room for so many newcomers
 ADDRESSES_MAX = 16  # per peer
 ANCHORS_MAX = 3  # peers that stay first in line, so that a flood of strangers cannot take all our places
+ANCHOR_AFTER_S = 300.0  # a peer that we dialled and that stayed so long may become one
+ADDRESSES_PER_GROUP_MAX = 128  # known in one public /24 or /56, so that one network cannot fill the book
 PEERS_PER_GROUP_MAX = 2  # connections we choose ourselves into one public /24 or /56
 FAILURES_MAX = 8  # an address that never worked is forgotten after so many tries
 FAILURES_FORGIVEN_MAX = 32  # the count stops here: the wait no longer changes
@@ -36,7 +36,6 @@ JITTER = 0.5  # a wait is drawn from 50 % to 150 % of its length, so that nodes 
 REMEMBERED_S = 14 * 86400.0  # a proven address that has not worked for so long counts as unproven
 SHARED_S = 86400.0  # only addresses that worked within a day are told to others
 SHARED_ADDRESSES_MAX = 4  # of one peer, the best ones
-BOOK_BYTES_MAX = 16 << 20  # PEERS_MAX x ADDRESSES_MAX x 250 bytes
 
 
 class Source(StrEnum):
@@ -61,6 +60,7 @@ class _Entry:
     """
 
     address: Address
+    group: str | None  # the address's own, worked out once
     source: Source
     added: float
     succeeded: float | None = None
@@ -108,19 +108,6 @@ class BookStatistics:
     dropped: dict[str, int]
 
 
-class _SavedAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    addr: str
-    source: Source
-    added: float
-    succeeded: float | None
-
-
-class _Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    version: int
-    anchors: list[PeerId]
-    addresses: list[_SavedAddress]
-
-
 class Book:
     """Addresses per peer, with what came of dialling them."""
 
@@ -131,6 +118,7 @@ class Book:
         self._peers_max = peers_max
         self._peers: dict[PeerId, _Peer] = {}
         self._anchors: list[PeerId] = []
+        self._per_group: Counter[str] = Counter()  # addresses known
         self._held: OrderedDict[PeerId, float] = OrderedDict()  # until when
         self._dropped: dict[str, int] = {}
 
@@ -151,7 +139,10 @@ class Book:
             return False  # a shared bootstrap file names us too
         if source is not Source.BOOTSTRAP and address.scope is Scope.NAMED:
             return self._drop("name from a stranger")
-        peer = self._peers.get(address.peer)
+        peer, group = self._peers.get(address.peer), address.group
+        is_crowded = group is not None and self._per_group[group] >= ADDRESSES_PER_GROUP_MAX
+        if is_crowded and source is not Source.BOOTSTRAP and (peer is None or address.text not in peer.entries):
+            return self._drop("addresses of one network")
         if peer is None:
             if len(self._peers) >= self._peers_max and not self._evict(now):
                 return self._drop("book full")
@@ -162,7 +153,9 @@ class Book:
             return True
         if len(peer.entries) >= ADDRESSES_MAX and not self._evict_address(peer, now):
             return self._drop("addresses of one peer")
-        peer.entries[address.text] = _Entry(address=address, source=source, added=now)
+        peer.entries[address.text] = _Entry(address=address, group=group, source=source, added=now)
+        if group is not None:
+            self._per_group[group] += 1
         return True
 
     def due(
@@ -176,8 +169,8 @@ class Book:
     ) -> list[Address]:
         """The addresses to dial now, best first, at most one per peer and none of a peer in `exclude`.
 
-        `groups`: connections held already per group; a group over PEERS_PER_GROUP_MAX is passed over, unless the
-        operator named the address. `alone` lowers the waits.
+        `groups`: connections held already per group. A network that has none comes before one that has; one over
+        PEERS_PER_GROUP_MAX is passed over, unless the operator named the address. `alone` lowers the waits.
         """
         ready = []
         for peer_id, peer in self._peers.items():
@@ -191,18 +184,18 @@ class Book:
             if entry is not None:
                 first = peer_id not in self._anchors
                 ready.append((first, entry.preference(now)[:3], self._rng.random(), peer_id, entry))
-        taken = dict(groups or {})
-        chosen: list[Address] = []
-        for *_, entry in sorted(ready, key=lambda row: row[:3]):
-            if len(chosen) == limit:
-                break
-            group = entry.address.group
-            if group is not None and entry.source is not Source.BOOTSTRAP:
-                if taken.get(group, 0) >= PEERS_PER_GROUP_MAX:
-                    continue
-                taken[group] = taken.get(group, 0) + 1
-            chosen.append(entry.address)
-        return chosen
+        ready.sort(key=lambda row: row[:3])
+        taken, chosen = Counter(groups or {}), dict[PeerId, Address]()
+        for most in range(1, PEERS_PER_GROUP_MAX + 1):
+            for first, _, _, peer_id, entry in ready:
+                if len(chosen) == limit:
+                    break
+                group = entry.group
+                free = group is None or entry.source is Source.BOOTSTRAP or not first
+                if peer_id not in chosen and (free or taken[group or ""] < most):
+                    chosen[peer_id] = entry.address
+                    taken[group or ""] += 1
+        return list(chosen.values())
 
     def succeeded(self, address: Address, now: float) -> None:
         """A dial of this address reached its peer, and the peer is one of our network."""
@@ -210,7 +203,16 @@ class Book:
         if entry is None:
             return
         entry.succeeded, entry.reason = now, ""
-        self._consider_anchor(address)
+
+    def lasted(self, address: Address, connected_s: float) -> None:
+        """The connection to an address that we dialled is up for so long; after ANCHOR_AFTER_S it may be an anchor."""
+        if connected_s >= ANCHOR_AFTER_S and self._entry(address) is not None:
+            self._consider_anchor(address)
+
+    def is_known(self, peer: PeerId) -> bool:
+        """Whether we reached this peer ourselves once, or the operator named it: not a stranger."""
+        entries = known.entries.values() if (known := self._peers.get(peer)) else ()
+        return any(entry.succeeded is not None or entry.source is Source.BOOTSTRAP for entry in entries)
 
     def steady(self, address: Address) -> None:
         """A connection there lasted: what failed before no longer counts. One that is cut at once counts as failed."""
@@ -232,11 +234,9 @@ class Book:
         entry.failed, entry.reason = now, reason
         entry.failures = min(entry.failures + 1, FAILURES_FORGIVEN_MAX)
         entry.factor = 1.0 - JITTER + 2 * JITTER * self._rng.random()
-        if entry.failures >= FAILURES_MAX:
-            self._anchors = [peer for peer in self._anchors if peer != address.peer]
-            if entry.source is not Source.BOOTSTRAP and not entry.proven(now):
-                self._remove(address.peer, entry)
-                self._drop("never worked")
+        if entry.failures >= FAILURES_MAX and entry.source is not Source.BOOTSTRAP and not entry.proven(now):
+            self._remove(address.peer, entry)
+            self._drop("never worked")
 
     def hold(self, peer: PeerId, now: float, wait_s: float) -> None:
         """Do not dial this peer for `wait_s`: it refused us or we it. Of more than PEERS_MAX holds the oldest goes."""
@@ -305,11 +305,10 @@ class Book:
         Failures are not: a restart is a new chance, the network may be another one today.
         """
         shift = unix_s - now
-        saved = _Saved(
-            version=1,
-            anchors=list(self._anchors),
-            addresses=[
-                _SavedAddress(
+        return encode_book(
+            self._anchors,
+            [
+                SavedAddress(
                     addr=entry.address.text,
                     source=entry.source,
                     added=entry.added + shift,
@@ -319,32 +318,23 @@ class Book:
                 for entry in peer.entries.values()
             ],
         )
-        return msgspec.json.encode(saved)
 
     def read_json(self, raw: bytes, now: float, unix_s: float) -> None:
         """Add what a saved book holds. Raises BadFile; nothing is added then.
 
         An entry that the operator's bootstrap file no longer names comes back as an ordinary one.
         """
-        if len(raw) > BOOK_BYTES_MAX:
-            raise BadFile(f"an address book of {len(raw)} bytes; at most {BOOK_BYTES_MAX}")
-        try:
-            saved = msgspec.json.decode(raw, type=_Saved)
-            if saved.version != 1:
-                raise BadFile(f"an address book of version {saved.version}; this node reads version 1")
-            addresses = [(parse_address(row.addr), row) for row in saved.addresses]
-        except (msgspec.DecodeError, BadAddress, UnicodeDecodeError) as exc:
-            raise BadFile(f"not an address book: {exc}") from exc
+        anchors, addresses = decode_book(raw, frozenset(Source))
         shift = unix_s - now
         for address, row in addresses:
-            source = Source.EXCHANGE if row.source is Source.BOOTSTRAP else row.source
+            source = Source.EXCHANGE if row.source == Source.BOOTSTRAP else Source(row.source)
             entry = self._entry(address) if self.add(address, source, now) else None
             if entry is None:
                 continue
             # a clock that was set back must not make an address look young or blocked for ever
             entry.added = min(row.added - shift, now)
             entry.succeeded = None if row.succeeded is None else min(row.succeeded - shift, now)
-        self._anchors = [peer for peer in dict.fromkeys(saved.anchors) if peer in self._peers][:ANCHORS_MAX]
+        self._anchors = [peer for peer in dict.fromkeys(anchors) if peer in self._peers][:ANCHORS_MAX]
 
     def _entry(self, address: Address) -> _Entry | None:
         peer = self._peers.get(address.peer)
@@ -356,15 +346,27 @@ class Book:
 
     def _remove(self, peer_id: PeerId, entry: _Entry) -> None:
         peer = self._peers[peer_id]
-        del peer.entries[entry.address.text]
+        self._uncount(peer.entries.pop(entry.address.text))
         if not peer.entries:
             del self._peers[peer_id]
             self._anchors = [anchor for anchor in self._anchors if anchor != peer_id]
 
+    def _uncount(self, *entries: _Entry) -> None:
+        for entry in entries:
+            if (group := entry.group) is not None:
+                self._per_group[group] -= 1
+                if not self._per_group[group]:
+                    del self._per_group[group]
+
     def _consider_anchor(self, address: Address) -> None:
-        if len(self._anchors) >= ANCHORS_MAX or address.peer in self._anchors:
+        """Take an anchor while there is room, or in place of one that is gone for good; others stay."""
+        if address.peer in self._anchors:
             return
-        groups = {entry.address.group for peer in self._anchors for entry in self._peers[peer].entries.values()}
+        lost = [peer for peer in self._anchors if self._peers[peer].best(0.0)[0].failures >= FAILURES_MAX]
+        self._anchors = [peer for peer in self._anchors if peer not in lost]
+        if len(self._anchors) >= ANCHORS_MAX:
+            return
+        groups = {entry.group for peer in self._anchors for entry in self._peers[peer].entries.values()}
         if address.group is None or address.group not in groups:
             self._anchors.append(address.peer)
 
@@ -380,7 +382,7 @@ class Book:
                 failures = min(entry.failures for entry in entries)
                 candidates.append((-failures, min(entry.added for entry in entries), peer_id))
         for _, _, peer_id in heapq.nsmallest(min(PEERS_EVICTED_AT_ONCE, max(1, self._peers_max // 8)), candidates):
-            del self._peers[peer_id]
+            self._uncount(*self._peers.pop(peer_id).entries.values())
             self._drop("made room")
         return bool(candidates)
 
@@ -392,6 +394,6 @@ class Book:
         )
         if worst is None:
             return False
-        del peer.entries[worst.address.text]
+        self._uncount(peer.entries.pop(worst.address.text))
         self._drop("made room")
         return True

@@ -17,7 +17,8 @@ import msgspec
 from crypto.disk import SYSTEM, FileStatus, StateFile, System
 from crypto.errors import BadState
 from p2p.address import Address, parse_address
-from p2p.book import BOOK_BYTES_MAX, Book
+from p2p.book import Book
+from p2p.book_saved import BOOK_BYTES_MAX
 from p2p.errors import BadAddress, BadFile
 
 BOOTSTRAP_BYTES_MAX = 1 << 20

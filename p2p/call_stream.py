@@ -14,7 +14,7 @@ from collections import deque
 import trio
 
 from crypto.identity import PeerId
-from p2p.errors import P2PError, RemoteProtocolError, StreamClosed, Unreachable
+from p2p.errors import P2PError, RemoteProtocolError, StreamBreach, StreamClosed, Unreachable
 from p2p.rpc import Frame, Role, Rpc
 from p2p.transport import Stream
 
@@ -119,3 +119,8 @@ class CallStream(ABC):
             await self.outbox.write(stream)
         except P2PError as exc:
             self.fail(exc)
+
+
+def again(failure: P2PError) -> P2PError:
+    """The same failure for one more call, so that no two calls share a traceback; a breach was told once already."""
+    return (StreamBreach if isinstance(failure, RemoteProtocolError) else type(failure))(*failure.args)

@@ -3,7 +3,7 @@
 Rules: shell; what may follow what is rpc.py's to say. The stream to a peer is opened by the first call, and again by
 the first after a break; no call is repeated. Leaving a call early posts Cancel, which cancels its handler at the peer.
 A broken stream ends its calls with Unreachable and cancels its handlers. A peer that breaks a rule has its stream
-reset, our calls on it end with RemoteProtocolError, and the drop is counted. Each call is held by its own credit, and
+reset, our calls on it end with StreamBreach, and the drop is counted. Each call is held by its own credit, and
 by nobody else's. `except Exception` stands here once: the guard around a peer's call.
 
 Source: RFC 9113 (multiplexing, flow control); NETWORK.md "Our rules" 5.
@@ -21,7 +21,7 @@ import trio
 
 from crypto.canonical import Value
 from crypto.identity import PeerId
-from p2p.call_stream import CallStream
+from p2p.call_stream import CallStream, again
 from p2p.errors import LocalProtocolError, P2PError, Refused, RemoteError, RemoteProtocolError, Unreachable
 from p2p.rpc import CALLS_MAX, Call, CallId, Cancel, Credit, End, Error, Frame, Item, Role, units_of
 from p2p.transport import Stream, Transport
@@ -173,7 +173,7 @@ class Calls:
 
         Raises, here or from the iteration: Unreachable (not connected, or the stream broke), Refused (the peer does
         not serve this protocol, or has CALLS_MAX calls of ours unfinished), RemoteError (the handler's answer),
-        RemoteProtocolError (the peer broke a rule), LocalProtocolError (the body cannot be sent).
+        StreamBreach (the peer broke a rule; on_breach is told), LocalProtocolError (the body cannot be sent).
         """
         stream = self._stream_to(peer)
         outgoing = await stream.begin(method, body)
@@ -225,7 +225,7 @@ class Calls:
         while len(streams) >= STREAMS_IN_MAX:
             self._drops["streams_over_bound"] += 1
             streams.pop(0).fail(Unreachable(f"{raw_stream.peer} has opened {STREAMS_IN_MAX} streams since"))
-        stream = _CalleeStream(raw_stream.peer, self.handler_for)
+        stream = _CalleeStream(raw_stream.peer, self.handler_for, self._drops)
         streams.append(stream)
         try:
             await stream.run(raw_stream)
@@ -285,7 +285,7 @@ class _CallerStream(CallStream):
             await self._opened.wait()
         await self.outbox.wait_for_room()
         if self.failure is not None:
-            raise _again(self.failure)
+            raise again(self.failure)
         if self.rpc.unfinished >= CALLS_MAX:
             raise Refused(f"{self.peer} has {CALLS_MAX} calls of ours unfinished: try another peer, or later")
         call_id, frame = self.rpc.call(method, body)
@@ -322,14 +322,16 @@ class _CallerStream(CallStream):
         self._opened.set()
         calls, self._calls = self._calls, {}
         for outgoing in calls.values():
-            outgoing.finish(None, _again(failure))
+            outgoing.finish(None, again(failure))
 
 
 class _CalleeStream(CallStream):
     """Our end of a stream that a peer opened."""
 
-    def __init__(self, peer: PeerId, handler_for: Callable[[Call, PeerId], Handler]) -> None:
+    def __init__(self, peer: PeerId, handler_for: Callable[[Call, PeerId], Handler], drops: Counter[str]) -> None:
+        """`drops` counts calls that end in an error, by its code."""
         super().__init__(peer, Role.CALLEE)
+        self._drops = drops
         self.answering: dict[int, Incoming] = {}
         self._handler_for = handler_for
         self._nursery: trio.Nursery
@@ -372,6 +374,8 @@ class _CalleeStream(CallStream):
             except LocalProtocolError as exc:
                 _log.error("the handler of %s returned what cannot be sent: %s", incoming.method, exc)
                 outcome = RemoteError("internal", f"the result of {incoming.method} cannot be sent", retryable=True)
+        if outcome.code != "cancelled":  # as the caller wished
+            self._drops[f"answered_{outcome.code}"] += 1
         self.post(self.rpc.error(incoming.call_id, outcome))
 
     async def _outcome(self, handler: Handler, incoming: Incoming) -> Value | RemoteError:
@@ -393,8 +397,3 @@ def _remote_error(exc: Exception) -> RemoteError | None:
     while isinstance(exc, ExceptionGroup) and len(exc.exceptions) == 1:
         exc = exc.exceptions[0]
     return exc if isinstance(exc, RemoteError) else None
-
-
-def _again(failure: P2PError) -> P2PError:
-    """The same failure for one more call, so that no two calls share a traceback."""
-    return type(failure)(*failure.args)

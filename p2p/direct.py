@@ -262,7 +262,9 @@ class Direct:
                 self._scopes[verdict] = scope
                 offer = await self._read_token(socket)
                 if offer is not None:
-                    self._admission.establish(verdict)
+                    refusal, _ = self._admission.establish(verdict, known=True)  # the token proves who it is
+                    if refusal is not None:
+                        raise Unreachable(refusal.reason)
                     offer.stream = DirectStream(
                         socket, offer.peer, Sealer(offer.keys.server), Opener(offer.keys.opener)
                     )

@@ -3,6 +3,7 @@
 P2PError
 |- LocalProtocolError     we broke our own rules: a bug
 |- RemoteProtocolError    they broke the rules: drop, lower standing
+|  `- StreamBreach         and the stream's owner has told of it: it costs nothing more
 |- Unreachable            nobody answers there: try another
 |- StreamClosed           the other side ended the stream cleanly
 |- Refused                policy, theirs or ours: says which and why
@@ -25,6 +26,10 @@ class LocalProtocolError(P2PError):
 
 class RemoteProtocolError(P2PError):
     """The peer sent what the protocol forbids."""
+
+
+class StreamBreach(RemoteProtocolError):
+    """The peer broke a rule of the stream that this call was on; whoever heeds such breaches has been told once."""
 
 
 class Unreachable(P2PError):

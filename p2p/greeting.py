@@ -8,15 +8,15 @@ Source: NETWORK.md rule 6; SECURITY.md S1, O1.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import trio
 
 from crypto.canonical import Value
 from crypto.identity import PeerId
-from p2p.address import seen_scope, told, worth_telling
+from p2p.address import Address, Scope, seen_scope, told, worth_telling
 from p2p.book import Book, Source
 from p2p.calls import Calls, Handler, Incoming
 from p2p.errors import Refused, RemoteError, RemoteProtocolError, Unreachable
@@ -62,6 +62,7 @@ class Ledger:
     bootstrap: BootstrapLog
     on_change: Callable[[], None]
     on_duplicate: Callable[[str], None]  # told of each sign that another live process has our identity
+    drops: Counter[str] = field(default_factory=Counter)  # refusals, failures and addresses not taken
 
 
 class Greeting:
@@ -97,6 +98,7 @@ class Greeting:
     def refuse(self, peer: PeerId, reason: str, grace_s: float = 0.0) -> None:
         """Note that a peer is none of ours; it is disconnected after `grace_s` and not dialled for REFUSED_WAIT_S."""
         now = trio.current_time()
+        self._ledger.drops["refused"] += 1
         member = self._ledger.roster.members.get(peer)
         dialled = member.dialled if member is not None else None
         seen_at = dialled.text if dialled is not None else self._transport.remote_address(peer) or ""
@@ -140,7 +142,7 @@ class Greeting:
         answer = read_known_peers(await calls.call(peer, "peers", {}))
         now, teller = trio.current_time(), seen_scope(self._transport.remote_address(peer))
         for known in answer.peers:
-            for address in told(known.addresses, PeerId(known.peer), teller):
+            for address in self._told(known.addresses, PeerId(known.peer), teller):
                 self._ledger.book.add(address, Source.EXCHANGE, now)
         member = self._ledger.roster.members.get(peer)
         if member is not None and member.hello is not None:
@@ -148,6 +150,7 @@ class Greeting:
 
     def _unanswered(self, errand: Greet | Probe | AskPeers, exc: Exception) -> None:
         roster, now = self._ledger.roster, trio.current_time()
+        self._ledger.drops[f"{type(errand).__name__.lower()}_unanswered"] += 1
         match errand:
             case Greet(peer=peer):
                 # it has no such protocol, or no such method: a plain libp2p client, which may stay
@@ -231,10 +234,17 @@ class Greeting:
         """Learn where a peer listens; one at the very host it is seen at may be told to others."""
         seen_at = self._transport.remote_address(peer)
         host = (seen_at or "").split("/")[1:3]
-        for address in told(hello.addresses, peer, seen_scope(seen_at)):
+        for address in self._told(hello.addresses, peer, seen_scope(seen_at)):
             self._ledger.book.add(address, Source.INBOUND, now)
             if address.bare.split("/")[1:3] == host:
                 self._ledger.book.vouch(address, now)
+
+    def _told(self, texts: Sequence[str], peer: PeerId, teller: Scope) -> list[Address]:
+        """The usable ones; the others are counted."""
+        usable = told(texts, peer, teller)
+        if len(usable) < len(texts):
+            self._ledger.drops["address_not_usable"] += len(texts) - len(usable)
+        return usable
 
     def _twin_told(self, teller: PeerId, twin: str) -> None:
         if twin and twin != self._introduction.instance:

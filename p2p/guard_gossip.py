@@ -1,7 +1,8 @@
 """Gossipsub that outlives what peers publish.
 
 Rules: `/meshsub/1.1.0` only, one beat a second, no adaptation, no scores: standing is ours (gossip/standing.py).
-A message reaches its receiver once, in the validator, after its signature; nothing is queued for us here.
+A message reaches its receiver once, in the validator, after its signature; nothing is queued for us here. Before its
+signature its neighbour's quota is asked (p2p/neighbours.py). Every drop is counted.
 
 Source: NETWORK.md section 3; SECURITY.md F1, F2, F8, F11.
 """
@@ -9,15 +10,26 @@ Source: NETWORK.md section 3; SECURITY.md F1, F2, F8, F11.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
+import trio
+from libp2p.io.exceptions import IOException, MessageTooLarge
+from libp2p.network.connection.exceptions import RawConnError
+from libp2p.network.stream.exceptions import StreamError
 from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
+from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
+from libp2p.pubsub.validators import signature_validator
+from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
-from p2p.guard import ContainedTasks, Drops
+from crypto.identity import PeerId
+from p2p.guard import ContainedTasks, Drops, reset_quietly
+from p2p.neighbours import Neighbours
 
 RPC_BYTES_MAX = 65_536  # one inbound pubsub frame
 SUBSCRIPTIONS_MAX = 32  # topics of one peer
+BACKOFF_S_MAX = 600  # for so long at most a neighbour may ask not to be grafted
 HEARTBEAT_S = 1
 
 
@@ -51,6 +63,9 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]  # libp2p's types are not fol
 
     def __init__(self, host: Any, router: GuardedGossipSub, topics: frozenset[str], drops: Drops) -> None:
         self._drops = drops
+        self._topics = topics
+        self._neighbours = Neighbours()
+        self.on_flood: Callable[[PeerId], None] = lambda _peer: None  # called (sync) for a neighbour to cut off
         super().__init__(
             host,
             router,
@@ -68,5 +83,91 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]  # libp2p's types are not fol
         """The service's manager, whose tasks are contained."""
         return ContainedTasks(super().manager, self._drops)
 
-    def notify_subscriptions(self, publish_message: Any) -> None:
-        """Nothing: the validator has delivered it; libp2p's queue of 32 would only fill and complain."""
+    async def continuously_read_stream(self, stream: Any) -> None:
+        """Read a neighbour's frames until its stream ends; one that does not decode ends it with an exception.
+
+        Around: libp2p reads as fast as a peer writes, checks a signature of each frame's sender record, for which we
+        have no use, says nothing of what it drops, and hands control messages on any topic to the router, which
+        remembers them.
+        """
+        peer_id = stream.muxed_conn.peer_id
+        peer = PeerId(peer_id.to_base58())
+        try:
+            while self.manager.is_running:
+                rpc = rpc_pb2.RPC()
+                rpc.ParseFromString(await read_varint_prefixed_bytes_limited(stream, RPC_BYTES_MAX))
+                await trio.sleep(self._neighbours.read(peer, _units(rpc), trio.current_time()))
+                for message in rpc.publish:
+                    if self._is_subscribed_to_msg(message):
+                        self.manager.run_task(self.push_msg, peer_id, message)
+                    else:
+                        self._drops.count("gossip_topic")
+                self._subscribed(peer_id, rpc.subscriptions)
+                if rpc.HasField("control"):
+                    await self.router.handle_rpc(rpc_pb2.RPC(control=self._allowed(rpc.control)), peer_id)
+                if self._neighbours.is_out(peer, trio.current_time()):
+                    self._drops.count("gossip_flood")
+                    self.on_flood(peer)
+                    return
+        except MessageTooLarge:
+            self._drops.count("gossip_frame_too_large")
+            await reset_quietly(stream, self._drops)
+            self._handle_dead_peer(peer_id)
+        except (StreamError, IOException, RawConnError):
+            pass  # the stream or its connection is over
+
+    def _subscribed(self, peer_id: Any, subscriptions: Any) -> None:
+        if len(subscriptions) > SUBSCRIPTIONS_MAX:
+            self._drops.count("gossip_subscriptions")
+            return
+        for each in subscriptions:
+            if each.topicid in self._topics:
+                self.handle_subscription(peer_id, each)
+            else:
+                self._drops.count("gossip_topic")
+
+    def _allowed(self, control: Any) -> Any:
+        """What of a control message the router may see: our topics, no peers to dial, no wait beyond BACKOFF_S_MAX."""
+        kept = rpc_pb2.ControlMessage(iwant=control.iwant)
+        kept.ihave.extend(each for each in control.ihave if each.topicID in self._topics)
+        kept.graft.extend(each for each in control.graft if each.topicID in self._topics)
+        for each in control.prune:
+            if each.topicID in self._topics:
+                kept.prune.add(topicID=each.topicID, backoff=min(each.backoff, BACKOFF_S_MAX))
+        passed_over = _entries(control) - _entries(kept)
+        if passed_over:
+            self._drops.counts["gossip_control"] += passed_over
+        return kept
+
+    async def push_msg(self, msg_forwarder: Any, msg: Any) -> None:
+        """Deliver a message and forward it, unless it was seen, is over its neighbour's quota, forged or not wanted.
+
+        Around: libp2p checks the signature of whatever comes; what fails costs its sender nothing, is counted nowhere
+        and is written out whole for a log that nobody reads.
+        """
+        if self._is_msg_seen(msg):
+            return  # gossip does that
+        if msg_forwarder != self.my_id:
+            peer, now = PeerId(msg_forwarder.to_base58()), trio.current_time()
+            if not self._neighbours.may_check(peer, now):
+                self._drops.count("gossip_over_quota")
+                return
+            if msg.from_id == self.my_id.to_bytes() or not signature_validator(msg):
+                self._drops.count("gossip_forged")
+                self._neighbours.strike(peer, now)
+                return
+        for each in self.get_msg_validators(msg):
+            if not each.validator(msg_forwarder, msg):
+                return  # the receiver has counted why
+        self._mark_msg_seen(msg)
+        await self.router.publish(msg_forwarder, msg)
+
+
+def _units(rpc: Any) -> int:
+    """What a frame costs to look at."""
+    return len(rpc.publish) + len(rpc.subscriptions) + (_entries(rpc.control) if rpc.HasField("control") else 0)
+
+
+def _entries(control: Any) -> int:
+    ids = sum(len(each.messageIDs) for kind in (control.ihave, control.iwant, control.idontwant) for each in kind)
+    return ids + sum(len(kind) for kind in (control.ihave, control.iwant, control.graft, control.prune))

@@ -39,7 +39,7 @@ def make_host(identity: Identity, config: HostConfig, tcp: GuardedTcp, drops: Dr
     """libp2p's host with Noise, yamux and TCP only, and everything that acts by itself turned off."""
     key_pair = create_new_key_pair(identity.seed)
     peer_id = ID.from_pubkey(key_pair.public_key)
-    peerstore = GuardedPeerStore(peer_id)
+    peerstore = GuardedPeerStore(peer_id, drops)
     peerstore.add_key_pair(peer_id, key_pair)
     swarm = GuardedSwarm(
         peer_id,

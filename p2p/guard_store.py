@@ -12,6 +12,8 @@ from typing import Any
 
 from libp2p.peer.peerstore import PeerStore
 
+from p2p.guard import Drops
+
 PEERS_MAX = 1024
 ADDRESSES_MAX = 16  # of one peer
 PROTOCOLS_MAX = 64
@@ -26,7 +28,8 @@ class GuardedPeerStore(PeerStore):  # type: ignore[misc]  # libp2p's types are n
     entry without addresses goes first, and that is our own, with the key.
     """
 
-    def __init__(self, own: Any) -> None:
+    def __init__(self, own: Any, drops: Drops) -> None:
+        self._drops = drops
         super().__init__(max_records=PEERS_MAX, max_peers=PEERS_MAX)
         self._own = own
 
@@ -34,11 +37,14 @@ class GuardedPeerStore(PeerStore):  # type: ignore[misc]  # libp2p's types are n
         """Keep the first addresses of a peer, up to the bound."""
         known = self.peer_data_map.get(peer_id)
         room = ADDRESSES_MAX - (len(known.get_addrs()) if known is not None else 0)
+        self._left_out("peerstore_addresses", len(addrs) - max(room, 0))
         super().add_addrs(peer_id, list(addrs)[: max(room, 0)], ttl)
 
     def set_protocols(self, peer_id: Any, protocols: Sequence[str]) -> None:
         """Keep a peer's first protocols, up to the bounds."""
-        super().set_protocols(peer_id, [each for each in protocols if len(each) <= PROTOCOL_CHARS_MAX][:PROTOCOLS_MAX])
+        kept = [each for each in protocols if len(each) <= PROTOCOL_CHARS_MAX][:PROTOCOLS_MAX]
+        self._left_out("peerstore_protocols", len(protocols) - len(kept))
+        super().set_protocols(peer_id, kept)
 
     def add_protocols(self, peer_id: Any, protocols: Sequence[str]) -> None:
         """As set_protocols, beside those known."""
@@ -52,8 +58,13 @@ class GuardedPeerStore(PeerStore):  # type: ignore[misc]  # libp2p's types are n
     def consume_peer_record(self, envelope: Any, ttl: int) -> bool:
         """Keep a signed list of addresses unless it is too large."""
         if len(envelope.raw_payload) > RECORD_BYTES_MAX:
+            self._left_out("peerstore_record", 1)
             return False
         return bool(super().consume_peer_record(envelope, ttl))
+
+    def _left_out(self, reason: str, count: int) -> None:
+        if count > 0:
+            self._drops.counts[reason] += count
 
     def forget(self, peer_id: Any) -> None:
         """Drop all that is known of a peer."""

@@ -1,7 +1,7 @@
 """The swarm: who is let in, for how long, and that nobody is dialled behind our back.
 
-Rules: an inbound connection holds its place from accept until it closes, no longer. libp2p never dials by itself:
-p2p/peering.py decides. A connection that has been silent, though pinged, is closed.
+Rules: an inbound connection holds its place from accept until it closes or yields it, no longer. libp2p never dials by
+itself: p2p/peering.py decides. A connection that has been silent, though pinged, is closed.
 
 Source: NETWORK.md section 0 (2), section 4; SECURITY.md F7, F10.
 """
@@ -9,6 +9,7 @@ Source: NETWORK.md section 0 (2), section 4; SECURITY.md F7, F10.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -18,6 +19,7 @@ from libp2p.network.exceptions import SwarmException
 from libp2p.network.swarm import Swarm
 from libp2p.stream_muxer.yamux.yamux import FLAG_SYN, TYPE_PING, YAMUX_HEADER_FORMAT
 
+from crypto.identity import PeerId
 from p2p.admission import Admission, Refusal, Ticket
 from p2p.guard import ContainedTasks, Drops
 from p2p.guard_socket import GuardedSocket
@@ -49,7 +51,9 @@ class GuardedSwarm(Swarm):  # type: ignore[misc]  # libp2p's types are not follo
     def __init__(self, *args: Any, config: HostConfig, drops: Drops, **kwargs: Any) -> None:
         self.drops = drops
         self.admission = Admission(config)
+        self.is_known: Callable[[PeerId], bool] = lambda _peer: False  # whom places are kept for
         self._scopes: dict[Ticket, trio.CancelScope] = {}
+        self._tickets: dict[trio.lowlevel.Task, Ticket] = {}  # of the handshake that a task carries out
         super().__init__(*args, **kwargs)
         self.auto_connector = _NoConnector(self)
 
@@ -73,15 +77,37 @@ class GuardedSwarm(Swarm):  # type: ignore[misc]  # libp2p's types are not follo
             self.drops.count(verdict.reason)
             read_write_closer.abort()
             return
+        task, closed = trio.lowlevel.current_task(), False
         try:
             with trio.CancelScope() as scope:
                 self._scopes[verdict] = scope
+                self._tickets[task] = verdict
                 muxed = await self.upgrade_inbound_raw_conn(RawConnection(read_write_closer, False), maddr)
-                self.admission.establish(verdict)
                 await muxed.event_closed.wait()
+                closed = True
         finally:
-            del self._scopes[verdict]
+            if not closed:
+                read_write_closer.abort()  # its readers see the end, and libp2p takes the rest away
+            del self._tickets[task], self._scopes[verdict]
             self.admission.close(verdict)
+
+    async def add_conn(self, muxed_conn: Any, direction: str = "unknown") -> Any:
+        """Take a connection whose handshake is done. Raises SwarmException when there is no place for it.
+
+        Around: libp2p counts all connections alike, so that strangers can take every place, those of our own dials
+        too.
+        """
+        ticket = self._tickets.get(trio.lowlevel.current_task()) if direction == "inbound" else None
+        if ticket is not None:
+            known = self.is_known(PeerId(muxed_conn.peer_id.to_base58()))
+            refusal, yielding = self.admission.establish(ticket, known=known)
+            if yielding is not None:
+                self.drops.count("place_yielded")
+                self._scopes[yielding].cancel()
+            if refusal is not None:
+                self.drops.count(refusal.reason)
+                raise SwarmException(f"no place for an inbound connection: {refusal.reason}")
+        return await super().add_conn(muxed_conn, direction=direction)
 
     async def dial_peer(self, peer_id: Any) -> list[Any]:
         """The live connections to a peer. Raises SwarmException when there is none.

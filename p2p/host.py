@@ -10,7 +10,7 @@ Source: NETWORK.md "Our rules" 1-3, 5; libp2p specs.
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -113,6 +113,8 @@ class Libp2pTransport:
         self._connections: dict[PeerId, set[Any]] = {}
         self._watchers: list[PeerWatcher] = []
         self._dialing: dict[PeerId, trio.Event] = {}
+        self._breaches: dict[PeerId, str] = {}  # of connections that we are closing for them
+        pubsub.on_flood = self._cut
         self._swarm.register_notifee(_Notifee(self))
         for conn in self._swarm.get_connections():
             self._connected(conn)
@@ -140,6 +142,10 @@ class Libp2pTransport:
     def watch(self, watcher: PeerWatcher) -> None:
         """Call `watcher` (sync) at every PeerChange from now on. If it raises, the host ends."""
         self._watchers.append(watcher)
+
+    def keep_places_for(self, is_known: Callable[[PeerId], bool]) -> None:
+        """See Transport.keep_places_for."""
+        self._swarm.is_known = is_known
 
     def serve(self, protocol: str, handler: StreamHandler) -> None:
         """Run `handler` for each inbound stream of `protocol`; its exceptions reset that stream and no more."""
@@ -272,7 +278,13 @@ class Libp2pTransport:
             if not held:
                 del self._connections[peer]
                 self._host.get_peerstore().forget(conn.muxed_conn.peer_id)
-                self._tell(PeerChange(peer=peer, connected=False))
+                self._tell(PeerChange(peer=peer, connected=False, breach=self._breaches.pop(peer, "")))
+
+    def _cut(self, peer: PeerId) -> None:
+        """A neighbour floods: close its connections, and tell why."""
+        if peer in self._connections:
+            self._breaches[peer] = "handed on more gossip than a neighbour may, or forged messages"
+            self._nursery.start_soon(self.disconnect, peer)
 
     def _tell(self, change: PeerChange) -> None:
         for watcher in self._watchers:

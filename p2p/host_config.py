@@ -21,10 +21,16 @@ class HostConfig:
     psk: bytes | None = None  # set: only nodes that hold the same 32 bytes can connect
     topics: frozenset[str] = frozenset()  # gossip topics that peers may subscribe to through us
     connections_max: int = 256  # live connections, both directions
+    inbound_max: int = 192  # of these; the rest is for our own dials, which no stranger can take
+    places_kept: int = 32  # of the inbound ones, for peers that we know
     pending_max: int = 64  # inbound connections before their handshake is done; the oldest yields
     pending_per_ip_max: int = 4
     pending_loopback_max: int = 64  # loopback is shared by every process of this machine
     connections_per_ip_max: int = 32  # live inbound; several nodes may share one router
+    pending_per_subnet_max: int = 16  # of one public /24 or IPv6 /56
+    connections_per_subnet_max: int = 64
+    accepts_per_subnet_s: float = 20.0
+    accepts_per_subnet_burst: int = 64
     accepts_per_ip_s: float = 5.0  # refill of new inbound connections per address
     accepts_per_ip_burst: int = 32
     streams_per_peer_max: int = 128  # inbound streams at once
@@ -42,6 +48,11 @@ class HostConfig:
         for name in ("connections_max", "pending_max", "pending_per_ip_max", "streams_per_peer_max"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} came, wanted at least 1")
+        if not 0 <= self.places_kept < self.inbound_max <= self.connections_max:
+            raise ValueError(
+                f"places_kept {self.places_kept}, inbound_max {self.inbound_max}, connections_max"
+                f" {self.connections_max} came, wanted 0 <= kept < inbound <= all"
+            )
         for name in ("upgrade_s", "negotiate_s", "dial_s", "health_interval_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)} came, wanted more than 0 seconds")

@@ -14,7 +14,7 @@ import itertools
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -201,6 +201,9 @@ class LoopbackTransport:
 
     def watch(self, watcher: PeerWatcher) -> None:
         self._watchers.append(watcher)
+
+    def keep_places_for(self, is_known: Callable[[PeerId], bool]) -> None:
+        """There are places for all."""
 
     def serve(self, protocol: str, handler: StreamHandler) -> None:
         self._handlers[protocol] = handler

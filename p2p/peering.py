@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from p2p.greeting import Greeting, Introduction, Ledger
 from p2p.hello import PROTOCOL_VERSION, misfit
 from p2p.mdns import Announcement, Sighting, run_mdns
 from p2p.peering_status import BootstrapLog, PeeringStatus, RefusalRow, peer_rows, refusal_rows
-from p2p.roster import OUTBOUND_MIN, PEERS_TARGET, REFUSED_WAIT_S, Disconnect, Errand, Roster
+from p2p.roster import OUTBOUND_MIN, PEERS_TARGET, REFUSED_WAIT_S, Disconnect, Errand, Phase, Roster
 from p2p.transport import PeerChange, Transport
 
 DIALS_MAX = 4  # at once; 256 dials at once leave py-libp2p broken (F10)
@@ -79,6 +80,7 @@ class Peering:
         self._on_duplicate = on_duplicate
         self._roster = Roster(rng, target=config.peers_target, outbound_min=config.outbound_min)
         self._bootstrap = BootstrapLog(config.bootstrap)
+        self._drops: Counter[str] = Counter()
         self._greeting = Greeting(
             transport,
             Introduction(network=config.network, agent=config.agent, instance=config.instance),
@@ -88,6 +90,7 @@ class Peering:
                 bootstrap=self._bootstrap,
                 on_change=self._changed,
                 on_duplicate=self._duplicated,
+                drops=self._drops,
             ),
         )
         self._dialling: dict[PeerId, Address] = {}
@@ -155,6 +158,7 @@ class Peering:
             duplicate=self._duplicate,
             mdns=self._mdns,
             dialling=len(self._dialling),
+            drops=dict(self._drops),
         )
 
     def file_status(self) -> FileStatus | None:
@@ -169,6 +173,7 @@ class Peering:
         if self._file is not None:
             await trio.to_thread.run_sync(self._file.load, self._book, now)
         self._transport.watch(self._watch)
+        self._transport.keep_places_for(self._book.is_known)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep, calls, nursery)
@@ -207,6 +212,9 @@ class Peering:
             self._roster.connected(peer, now, None)
         for peer in self._roster.members.keys() - connected:
             self._lost(peer, now)
+        for member in self._roster.members.values():
+            if member.dialled is not None and member.phase is Phase.GREETED:
+                self._book.lasted(member.dialled, now - member.since)
 
     def _busy(self) -> frozenset[PeerId]:
         return frozenset(self._dialling) | frozenset(self._roster.members)
@@ -240,12 +248,14 @@ class Peering:
         if now - member.since >= STEADY_S:
             self._book.steady(member.dialled)
         else:
+            self._drops["cut_at_once"] += 1
             self._book.failed(member.dialled, now, f"the connection was lost after {now - member.since:.1f} s")
 
     async def _run_errand(self, errand: Errand, calls: Calls) -> None:
         """One errand, whatever it meets; a peer's fault is noted and is no fault of ours."""
         try:
             if isinstance(errand, Disconnect):
+                self._drops["disconnected"] += 1
                 await self._disconnect(errand.peer, errand.reason)
             else:
                 await self._greeting.say(errand, calls)
@@ -288,6 +298,7 @@ class Peering:
         now = trio.current_time()
         self._bootstrap.note(address, reason, now)
         if reason:
+            self._drops["dial_failed"] += 1
             self._book.failed(address, now, reason)
         return reason
 

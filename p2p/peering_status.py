@@ -66,6 +66,7 @@ class PeeringStatus:
     duplicate: str  # '' or a sentence: another live process has our identity
     mdns: str  # off, starting, on, or why not
     dialling: int
+    drops: dict[str, int]  # reason -> count since start
     nat: str = NAT_UNKNOWN
 
     @property

@@ -19,7 +19,7 @@ from p2p.address import Address
 from p2p.hello import Hello
 
 PEERS_TARGET = 16  # greeted peers, above which we dial nobody new
-OUTBOUND_MIN = 8  # of these chosen by ourselves, so that those who come to us cannot be all we know
+OUTBOUND_MIN = 8  # networks chosen by ourselves, so that those who come to us cannot be all we know
 GREET_GRACE_S = 2.0  # the one that dialled speaks first; then we do
 GREETS_MAX = 3  # tries, GREET_AGAIN_S apart
 GREET_AGAIN_S = 5.0
@@ -42,6 +42,9 @@ class Phase(Enum):
     GREETED = "greeted"
     FOREIGN = "foreign"  # speaks no rpc of ours
     REFUSED = "refused"  # being disconnected
+
+
+_OURS = (Phase.NEW, Phase.GREETED)  # of our network, or about to be
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,7 @@ class Roster:
     @property
     def alone(self) -> bool:
         """Whether nobody of our network is connected or about to be."""
-        return not any(member.phase in (Phase.NEW, Phase.GREETED) for member in self._members.values())
+        return not any(member.phase in _OURS for member in self._members.values())
 
     def refusals(self) -> tuple[Refusal, ...]:
         """The newest last."""
@@ -136,9 +139,14 @@ class Roster:
 
     def wanted(self) -> int:
         """How many more peers to dial."""
-        counted = [m for m in self._members.values() if m.phase in (Phase.NEW, Phase.GREETED)]
-        outbound = sum(member.dialled is not None for member in counted)
-        return max(self._target - len(counted), self._outbound_min - outbound, 0)
+        counted = [m for m in self._members.values() if m.phase in _OURS]
+        return max(self._target - len(counted), self._outbound_min - self.outbound(), 0)
+
+    def outbound(self) -> int:
+        """How many networks we dialled: a second peer of a public group adds nothing, for one owner may hold both."""
+        dialled = [m.dialled for m in self._members.values() if m.dialled is not None and m.phase in _OURS]
+        groups = {address.group for address in dialled if address.group is not None}
+        return len(groups) + sum(address.group is None for address in dialled)
 
     def groups(self) -> Counter[str]:
         """How many peers we dialled in each public group."""

@@ -47,10 +47,14 @@ GossipReceiver = Callable[[PeerId, bytes], bool]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerChange:
-    """A peer's first connection came up, or its last went down."""
+    """A peer's first connection came up, or its last went down.
+
+    breach: why the transport itself has cut it off, when its conduct was the reason.
+    """
 
     peer: PeerId
     connected: bool
+    breach: str = ""
 
 
 PeerWatcher = Callable[[PeerChange], None]
@@ -87,6 +91,9 @@ class Transport(Protocol):
 
     def watch(self, watcher: PeerWatcher) -> None:
         """Call `watcher` (sync) at every PeerChange from now on."""
+
+    def keep_places_for(self, is_known: Callable[[PeerId], bool]) -> None:
+        """Let in the peers that `is_known` (sync, must not raise) says, when strangers hold the other places."""
 
     def serve(self, protocol: str, handler: StreamHandler) -> None:
         """Run `handler` for each inbound stream of `protocol`; its exceptions reset that stream and no more."""

@@ -12,9 +12,10 @@ from crypto.identity import Identity, PeerId, peer_id_of
 from p2p.address import Address, Scope, believable, parse_address, seen_scope, tellable, told
 from p2p.book import (
     ADDRESSES_MAX,
+    ADDRESSES_PER_GROUP_MAX,
     ALONE_WAIT_MAX_S,
+    ANCHOR_AFTER_S,
     ANCHORS_MAX,
-    BOOK_BYTES_MAX,
     FAILURES_MAX,
     FIRST_WAIT_S,
     JITTER,
@@ -24,6 +25,7 @@ from p2p.book import (
     Book,
     Source,
 )
+from p2p.book_saved import BOOK_BYTES_MAX
 from p2p.errors import BadAddress, BadFile
 
 IDS = [Identity.make().peer_id for _ in range(40)]
@@ -274,18 +276,72 @@ def test_an_address_that_never_worked_is_forgotten_unless_the_operator_named_it(
     assert IDS[1] in book
 
 
-def test_anchors_are_few_sticky_and_of_different_groups() -> None:
+def test_anchors_lasted_are_few_sticky_and_of_different_groups() -> None:
     book = new_book()
     hosts = ["8.8.8.1", "8.8.8.2", "9.9.9.1", "11.1.1.1", "12.1.1.1"]
-    for peer, host in zip(IDS, hosts, strict=False):
-        book.add(at(peer, host), Source.EXCHANGE, 0.0)
-        book.succeeded(at(peer, host), 0.0)
+    addresses = [at(peer, host) for peer, host in zip(IDS, hosts, strict=False)]
+    for address in addresses:
+        book.add(address, Source.EXCHANGE, 0.0)
+        book.succeeded(address, 0.0)
+        book.lasted(address, ANCHOR_AFTER_S - 1)
+    assert book.anchors == (), "a connection must have lasted"
+    for address in addresses:
+        book.lasted(address, ANCHOR_AFTER_S)
     assert book.anchors == (IDS[0], IDS[2], IDS[3])
     for _ in range(FAILURES_MAX):
-        book.failed(at(IDS[0], hosts[0]), 1.0, "refused")
-    assert IDS[0] not in book.anchors
-    book.succeeded(at(IDS[4], hosts[4]), 2.0)
-    assert IDS[4] in book.anchors
+        for address in addresses[:4]:
+            book.failed(address, 1.0, "no network")
+    assert book.anchors == (IDS[0], IDS[2], IDS[3]), "while we are cut off nobody else takes their place"
+    book.lasted(addresses[4], ANCHOR_AFTER_S)
+    assert book.anchors == (IDS[4],)
+
+
+def test_anchors_are_dialled_first() -> None:
+    book, anchor = new_book(), at(IDS[20], "8.8.8.8")
+    for peer in IDS[:20]:
+        book.add(at(peer), Source.BOOTSTRAP, 0.0)
+        book.succeeded(at(peer), 0.0)
+    book.add(anchor, Source.EXCHANGE, 0.0)
+    book.lasted(anchor, ANCHOR_AFTER_S)
+    other = new_book()
+    other.read_json(book.to_json(1.0, 1e9), 1.0, 1e9)
+    assert other.due(1.0, limit=1, groups={"8.8.8.0/24": PEERS_PER_GROUP_MAX}) == [anchor]
+
+
+def test_a_network_that_we_do_not_know_comes_first() -> None:
+    book = new_book()
+    for index in range(8):
+        proven = at(IDS[index], f"8.8.8.{index + 1}")
+        book.add(proven, Source.EXCHANGE, 0.0)
+        book.succeeded(proven, 0.0)
+    book.add(at(IDS[9], "9.9.9.9"), Source.EXCHANGE, 0.0)
+    chosen = [address.peer for address in book.due(0.0, limit=2, groups={"8.8.8.0/24": 1})]
+    assert chosen[0] == IDS[9]
+    assert len(chosen) == 2
+
+
+def test_one_public_network_cannot_fill_the_book() -> None:
+    book = new_book()
+    for index in range(ADDRESSES_PER_GROUP_MAX + 50):
+        book.add(at(IDS[index % 39], f"8.8.8.{index + 1}", port=1 + index), Source.EXCHANGE, 0.0)
+    assert book.statistics(0.0).addresses == ADDRESSES_PER_GROUP_MAX
+    assert book.statistics(0.0).dropped == {"addresses of one network": 50}
+    assert book.add(at(IDS[0], "8.8.8.1"), Source.BOOTSTRAP, 0.0), "the operator may"
+    assert book.add(at(IDS[0], "9.9.9.1"), Source.EXCHANGE, 0.0)
+    for _ in range(FAILURES_MAX):
+        book.failed(at(IDS[1], "8.8.8.2", port=2), 0.0, "refused")
+        book.failed(at(IDS[2], "8.8.8.3", port=3), 0.0, "refused")
+    assert book.add(at(IDS[1], "8.8.8.222"), Source.EXCHANGE, 0.0), "what goes makes room"
+
+
+def test_who_is_known_was_reached_by_us_or_named() -> None:
+    book = new_book()
+    for index, source in enumerate((Source.BOOTSTRAP, Source.EXCHANGE, Source.INBOUND)):
+        book.add(at(IDS[index]), source, 0.0)
+    book.vouch(at(IDS[2]), 0.0)
+    assert [book.is_known(peer) for peer in IDS[:4]] == [True, False, False, False]
+    book.succeeded(at(IDS[1]), 1.0)
+    assert book.is_known(IDS[1])
 
 
 # --- sharing
@@ -312,6 +368,7 @@ def test_the_book_comes_back_from_the_disk() -> None:
     for peer, source in zip(IDS, Source, strict=False):
         book.add(at(peer, "8.8.8.8" if source is Source.ADVERT else "10.0.0.1"), source, 5.0)
     book.succeeded(at(IDS[0]), 6.0)
+    book.lasted(at(IDS[0]), ANCHOR_AFTER_S)
     book.failed(at(IDS[1]), 7.0, "connection refused")
     other = new_book()
     other.read_json(book.to_json(10.0, 1_000_010.0), 100.0, 1_000_020.0)
@@ -400,6 +457,7 @@ def test_histories_keep_the_bounds(history: list[tuple[str, int, int, Source, fl
                 for candidate in book.due(now, alone=alone, limit=1):
                     book.succeeded(candidate, now)
                     book.steady(candidate)
+                    book.lasted(candidate, 2 * ANCHOR_AFTER_S * (whom % 2))
                     failed.pop(candidate.text, None)
             case "dial bad":
                 for candidate in book.due(now, alone=alone, limit=1):
@@ -436,7 +494,7 @@ def test_a_full_book_fits_its_bound_on_disk() -> None:
     for index in range(PEERS_MAX):
         peer = peer_id_of(index.to_bytes(32, "big"))
         for port in (65534, 65535):
-            book.add(at(peer, "203.200.113.200", port), Source.EXCHANGE, 0.123456789)
+            book.add(at(peer, f"203.200.{index // 60 + 100}.200", port), Source.EXCHANGE, 0.123456789)
     raw = book.to_json(123.456789, 1.7e9)
     assert len(raw) < BOOK_BYTES_MAX * 2 // ADDRESSES_MAX
     assert len(book) == PEERS_MAX

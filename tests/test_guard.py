@@ -16,7 +16,7 @@ import libp2p.utils.varint
 import pytest
 import trio
 import trio.testing
-from libp2p.exceptions import ParseError
+from libp2p.exceptions import BaseLibp2pError, ParseError
 from libp2p.io.exceptions import ConnectionClosedError, IncompleteReadError, MessageTooLarge
 from libp2p.network.stream.exceptions import StreamError
 from libp2p.peer.id import ID
@@ -402,7 +402,7 @@ async def test_reading_small_frames_sends_nothing_back() -> None:
 
 @slow
 async def test_a_closed_inbound_connection_gives_its_place_back() -> None:
-    async with node(connections_max=8) as bob:
+    async with node(connections_max=8, inbound_max=8, places_kept=0) as bob:
         for _ in range(40):
             async with bare_connection(bob):
                 pass
@@ -454,6 +454,33 @@ async def test_one_address_has_few_unfinished_connections() -> None:
             nursery.start_soon(sit)
         await until(lambda: bob.statistics().drops.get("pending_per_ip") == 6)
         nursery.cancel_scope.cancel()
+
+
+@slow
+async def test_strangers_hold_neither_the_kept_places_nor_those_of_our_own_dials() -> None:
+    async with (
+        node(connections_max=3, inbound_max=2, places_kept=1) as bob,
+        node() as friend,
+        node() as other,
+        node() as far,
+    ):
+        bob.keep_places_for({friend.peer_id, other.peer_id}.__contains__)
+        async with bare_connection(bob) as first:
+            await until(lambda: len(bob.peers()) == 1)
+            async with bare_connection(bob):
+                await until(lambda: bob.statistics().drops.get("no_place") == 1)
+            await friend.dial(bob.addresses()[0])
+            await other.dial(bob.addresses()[0])
+            await until(lambda: bob.statistics().drops.get("place_yielded") == 1)
+            with trio.fail_after(10):
+                try:
+                    while await first.secured_conn.read(100):
+                        pass
+                except BaseLibp2pError:
+                    pass  # the stranger was sent away
+            await until(lambda: bob.peers() == {friend.peer_id, other.peer_id})
+            assert await bob.dial(far.addresses()[0]) == far.peer_id
+            await until(lambda: bob.peers() == {friend.peer_id, other.peer_id, far.peer_id})
 
 
 @slow
@@ -633,7 +660,7 @@ async def test_a_stream_that_never_says_its_protocol_ends() -> None:
 
 def test_what_is_known_of_a_peer_is_bounded_and_our_key_stays() -> None:
     own, eve = (ID.from_base58(Identity.make().peer_id) for _ in range(2))
-    store = GuardedPeerStore(own)
+    store = GuardedPeerStore(own, Drops())
     store.peer_data_map[own] = store.peer_data_map.get(own) or _peer_data()
     for round_number in range(5):
         store.add_addrs(eve, [Multiaddr(f"/ip4/10.0.{round_number}.{n}/tcp/1") for n in range(200)], 600)

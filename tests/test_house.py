@@ -20,7 +20,7 @@ FLOORS: dict[str, set[str]] = {
 PACKAGES = ("crypto", "p2p", "model", "gossip", "node")
 # foreign module -> where alone it may be imported
 DOORS: dict[str, tuple[str, ...]] = {
-    "libp2p": ("p2p/host.py", "p2p/guard", "bench/pipe_end.py"),  # the rival of bench.pipe
+    "libp2p": ("p2p/host.py", "p2p/guard", "bench/pipe_end.py", "bench/flood_end.py"),  # a rival, an attacker
     "torch": ("model/", "bench/"),
     "transformers": ("model/", "bench/"),
     "tokenizers": ("model/",),
@@ -40,6 +40,7 @@ CORES = (
     "p2p/frame.py",
     "p2p/rpc.py",
     "p2p/book.py",
+    "p2p/book_saved.py",
     "p2p/transport.py",
     "gossip/messages.py",
     "gossip/directory.py",
@@ -59,6 +60,7 @@ CORES = (
     "gossip/allowance.py",
     "p2p/admission.py",
     "p2p/roster.py",
+    "p2p/neighbours.py",
     "p2p/hello.py",
     "p2p/address.py",
     "p2p/direct_frames.py",
@@ -70,6 +72,8 @@ CORES = (
     "node/work.py",
     "node/pursuit.py",
     "node/judge.py",
+    "node/log_pace.py",
+    "node/metrics.py",
     "node/front.py",
 )
 WAITING = {"trio", "socket", "time", "threading", "select", "subprocess", "os", "queue", "sched", "datetime"}

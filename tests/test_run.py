@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,11 +19,15 @@ import pytest
 import trio
 
 from crypto.identity import Identity
+from gossip.directory import Offer
+from gossip.messages import Advert, Capacity, ModelKind, ModelOffer
+from gossip.routing import Candidate
 from model.errors import BadModel, ModelError
 from model.requests import Output
 from node.config import NodeConfig
-from node.errors import ConfigError
+from node.errors import ConfigError, PeerFailed
 from node.inference import INFER_PROTOCOL
+from node.remote import Remote
 from node.run import Node, _bootstrap, _psk
 from node.start import leaves
 from node.work import Finished, from_wire, to_wire
@@ -30,6 +35,7 @@ from p2p.calls import Calls
 from p2p.errors import P2PError
 from p2p.hello import RPC_PROTOCOL
 from p2p.loopback import LoopbackNetwork, LoopbackTransport
+from p2p.transport import Stream
 from tests.fake_runtime import FakeRuntime
 from tests.node_swarm import work
 
@@ -286,6 +292,43 @@ async def test_a_peer_that_breaks_the_rules_of_calls_loses_standing_and_at_last_
                 await stream.receive()
             await until(lambda so_far=count: here.breaches() == so_far)  # type: ignore[misc]
         await until(lambda: peer.peer_id not in here.transport.peers())
+
+
+async def test_one_breach_of_a_serving_peer_costs_once_however_many_calls_were_open(tmp_path: Path) -> None:
+    async with running(tmp_path, model="none") as here, here.network.join(Identity.make()) as peer:
+        await here.ready()
+        asked = trio.Event()
+
+        async def lie(stream: Stream) -> None:
+            for _ in range(5):
+                await stream.receive()
+            asked.set()
+            await stream.send(b"\xc1")
+            await trio.sleep_forever()
+
+        peer.serve(INFER_PROTOCOL, lie)
+        await peer.dial(here.transport.addresses()[0])
+        advert = Advert(instance="ab" * 16, started_ms=1, agent="liar", capacity=Capacity(accepting=True))
+        offer = Offer(peer=peer.peer_id, sequence=1, advert=advert, received_s=0.0, expires_s=float("inf"))
+        model = ModelOffer(name="m", revision="r", kind=ModelKind.CAUSAL, context_tokens=64, dtype="float32")
+        candidate = Candidate(offer=offer, model=model, cost_s=1.0, in_doubt=False)
+        remote = Remote(here.node._inference._network, Counter())
+
+        async def answered() -> None:
+            async with remote.generate(candidate, work(tokens=8)) as items:
+                async for _ in items:
+                    pass
+
+        async def ask() -> None:
+            with pytest.raises(PeerFailed):
+                await answered()
+
+        with trio.fail_after(PATIENCE_S):
+            async with trio.open_nursery() as nursery:
+                for _ in range(5):
+                    nursery.start_soon(ask)
+        await until(lambda: here.breaches() > 0)
+        assert here.breaches() == 1
 
 
 async def test_a_slow_peer_gets_its_last_piece_before_the_end(tmp_path: Path) -> None:

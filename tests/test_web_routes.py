@@ -390,3 +390,10 @@ async def test_a_node_that_overruns_the_deadline_is_cut_off(bench: Bench, autoju
     assert bench.front.cancelled == 2
     bench.front.embed_wait_s = 3600.0
     error_of(await bench.post("/v1/embeddings", {"input": "a"}, **{"x-timeout-s": "5"}), 408)
+
+
+async def test_metrics_tell_what_the_status_counts(bench: Bench) -> None:
+    await bench.get("/healthz", host="evil.example")
+    response = await bench.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    assert 'openagi_drops_total{part="web.drops",reason="foreign_host"} 1' in response.text

@@ -80,6 +80,9 @@ def status_checks(told: Mapping[str, Any]) -> Iterator[Check]:
         yield look("readiness", str(readiness.get("reason")), "wait: the model is loading")
     else:
         yield bad("readiness", str(readiness.get("reason")), "see the node's log")
+    for sentence in readiness.get("degraded") or []:
+        if str(sentence).startswith("this machine's clock"):
+            yield bad("clock", str(sentence), "timedatectl set-ntp true, or what your system has for it")
     yield _connected(peering)
     yield from _discovery(peering)
     disk = _mapping(told.get("disk"))

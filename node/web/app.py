@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from node.errors import InternalError, NotReady, RequestError, UnknownModel
 from node.front import Front, ModelRow
+from node.metrics import CONTENT_TYPE, prometheus_text
 from node.web.answers import ClientGone
 from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, DoorConfig
 from node.web.embeddings import Embeddings
@@ -56,6 +57,7 @@ def build_app(front: Front, rng: Random, config: DoorConfig | None = None) -> Do
         get("/v1/models/{model:path}", facts.model),
         get("/healthz", facts.healthz),
         get("/readyz", facts.readyz),
+        get("/metrics", facts.metrics),
         get("/api/v1/status", facts.status),
         get("/api/v1/peers", facts.peers),
     ]
@@ -120,9 +122,15 @@ class Facts:
         return json_response({**told, **msgspec.json.decode(body)}, status=status, headers=headers)
 
     async def status(self, request: Request) -> Response:
+        return json_response(self._status(request))
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(prometheus_text(self._status(request)), media_type=CONTENT_TYPE)
+
+    def _status(self, request: Request) -> dict[str, Any]:
         counts = request.scope[COUNTS_KEY]
         web = {"requests": counts.requests, "connections": counts.connections, "drops": dict(counts.drops)}
-        return json_response({**self._front.status(), "web": web})
+        return {**self._front.status(), "web": web}
 
     async def peers(self, request: Request) -> Response:
         return json_response({"peers": self._front.peers()})

@@ -1,0 +1,158 @@
+"""`python -m bench.flood_end gossip | idle | claims ADDRESS SECONDS ...`: an attacker, a process of its own.
+
+Rules: prints one line when it is ready, begins when a line comes on its standard input, and prints what befell it as
+JSON. It attacks only the address it is given. gossip NETWORK RATE: valid signed adverts of one identity. idle SOCKETS
+PREFIX HOSTS: sockets that say nothing, from HOSTS addresses such as PREFIX.1, opened again when closed. claims
+CONNECTIONS: they claim a gibibyte before their handshake.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import trio
+from libp2p import new_host
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.keys import KeyPair
+from libp2p.custom_types import TProtocol
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import info_from_p2p_addr
+from libp2p.pubsub.pb import rpc_pb2
+from libp2p.utils import encode_varint_prefixed
+from multiaddr import Multiaddr
+
+from crypto.identity import Identity
+from gossip.messages import Advert, Capacity, advert_topic, seal_advert
+
+MESHSUB = TProtocol("/meshsub/1.1.0")
+MESSAGES_PER_FRAME = 50
+PREPARED = 2_000  # messages signed before the attack; their copies follow
+CLAIMED_BYTES = 1 << 30
+CLAIM_CHUNK = b"x" * 16_384
+
+
+def published(identity: Identity, network: str, number: int, pair: KeyPair | None = None) -> rpc_pb2.Message:
+    """A valid advert in a valid gossip message. pair: the identity's, made once."""
+    advert = Advert(instance="ab" * 16, started_ms=1, agent="flood", capacity=Capacity(accepting=True))
+    raw = seal_advert(
+        identity,
+        advert,
+        network=network,
+        sequence=time.time_ns() // 1_000_000 + number,
+        time_ms=int(time.time() * 1000),
+    )
+    key = pair or create_new_key_pair(identity.seed)
+    message = rpc_pb2.Message(
+        data=raw,
+        topicIDs=[advert_topic(network)],
+        from_id=ID.from_pubkey(key.public_key).to_bytes(),
+        seqno=(time.time_ns() + number).to_bytes(8, "big"),
+    )
+    message.signature = key.private_key.sign(b"libp2p-pubsub:" + message.SerializeToString())
+    return message
+
+
+async def gossip(address: str, seconds: float, network: str, rate: str) -> dict[str, Any]:
+    """RATE messages a second; after each cut it connects again. Returns what was sent, and when the first cut came."""
+    identity = Identity.make()
+    pair = create_new_key_pair(identity.seed)
+    frames = [
+        encode_varint_prefixed(
+            rpc_pb2.RPC(
+                publish=[published(identity, network, first + n, pair) for n in range(MESSAGES_PER_FRAME)]
+            ).SerializeToString()
+        )
+        for first in range(0, PREPARED, MESSAGES_PER_FRAME)
+    ]
+    await ready()
+    began, sent, cuts, first_cut_s = time.monotonic(), 0, 0, None
+    host = new_host(key_pair=pair, muxer_preference="YAMUX")
+    async with host.run([]):
+        while time.monotonic() - began < seconds:
+            try:
+                with trio.move_on_after(began + seconds - time.monotonic()):
+                    await host.connect(info_from_p2p_addr(Multiaddr(address)))
+                    stream = await host.new_stream(ID.from_base58(address.rpartition("/")[2]), [MESHSUB])
+                    while True:
+                        await stream.write(frames[sent // MESSAGES_PER_FRAME % len(frames)])
+                        sent += MESSAGES_PER_FRAME
+                        await trio.sleep(max(0.0, sent / float(rate) - (time.monotonic() - began)))
+            except (BaseLibp2pError, OSError, trio.BrokenResourceError):
+                cuts += 1
+                if first_cut_s is None and sent:
+                    first_cut_s = time.monotonic() - began
+                await trio.sleep(0.2)
+    return {"sent": sent, "cuts": cuts, "first_cut_s": first_cut_s}
+
+
+async def idle(address: str, seconds: float, sockets: str, prefix: str, hosts: str) -> dict[str, Any]:
+    """Sockets that say nothing. Returns how many were opened in all."""
+    opened = 0
+    _, _, ip, _, port, *_ = address.split("/")
+
+    async def sit(source: str) -> None:
+        nonlocal opened
+        while True:
+            try:
+                async with await trio.open_tcp_stream(ip, int(port), local_address=source) as stream:
+                    opened += 1
+                    while await stream.receive_some():
+                        pass
+            except (OSError, trio.BrokenResourceError):
+                pass  # refused or cut, as it should be
+            await trio.sleep(0.5)
+
+    await ready()
+    with trio.move_on_after(seconds):
+        async with trio.open_nursery() as nursery:
+            for number in range(int(sockets)):
+                nursery.start_soon(sit, f"{prefix}.{number % int(hosts) + 1}")
+                await trio.sleep(0.001)
+    return {"opened": opened}
+
+
+async def claims(address: str, seconds: float, connections: str) -> dict[str, Any]:
+    """Connections that announce CLAIMED_BYTES where a protocol's name is due, and send as much as is taken."""
+    taken = 0
+    _, _, ip, _, port, *_ = address.split("/")
+    length = b"".join(bytes([CLAIMED_BYTES >> shift & 0x7F | (0x80 if shift < 28 else 0)]) for shift in range(0, 35, 7))
+
+    async def claim() -> None:
+        nonlocal taken
+        while True:
+            try:
+                async with await trio.open_tcp_stream(ip, int(port)) as stream:
+                    await stream.send_all(length)
+                    while True:
+                        await stream.send_all(CLAIM_CHUNK)
+                        taken += len(CLAIM_CHUNK)
+            except (OSError, trio.BrokenResourceError):
+                await trio.sleep(0.1)
+
+    await ready()
+    with trio.move_on_after(seconds):
+        async with trio.open_nursery() as nursery:
+            for _ in range(int(connections)):
+                nursery.start_soon(claim)
+    return {"taken_bytes": taken}
+
+
+async def ready() -> None:
+    """Say so, and wait for the word."""
+    print("ready", flush=True)
+    await trio.to_thread.run_sync(sys.stdin.readline)
+
+
+async def main() -> None:
+    """Attack, and tell."""
+    kind, address, seconds, *rest = sys.argv[1:]
+    attack: Any = {"gossip": gossip, "idle": idle, "claims": claims}[kind]
+    print(json.dumps(await attack(address, float(seconds), *rest)), flush=True)
+
+
+if __name__ == "__main__":
+    trio.run(main)
