@@ -31,6 +31,7 @@ from p2p.mdns import Sighting
 from p2p.peering import DIALS_MAX, RECONCILE_S, SAVE_AGAIN_S, SAVE_EVERY_S, Peering, PeeringConfig
 from p2p.peering_status import PeeringStatus
 from p2p.roster import PINGS_MISSED_MAX, REFUSED_WAIT_S, Roster
+from p2p.rpc import Call, encode_frame
 from p2p.transport import Transport
 
 HANG_TURNS = 3000  # of 10 ms in a thread: a hang guard
@@ -322,6 +323,19 @@ async def test_a_plain_libp2p_client_may_stay(autojump_clock: MockClock, swarm: 
         assert a.id in client.peers()
         assert a.status.peers[0].phase == "foreign"
         assert a.peering.peers() == frozenset()
+
+
+async def test_a_client_that_greets_and_serves_no_rpc_may_stay(autojump_clock: MockClock, swarm: Swarm) -> None:
+    a = await swarm.start()
+    hello = Hello(protocol=1, network="main", agent="client/1", instance="a" * 32, addresses=[])
+    async with swarm.network.join(Identity.make()) as client:
+        await client.dial(a.address)
+        stream = await client.open_stream(a.id, RPC_PROTOCOL)
+        await stream.send(encode_frame(Call(1, "hello", to_value(hello))))
+        await stream.receive()
+        await trio.sleep(300.0)
+        assert a.id in client.peers()
+        assert client.peer_id in a.peering.peers()
 
 
 async def test_an_expelled_peer_is_neither_dialled_nor_received(autojump_clock: MockClock, swarm: Swarm) -> None:
