@@ -34,9 +34,9 @@ async function talk (address, network) {
   say('adverts', { senders: adverts.map(advert => advert.sender), capacity: adverts[0].body.capacity })
 
   const infer = await openCalls(connection, INFER)
-  say('generate', await generate(infer, 600, 2))
+  say('generate', await generate(infer, 600, true))
   say('cancel', await cancelled(infer))
-  say('after cancel', await generate(infer, 8, 0))
+  say('after cancel', await generate(infer, 8, false))
   const [embedded, wrong] = [
     await infer.call('embed', { type: 'embed', request_id: 'e', model: null, texts: ['a fox', [1, 2, 3]], remaining_ms: 60_000 }),
     await infer.call('generate', { type: 'generate', request_id: 'w', nonsense: 1 }).catch(error => ({ code: error.code }))
@@ -78,20 +78,27 @@ const work = tokens => ({
   remaining_ms: 120_000
 })
 
-/** One answer, read slowly: by `pauseMs` for each item, so that credit runs out. */
-async function generate (infer, tokens, pauseMs) {
+/** One answer; a lazy reader stops after the first token until the callee has used all of its credit. */
+async function generate (infer, tokens, lazy) {
   const call = await infer.begin('generate', work(tokens))
   const types = {}
   let text = ''
   let count = 0
   let first
+  let unread = 0
   for await (const item of call) {
     first ??= item
     types[item.type] = (types[item.type] ?? 0) + 1
-    if (item.type === 'piece') { text += item.text; count += item.tokens.length }
-    if (pauseMs > 0) await sleep(pauseMs)
+    if (item.type !== 'piece') continue
+    text += item.text
+    count += item.tokens.length
+    if (lazy && unread === 0) {
+      for (let turn = 0; turn < 600 && call.unreadUnits() < 254; turn++) await sleep(100)
+      await sleep(1000)
+      unread = call.unreadUnits()
+    }
   }
-  return { first, types, text, tokens: count, end: call.result, creditGiven: call.creditGiven, unitsMax: call.unitsMax }
+  return { first, types, text, tokens: count, end: call.result, unread }
 }
 
 async function cancelled (infer) {

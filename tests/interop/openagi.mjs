@@ -93,6 +93,8 @@ export async function sendFrame (stream, content) {
 
 // ---- rpc ----
 
+const units = bytes => Math.ceil(bytes / UNIT_BYTES)
+
 /** Calls to one peer over one stream. */
 export class Calls {
   #stream
@@ -118,8 +120,8 @@ export class Calls {
     const arrived = []
     let wake = () => {}
     this.#waiting.set(id, (frame, bytes) => { arrived.push([frame, bytes]); wake() })
-    const call = { id, result: undefined, creditGiven: 0, unitsMax: 0 }
-    call.cancel = () => this.#send(['cancel', id])
+    const call = { id, result: undefined, cancel: () => this.#send(['cancel', id]) }
+    call.unreadUnits = () => arrived.reduce((sum, [frame, bytes]) => sum + (frame[0] === 'item' ? units(bytes) : 0), 0)
     call[Symbol.asyncIterator] = () => this.#items(call, arrived, () => new Promise(resolve => { wake = resolve }))
     await this.#send(['call', id, method, body])
     return call
@@ -129,15 +131,12 @@ export class Calls {
     let freed = 0
     while (true) {
       if (arrived.length === 0) await more()
-      const unread = arrived.filter(([frame]) => frame[0] === 'item')
-      call.unitsMax = Math.max(call.unitsMax, unread.reduce((sum, [, bytes]) => sum + Math.ceil(bytes / UNIT_BYTES), 0))
       const [[kind, , ...fields], bytes] = arrived.shift()
       if (kind === 'item') {
         yield fields[0]
-        freed += Math.ceil(bytes / UNIT_BYTES)
+        freed += units(bytes)
         if (freed >= WINDOW / 2) {
           await this.#send(['credit', call.id, freed])
-          call.creditGiven += freed
           freed = 0
         }
         continue
