@@ -223,6 +223,14 @@ async def test_a_name_is_resolved_and_each_of_its_addresses_tried(autojump_clock
     assert c.status.bootstrap[0].reason == "the name nowhere.example cannot be resolved: Name or service not known"
 
 
+def test_a_bootstrap_file_may_be_nested_as_deep_as_it_likes(tmp_path: Path) -> None:
+    file = tmp_path / "peers.json"
+    for depth in (10, *range(700, 1000, 5), 100_000):
+        file.write_text('[{"addr": ' + "[" * depth + "]" * depth + "}]")
+        with pytest.raises(BadFile):
+            read_bootstrap_file(file)
+
+
 def test_dial_reasons_are_found_under_groups_and_causes() -> None:
     address = parse_address(missing_address())
     deep = Unreachable("all attempts failed")
