@@ -1,4 +1,4 @@
-"""What a fuzz target is, and how input for one is made: by damage to right bytes, or to right values before they are bytes.
+"""What a fuzz target is, and how input for one is made: by damage to right bytes, or to right values.
 
 Rules: no clock; all chance comes from `rng`, so that an input behaves alike each time.
 """
@@ -20,7 +20,8 @@ from tests.fuzz.damage import damaged, odd_value
 NESTED = 50_000
 HOSTILE_JSON = (
     b"[" * NESTED, b"[" * NESTED + b"]" * NESTED, b'{"a":' * NESTED + b"1" + b"}" * NESTED, b"1" * 5000, b"-" * 5000,
-    b"1e99999", b"NaN", b"-Infinity", b'"\\ud800"', b'"\\u0000"', b'{"a":1,"a":2}', b"\xff\xfe[\x00]\x00", b"\xef\xbb\xbf{}",
+    b"1e99999", b"NaN", b"-Infinity", b'"\\ud800"', b'"\\u0000"', b'{"a":1,"a":2}',
+    b"\xff\xfe[\x00]\x00", b"\xef\xbb\xbf{}",
 )  # fmt: skip
 
 

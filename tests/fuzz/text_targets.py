@@ -1,4 +1,4 @@
-"""Targets: what operators, clients and the makers of models write. Configuration, HTTP bodies, templates, checkpoints."""
+"""Targets: what operators, clients and makers of models write: configuration, bodies, templates, checkpoints."""
 
 from __future__ import annotations
 
@@ -43,7 +43,12 @@ def environment() -> Target:
         load_config({}, environment={name: value for name, _, value in lines})
 
     right = f"OPENAGI_THREADS=2\nOPENAGI_BOOTSTRAP={ADDRESS},\nOPENAGI_MDNS=false\nHOME=/x\nOPENAGI_HTTP=off"
-    odd = ("OPENAGI_THREADS=²", "OPENAGI_THREADS=" + "9" * 5000, "OPENAGI_DATA_DIR=~nobody-of-this-name", "OPENAGI_CONFIG=")
+    odd = (
+        "OPENAGI_THREADS=²",
+        "OPENAGI_THREADS=" + "9" * 5000,
+        "OPENAGI_DATA_DIR=~nobody-of-this-name",
+        "OPENAGI_CONFIG=",
+    )
     return Target(read=read, errors=(ConfigError,), seeds=(right.encode(), *(each.encode() for each in odd)))
 
 
@@ -78,7 +83,7 @@ def chat_template() -> Target:
     seeds = (
         "{% for m in messages %}<|{{ m['role'] }}|>{{ m.content | trim }}{{ eos_token }}{% endfor %}",
         "{% macro f(x) %}{{ x ~ x }}{% endmacro %}{{ f(f('ab')) }}{% if add_generation_prompt %}:{% endif %}",
-        "{% set ns = namespace(n=0) %}{% for m in messages if m.role != 'system' %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+        "{% set ns = namespace(n=0) %}{% for m in messages if m.role != 'user' %}{% set ns.n = ns.n + 1 %}{% endfor %}"
         "{{ ns.n * 'ab' }}{{ messages | tojson(indent=2) }}{{ raise_exception('no') }}",
         "{{ ''.__class__ }}{{ messages[0]['content'].format(1) }}{{ '%s' % 5 }}{{ range(9) | list | join(',') }}",
         "{% generation %}{{ messages | map(attribute='role') | list | sort | unique | first }}{% endgeneration %}"

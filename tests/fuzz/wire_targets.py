@@ -1,4 +1,4 @@
-"""Targets: what peers send. Frames, envelopes, calls, hellos, adverts, direct channels, manifests, work, adresses."""
+"""Targets: what peers send. Frames, envelopes, calls, hellos, adverts, direct channels, manifests, work, addresses."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from crypto import canonical
 from crypto.digest import digest
 from crypto.envelope import Envelope, open_envelope, seal
 from crypto.errors import BadEncoding, BadKey, BadSignature, Expired, WrongNetwork
-from crypto.identity import Identity, peer_id_of, public_key_of
+from crypto.identity import Identity, PeerId, peer_id_of, public_key_of
 from gossip.errors import RemoteProtocolError as BadGossip
 from gossip.messages import ADVERT_DOMAIN, Advert, Capacity, ModelKind, ModelOffer, advert_of, checked_capacity
 from gossip.transfer import decode_manifest, manifest_of
 from node.judge import Judge
 from node.work import (
-    EmbedWork,
     Embedded,
+    EmbedWork,
     Finished,
     GenerateWork,
     Message,
@@ -71,14 +71,18 @@ def canonical_target() -> Target:
         again = canonical.encode(value)
         assert canonical.decode_canonical(again) == value
 
-    return Target(read=read, errors=(BadEncoding,), values=({"a": [1, 2.5, None, b"x"], "b": {"c": True}}, [-1, 2**64 - 1]))
+    return Target(
+        read=read, errors=(BadEncoding,), values=({"a": [1, 2.5, None, b"x"], "b": {"c": True}}, [-1, 2**64 - 1])
+    )
 
 
 def canonical_strict() -> Target:
     def read(raw: bytes) -> None:
         assert canonical.encode(canonical.decode_canonical(raw)) == raw
 
-    return Target(read=read, errors=(BadEncoding,), values=({"a": [1, 2.5, None, b"x"], "b": {"c": True}}, [-1, 2**64 - 1]))
+    return Target(
+        read=read, errors=(BadEncoding,), values=({"a": [1, 2.5, None, b"x"], "b": {"c": True}}, [-1, 2**64 - 1])
+    )
 
 
 def envelope() -> Target:
@@ -184,9 +188,12 @@ def hellos() -> Target:
             taken += 1
             if isinstance(found, Struct):
                 assert reader(hello.to_value(found)) == found
-            hello.objection("main", found) if isinstance(found, hello.Hello | int) else ""
-            for known in found.peers if isinstance(found, hello.KnownPeers) else []:
-                assert all(address.scope is not Scope.NAMED for address in told(known.addresses, known.peer, Scope.PUBLIC))  # type: ignore[arg-type]
+            if isinstance(found, hello.Hello | int):
+                hello.objection("main", found)
+            if isinstance(found, hello.KnownPeers):
+                for known in found.peers:
+                    believed = told(known.addresses, PeerId(known.peer), Scope.PUBLIC)
+                    assert all(address.scope is Scope.PUBLIC for address in believed)
         if not taken:
             raise RemoteProtocolError("none of the three")
 
