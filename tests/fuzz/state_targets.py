@@ -75,7 +75,8 @@ def key_file() -> Target:
         assert identity.peer_id.encode() in raw
 
     right = f"openagi identity 1\n{IDENTITY.seed.hex()}\n{IDENTITY.peer_id}\n".encode()
-    return Target(read=read, errors=(BadKey,), seeds=(right, right.upper(), right.replace(b"\n", b"\r\n"), b"\n" * 3))
+    wrong = (right.upper(), right.replace(b"\n", b"\r\n"), right.replace(b"00010203", b"000102zz"), b"\n" * 3)
+    return Target(read=read, errors=(BadKey,), seeds=(right, *wrong))
 
 
 def state_file() -> Target:

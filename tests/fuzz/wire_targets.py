@@ -219,8 +219,9 @@ def address() -> Target:
         assert found.group is None or believable(found, Scope.LOOPBACK)
 
     hosts = ("ip4/1.2.3.4", "ip6/2001:db8::1", "ip6/::ffff:1.2.3.4", "ip6/fe80::1%eth0", "dns/a.example", "dns4/x")
-    seeds = [f"/{host}/tcp/4001/p2p/{IDENTITY.peer_id}".encode() for host in hosts]
-    return Target(read=read, errors=(BadAddress,), seeds=(*seeds, b"/p2p-circuit", b"/" * 250))
+    seeds = [f"/{host}/tcp/4001/p2p/{IDENTITY.peer_id}" for host in hosts]
+    wrong = ("/p2p/x", "/ip4/1.2.3.4/p2p/x", "/ip4/1.2.3.4/tcp/p2p", "/ip4/1.2.3.4/tcp/²/p2p/x", "/p2p-circuit")
+    return Target(read=read, errors=(BadAddress,), seeds=tuple(text.encode() for text in (*seeds, *wrong, "/" * 250)))
 
 
 def advert() -> Target:
