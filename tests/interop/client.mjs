@@ -29,9 +29,10 @@ async function talk (address, network) {
   say('unknown', await control.call('nothing', {}).catch(error => ({ code: error.code, retryable: error.retryable })))
 
   say('gossip', await heard)
-  const adverts = []
-  for await (const raw of frames(await connection.newStream(ADVERTS))) adverts.push(await openEnvelope(raw, 'advert', network))
-  say('adverts', { senders: adverts.map(advert => advert.sender), capacity: adverts[0].body.capacity })
+  const question = await connection.newStream(ADVERTS)
+  const adverts = allAdverts(question, network) // reads from this moment on: js-libp2p drops what comes before
+  await question.close() // our direction; theirs goes on
+  say('adverts', { senders: (await adverts).map(advert => advert.sender), capacity: (await adverts)[0].body.capacity })
 
   const infer = await openCalls(connection, INFER)
   say('generate', await generate(infer, 600, true))
@@ -44,6 +45,12 @@ async function talk (address, network) {
   say('embed', { dimensions: embedded.dimensions, bytes: embedded.vectors.map(vector => vector.length) })
   say('wrong', wrong)
   await peer.stop()
+}
+
+async function allAdverts (stream, network) {
+  const found = []
+  for await (const raw of frames(stream)) found.push(await openEnvelope(raw, 'advert', network))
+  return found
 }
 
 /** The first advert on the topic, verified. */

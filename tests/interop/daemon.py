@@ -171,12 +171,15 @@ async def daemon(program: Path, folder: Path) -> AsyncIterator[tuple[Daemon, str
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        with trio.fail_after(START_S):
-            while not (folder / "control").exists():
-                assert process.poll() is None, f"p2pd ended with {process.returncode}"
-                await trio.sleep(0.05)
         found = Daemon(folder)
-        (identity,) = (await found.ask(_1=IDENTIFY))[4]
+        with trio.fail_after(START_S):
+            while True:
+                try:
+                    (identity,) = (await found.ask(_1=IDENTIFY))[4]
+                    break
+                except OSError:  # it does not listen yet
+                    assert process.poll() is None, f"p2pd ended with {process.returncode}"
+                    await trio.sleep(0.05)
         assert isinstance(identity, bytes)
         told = fields_of(identity)
         peer, addresses = told[1][0], [Multiaddr(raw) for raw in told[2] if isinstance(raw, bytes)]
