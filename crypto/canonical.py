@@ -42,6 +42,7 @@ class Limits:
     str_max: int = 65_536
     bin_max: int = 65_536
     items_max: int = 8_192  # all elements of all arrays, plus keys and values of all maps
+    maps_max: int = 8_192  # maps in all: each costs a call back into Python, ten times what an array does
 
     def __post_init__(self) -> None:
         """What is decoded can be encoded again."""
@@ -213,7 +214,7 @@ def _scan(raw: bytes, limits: Limits) -> None:
         raise BadEncoding(f"{size} bytes came, at most {limits.bytes_max} are allowed")
     length_max = {_STR: limits.str_max, _BIN: limits.bin_max}
     count_max = {_ARRAY: limits.array_max, _MAP: limits.map_max}
-    pos, items = 0, 0
+    pos, items, maps = 0, 0, 0
     left, in_map = 1, False  # elements to come in the open container; of a map, keys and values
     outer: list[tuple[int, bool]] = []
     while left or outer:
@@ -245,8 +246,9 @@ def _scan(raw: bytes, limits: Limits) -> None:
             outer.append((left, in_map))
             left, in_map = (2 * count, True) if what == _MAP else (count, False)
             items += left
-            if items > limits.items_max:
-                raise BadEncoding(f"over {limits.items_max} elements in all")
+            maps += in_map
+            if items > limits.items_max or maps > limits.maps_max:
+                raise BadEncoding(f"over {limits.items_max} elements or {limits.maps_max} maps in all")
     if pos > size:
         raise BadEncoding(f"cut off: {pos - size} bytes are missing at the end")
     if pos < size:

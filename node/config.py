@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,10 +24,19 @@ LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 _LISTS = frozenset({"listen", "bootstrap"})
 _NUMBERS = frozenset({"threads", "max_batch", "kv_cache_mb", "direct_port", "upload_mb_s"})
 _FLAGS = frozenset({"mdns", "log_json"})
+_shown = reprlib.Repr()  # a setting's value in an error: cut, and no deeper than it can be printed
+_shown.maxstring = _shown.maxother = 200
 
 
 def _path(value: object) -> object:
-    return Path(value).expanduser() if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    if "\0" in value:
+        raise ValueError("a path has no NUL character")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as exc:
+        raise ValueError("there is no user of that name, and so no home directory; write the path in full") from exc
 
 
 FilePath = Annotated[Path, BeforeValidator(_path)]
@@ -106,7 +116,7 @@ def parse_http(value: str) -> HttpAddress | None:
         return None
     host, colon, port = value.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
+    if not colon or not host or not _is_number(port) or int(port) > 65535:
         raise ValueError(f"{value!r} is not HOST:PORT (as 127.0.0.1:8765, port 0 for any free one) and not off")
     return HttpAddress(host=host, port=int(port))
 
@@ -143,7 +153,7 @@ def _from_file(path: Path) -> dict[str, object]:
         settings = json.loads(path.read_bytes())
     except OSError as exc:
         raise ConfigError(f"cannot read the configuration file {path}: {exc.strerror}") from exc
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ConfigError(f"the configuration file {path} is not JSON: {exc}") from exc
     if not isinstance(settings, dict):
         raise ConfigError(f"the configuration file {path} holds a {type(settings).__name__}, wanted an object of keys")
@@ -166,8 +176,8 @@ def _typed(variable: str, key: str, text: str) -> object:
     if key in _LISTS:
         return tuple(part for part in text.split(",") if part)
     if key in _NUMBERS:
-        if not text.isdigit():
-            raise ConfigError(f"{variable}={text!r} is not a whole number")
+        if not _is_number(text):
+            raise ConfigError(f"{variable}={_shown.repr(text)} is not a whole number of at most 9 digits")
         return int(text)
     if key in _FLAGS or key == "open":
         if text.lower() not in ("1", "0", "true", "false"):
@@ -176,13 +186,17 @@ def _typed(variable: str, key: str, text: str) -> object:
     return text
 
 
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 9
+
+
 def _sentence(problem: Any, origin: Mapping[str, str]) -> str:
     key = str(problem["loc"][0]) if problem["loc"] else "?"
     where = origin.get(key, "")
     if problem["type"] == "extra_forbidden":
         known = ", ".join(sorted(NodeConfig.model_fields))
         return f"{where}unknown key {key!r}; the known keys are {known}"
-    return f"{where}{key} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+    return f"{where}{key} = {_shown.repr(problem['input'])}: {problem['msg'].removeprefix('Value error, ')}"
 
 
 def _check_exposure(config: NodeConfig) -> None:

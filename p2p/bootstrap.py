@@ -8,6 +8,7 @@ Source: SECURITY.md section 3.3; NETWORK.md rule 6.
 
 from __future__ import annotations
 
+import reprlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def read_bootstrap_file(path: Path) -> tuple[BootstrapPeer, ...]:
     try:
         text = raw.decode()
         rows = msgspec.json.decode(text) if text.strip() else None
-    except (UnicodeDecodeError, msgspec.DecodeError) as exc:
+    except (UnicodeDecodeError, msgspec.DecodeError, RecursionError) as exc:
         raise BadFile(f"the bootstrap file {path} is not JSON: {_position(exc, raw)}; write [] for no peers") from exc
     if not isinstance(rows, list):
         raise BadFile(f"the bootstrap file {path} must be a JSON list of {_WANTED}; write [] for no peers")
@@ -90,7 +91,7 @@ def _entry(row: object) -> BootstrapPeer:
 
 
 def _shown(value: object) -> str:
-    text = "missing" if value is None else repr(value)
+    text = "missing" if value is None else reprlib.repr(value)  # goes no deeper than it can be printed
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -130,7 +130,7 @@ class Greeting:
         began = trio.current_time()
         try:
             value = await calls.call(peer, "ping", to_value(Ping(instance=self._introduction.instance)))
-        except RemoteError:
+        except (RemoteError, Refused):  # a client that greets may serve no rpc of its own
             self._ledger.roster.pinged(peer, trio.current_time() - began)  # no answer we like, yet it lives
             return
         self._ledger.roster.pinged(peer, trio.current_time() - began)

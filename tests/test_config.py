@@ -35,6 +35,10 @@ def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) ->
         ({"device": "tpu"}, "device"),
         ({"bootstrap": ["/ip4/1.2.3.4/tcp/1"]}, "/p2p/"),
         ([1, 2], "wanted an object"),
+        ({"data_dir": "~nobody-of-this-name/x"}, "no user of that name"),
+        ({"ready_file": "a\0b"}, "no NUL"),
+        ({"http": "127.0.0.1:²"}, "HOST:PORT"),
+        ({"network": "x" * 5000}, "..."),
     ],
 )
 def test_a_bad_key_in_the_file_is_named_with_the_file(tmp_path: Path, settings: object, wanted: str) -> None:
@@ -59,12 +63,23 @@ def test_a_file_that_is_missing_or_not_json_is_a_sentence(tmp_path: Path) -> Non
     [
         ("OPENAGI_MODLE", "x", "OPENAGI_MODLE is not a setting"),
         ("OPENAGI_THREADS", "two", "not a whole number"),
+        ("OPENAGI_THREADS", "²", "not a whole number"),
+        ("OPENAGI_THREADS", "9" * 5000, "not a whole number"),
         ("OPENAGI_MDNS", "maybe", "not true or false"),
     ],
 )
 def test_a_bad_environment_variable_is_named(variable: str, text: str, wanted: str) -> None:
     with pytest.raises(ConfigError, match=wanted):
         load_config({}, environment={variable: text})
+
+
+@pytest.mark.slow
+def test_a_file_may_be_nested_as_deep_as_it_likes(tmp_path: Path) -> None:
+    file = tmp_path / "app_config.json"
+    for depth in (10, *range(700, 1000, 5), 100_000):
+        file.write_text('{"threads": ' + "[" * depth + "]" * depth + "}")
+        with pytest.raises(ConfigError):
+            load_config({}, environment={}, file=file)
 
 
 def test_environment_values_get_their_types() -> None:

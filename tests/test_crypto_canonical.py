@@ -197,6 +197,7 @@ def test_what_is_wrong_is_found_by_the_scan_and_said(hexed: str, says: str) -> N
         (encode(b"x" * 11), Limits(bin_max=10), "at most 10"),
         (encode([[0] * 5, [0] * 4]), Limits(items_max=10), "in all"),
         (encode({"a": {"b": 0, "c": 0}}), Limits(items_max=5), "in all"),
+        (encode([{}, [{}], {}]), Limits(maps_max=2), "2 maps in all"),
     ],
 )
 def test_each_limit_holds_and_says_so(raw: bytes, limits: Limits, says: str) -> None:
@@ -214,6 +215,7 @@ def test_each_limit_holds_and_says_so(raw: bytes, limits: Limits, says: str) -> 
         (encode("x" * 10), Limits(str_max=10)),
         (encode(b"x" * 10), Limits(bin_max=10)),
         (encode([[0] * 4, [0] * 4]), Limits(items_max=10)),
+        (encode([{}, [{}]]), Limits(maps_max=2)),
     ],
 )
 def test_each_limit_is_reached_from_below(raw: bytes, limits: Limits) -> None:

@@ -31,6 +31,7 @@ from p2p.mdns import Sighting
 from p2p.peering import DIALS_MAX, RECONCILE_S, SAVE_AGAIN_S, SAVE_EVERY_S, Peering, PeeringConfig
 from p2p.peering_status import PeeringStatus
 from p2p.roster import PINGS_MISSED_MAX, REFUSED_WAIT_S, Roster
+from p2p.rpc import Call, encode_frame
 from p2p.transport import Transport
 
 HANG_TURNS = 3000  # of 10 ms in a thread: a hang guard
@@ -222,6 +223,14 @@ async def test_a_name_is_resolved_and_each_of_its_addresses_tried(autojump_clock
     assert c.status.bootstrap[0].reason == "the name nowhere.example cannot be resolved: Name or service not known"
 
 
+def test_a_bootstrap_file_may_be_nested_as_deep_as_it_likes(tmp_path: Path) -> None:
+    file = tmp_path / "peers.json"
+    for depth in (10, *range(700, 1000, 5), 100_000):
+        file.write_text('[{"addr": ' + "[" * depth + "]" * depth + "}]")
+        with pytest.raises(BadFile):
+            read_bootstrap_file(file)
+
+
 def test_dial_reasons_are_found_under_groups_and_causes() -> None:
     address = parse_address(missing_address())
     deep = Unreachable("all attempts failed")
@@ -322,6 +331,19 @@ async def test_a_plain_libp2p_client_may_stay(autojump_clock: MockClock, swarm: 
         assert a.id in client.peers()
         assert a.status.peers[0].phase == "foreign"
         assert a.peering.peers() == frozenset()
+
+
+async def test_a_client_that_greets_and_serves_no_rpc_may_stay(autojump_clock: MockClock, swarm: Swarm) -> None:
+    a = await swarm.start()
+    hello = Hello(protocol=1, network="main", agent="client/1", instance="a" * 32, addresses=[])
+    async with swarm.network.join(Identity.make()) as client:
+        await client.dial(a.address)
+        stream = await client.open_stream(a.id, RPC_PROTOCOL)
+        await stream.send(encode_frame(Call(1, "hello", to_value(hello))))
+        await stream.receive()
+        await trio.sleep(300.0)
+        assert a.id in client.peers()
+        assert client.peer_id in a.peering.peers()
 
 
 async def test_an_expelled_peer_is_neither_dialled_nor_received(autojump_clock: MockClock, swarm: Swarm) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from libp2p.io.exceptions import ConnectionClosedError, IncompleteReadError
 from libp2p.security.noise.io import NoiseTransportReadWriter
 from libp2p.security.secure_session import SecureSession
@@ -125,6 +127,39 @@ async def test_a_record_that_was_changed_ends_the_connection_and_gives_nothing()
     with pytest.raises(ConnectionClosedError):
         await reader.read(1)
     assert reader.unread == 0
+
+
+@slow
+@settings(max_examples=150, deadline=None)
+@given(
+    records=st.lists(st.binary(max_size=40), max_size=3),
+    rest=st.binary(max_size=9),
+    right=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_bytes_after_the_handshake_end_the_connection(
+    records: list[bytes], rest: bytes, right: bool, seed: int
+) -> None:
+    """Whole records of noise, cut ones, empty ones: nothing comes out that the peer did not encrypt."""
+    wire = Wire(random.Random(seed))
+    raw = b"".join(len(record).to_bytes(2, "big") + record for record in records) + rest
+    ours, theirs = states()
+
+    async def attack() -> None:
+        if right:
+            await session(wire, theirs).write(b"right")
+        wire.raw += raw
+        reader, got = GuardedSession(session(wire, ours)), bytearray()
+
+        async def read_all() -> None:
+            while True:
+                got.extend(await reader.read())
+
+        with pytest.raises((ConnectionClosedError, IncompleteReadError)):
+            await read_all()
+        assert got == (b"right" if right else b"") or (got == b"" and raw)
+
+    trio.run(attack)
 
 
 # ---- the socket ----
