@@ -11,6 +11,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from libp2p.host.exceptions import StreamFailure
+from libp2p.network.exceptions import SwarmException
 from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
 from libp2p.pubsub.pubsub import Pubsub
 
@@ -67,6 +69,18 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]  # libp2p's types are not fol
     def manager(self) -> Any:
         """The service's manager, whose tasks are contained."""
         return ContainedTasks(super().manager, self._drops)
+
+    async def _handle_new_peer(self, peer_id: Any) -> None:
+        """Open the gossip stream to a peer; a failure is of the kind after which libp2p tries again while connected.
+
+        Around: it gives a peer up for good when one negotiation takes too long, as they do when many nodes start at
+        once: both stay connected, and no gossip passes between them.
+        """
+        try:
+            await super()._handle_new_peer(peer_id)
+        except StreamFailure as exc:
+            self._drops.count("gossip_stream_failed")
+            raise SwarmException(str(exc)) from exc
 
     def notify_subscriptions(self, publish_message: Any) -> None:
         """Nothing: the validator has delivered it; libp2p's queue of 32 would only fill and complain."""
