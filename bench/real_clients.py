@@ -88,9 +88,10 @@ class Client:
                 if not doors:
                     time.sleep(PAUSE_S)
                     continue
-                self._ask(http, self._rng.choice(doors))
+                self.ask(http, self._rng.choice(doors))
 
-    def _ask(self, http: httpx.Client, door: DoorNow) -> None:
+    def ask(self, http: httpx.Client, door: DoorNow) -> None:
+        """Ask once, and keep what came of it."""
         rng = self._rng
         asked = Request(
             door=door.name,

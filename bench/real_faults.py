@@ -167,7 +167,12 @@ class Faults:
             victim = rng.choice(candidates)
             now = time.monotonic()
             swarm.kill(victim)
-            self.happened.append(Happened(what="kill", whom=victim.name, at=now, until=now))
+            self._note(Happened(what="kill", whom=victim.name, at=now, until=now))
+
+    def _note(self, fault: Happened) -> None:
+        self.happened.append(fault)
+        healthy = [member.name for member in self._swarm.members if member.healthy]
+        print(f"{fault.what} {fault.whom} for {fault.until - fault.at:.0f} s; healthy now: {healthy}", flush=True)
 
     def others(self) -> Iterator[float]:
         """The other kinds of faults in turn, for ever; yields how long to wait before it goes on."""
@@ -192,7 +197,7 @@ class Faults:
         if victim.process is process:
             self._swarm.thaw(victim)
         self._spared = set()
-        self.happened.append(Happened(what="freeze", whom=victim.name, at=began, until=time.monotonic()))
+        self._note(Happened(what="freeze", whom=victim.name, at=began, until=time.monotonic()))
 
     def _cut(self) -> Iterator[float]:
         assert self._fabric is not None
@@ -205,7 +210,7 @@ class Faults:
         self._fabric.heal()
         healed = time.monotonic()
         whom = ", ".join(host.address for host in ones)
-        self.happened.append(Happened(what="cut", whom=whom, at=began, until=healed))
+        self._note(Happened(what="cut", whom=whom, at=began, until=healed))
         while time.monotonic() - healed < HEALED_S_MAX:
             if self._joined(ones, others):
                 break
@@ -217,6 +222,8 @@ class Faults:
         """Two sides with a healthy server each, which is spared from now on; or none."""
         assert self._fabric is not None
         serving = self._swarm.healthy(serving=True)
+        if not serving:
+            return [], []
         one = self._rng.choice(serving)
         ones, others = [one.host], [host for host in self._fabric.hosts if host is not one.host]
         other = next((server for server in serving if server.host in others), None)
@@ -242,7 +249,7 @@ class Faults:
         began = time.monotonic()
         yield NARROW_S
         self._fabric.widen(host)
-        self.happened.append(Happened(what="narrow", whom=host.address, at=began, until=time.monotonic()))
+        self._note(Happened(what="narrow", whom=host.address, at=began, until=time.monotonic()))
 
     def _slow(self) -> Iterator[float]:
         assert self._fabric is not None
@@ -251,7 +258,7 @@ class Faults:
         began = time.monotonic()
         yield SLOW_S
         self.link_told.append(self._fabric.quicken(host))
-        self.happened.append(Happened(what="slow", whom=host.address, at=began, until=time.monotonic()))
+        self._note(Happened(what="slow", whom=host.address, at=began, until=time.monotonic()))
 
     def lift(self) -> None:
         """No fault is left."""
