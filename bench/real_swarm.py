@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
+import signal
 import socket
 import sys
 import tempfile
@@ -61,6 +62,7 @@ class Outcome:
 def main() -> int:
     """Run, check, report; 0 when the contract held."""
     chosen = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nodes and namespaces are cleared away
     kinds, reasons = possible(frozenset(chosen.faults.split(",")))
     for kind, reason in reasons.items():
         print(f"not run: {kind}: {reason}", flush=True)
@@ -153,7 +155,8 @@ def await_all(swarm: Swarm) -> None:
             raise TimeoutError(f"not all nodes were ready and joined within {START_S_MAX:.0f} s")
         swarm.look(time.monotonic())
         door = waiting[0].door()
-        if door is not None and serving <= connected(waiting[0].host, door):
+        ready = all(member.healthy for member in swarm.members)
+        if ready and door is not None and serving <= connected(waiting[0].host, door):
             waiting.pop(0)
         else:
             time.sleep(LOOK_EVERY_S)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -132,6 +133,7 @@ class Paced(Client):
 def main() -> int:
     """Soak, fit, report; 0 when all is flat."""
     chosen = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are ended
     quick = chosen.quick
     hours = chosen.hours or (HOURS_QUICK if quick else HOURS)
     settle_s = SETTLE_QUICK_S if quick else min(SETTLE_S, hours * 3600 / 3)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -47,6 +48,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--nodes", type=int, default=0, help=f"how many (default {NODES})")
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are ended
     count = chosen.nodes or (NODES_QUICK if chosen.quick else NODES)
     with tempfile.TemporaryDirectory(prefix="openagi-storm-") as place, Cluster(Path(place)) as cluster:
         began = time.monotonic()
@@ -106,16 +108,26 @@ def cpu(node: NodeProcess) -> float:
 
 def rows(seen: Joined, count: int, cpu_s: float) -> list[Row]:
     """The figures."""
-    joined = list(seen.joined_s.values())
+    joined = [seen.joined_s.get(f"n{number}", WAIT_S_MAX) for number in range(count)]
     return [
         Row(figure="nodes", value=count, unit="processes", better="higher"),
-        Row(figure="joined", value=len(joined), unit=f"with {GOSSIP_PEERS} gossip peers", better="higher"),
+        Row(figure="joined", value=len(seen.joined_s), unit=f"with {GOSSIP_PEERS} gossip peers", better="higher"),
         Row(figure="joined_s_p50", value=quantile(joined, 0.5), unit="s from the first start", better="lower"),
         Row(figure="joined_s_max", value=max(joined), unit="s from the first start", better="lower"),
-        Row(figure="ready_s_max", value=max(seen.ready_s.values()), unit="s from the first start", better="lower"),
+        Row(
+            figure="ready_s_max",
+            value=max(seen.ready_s.values(), default=WAIT_S_MAX),
+            unit="s from the first start",
+            better="lower",
+        ),
         Row(figure="lost_again", value=len(seen.lost), unit="nodes", better="lower"),
-        Row(figure="mesh_peers_min", value=min(seen.mesh.values()), unit="at the end", better="higher"),
-        Row(figure="connections_max", value=max(seen.peers.values()), unit="of one node at the end", better="lower"),
+        Row(figure="mesh_peers_min", value=min(seen.mesh.values(), default=0), unit="at the end", better="higher"),
+        Row(
+            figure="connections_max",
+            value=max(seen.peers.values(), default=0),
+            unit="of one node at the end",
+            better="lower",
+        ),
         Row(figure="cpu_s_per_node", value=cpu_s / count, unit="s to join and to be watched", better="lower"),
     ]
 
