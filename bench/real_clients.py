@@ -63,7 +63,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoorNow:
-    """A door as it is now: a restart gives it another address; `killed_at` of the process at this address."""
+    """A door as it is now: a restart gives it another address; killed: whether it was since."""
 
     name: str
     url: str

@@ -54,8 +54,8 @@ class Member:
         """Its HTTP door now."""
         if self.process is None or not self.ready:
             return None
-        process = self.process.process
-        return DoorNow(name=self.name, url=self.process.url, killed=lambda: process.poll() is not None)
+        lives = len(self.kills)  # counted before the signal is sent, so that no client sees its effect first
+        return DoorNow(name=self.name, url=self.process.url, killed=lambda: len(self.kills) > lives)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

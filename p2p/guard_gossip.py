@@ -82,5 +82,18 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]  # libp2p's types are not fol
             self._drops.count("gossip_stream_failed")
             raise SwarmException(str(exc)) from exc
 
+    def _handle_dead_peer(self, peer_id: Any) -> None:
+        """Our gossip stream to a peer ended: what it subscribed to is forgotten only when it is gone.
+
+        Around: libp2p opens the stream again but forgets the subscriptions, which came over the peer's own stream and
+        do not come again: nothing that we publish would reach that peer any more.
+        """
+        topics = [topic for topic, peers in self.peer_topics.items() if peer_id in peers]
+        super()._handle_dead_peer(peer_id)
+        if topics and self._peer_is_connected(peer_id):
+            self._peer_subscription_count[peer_id] = len(topics)
+            for topic in topics:
+                self.peer_topics.setdefault(topic, set()).add(peer_id)
+
     def notify_subscriptions(self, publish_message: Any) -> None:
         """Nothing: the validator has delivered it; libp2p's queue of 32 would only fill and complain."""

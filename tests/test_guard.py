@@ -123,6 +123,24 @@ async def test_a_gossip_stream_that_failed_is_tried_again() -> None:
 
 
 @slow
+async def test_gossip_goes_on_after_its_stream_broke() -> None:
+    heard: list[bytes] = []
+    async with node() as alice, node() as bob:
+        for one in (alice, bob):
+            await one.subscribe(TOPIC, lambda peer, payload: heard.append(payload) or True)  # type: ignore[func-returns-value]  # a list
+        await alice.dial(bob.addresses()[0])
+        await until(lambda: alice.statistics().mesh_peers == bob.statistics().mesh_peers == 1)
+        peers = alice._pubsub.peers
+        broken = peers[ID.from_base58(bob.peer_id)]
+        await broken.reset()
+        await alice.publish(TOPIC, b"lost")
+        await until(lambda: peers.get(ID.from_base58(bob.peer_id)) not in (None, broken))
+        await until(lambda: alice.statistics().mesh_peers == 1)
+        await alice.publish(TOPIC, b"after")
+        await until(lambda: b"after" in heard)
+
+
+@slow
 async def test_a_gossip_receiver_that_raises_is_contained() -> None:
     async with node() as alice, node() as bob:
 
