@@ -32,6 +32,7 @@ from bench.real_swarm import tracebacks
 from node.commands.processes import Cluster, NodeProcess
 
 NODES, SERVERS, CHURNED = 8, 2, 3
+START_S_MAX = 900.0  # on a busy machine
 HOURS, HOURS_QUICK = 2.0, 1.5 / 60
 CHURN_EVERY_S = 60.0
 AWAY_S = 10.0
@@ -76,16 +77,16 @@ def theil_sen(points: Sequence[tuple[float, float]]) -> float:
 class Soak:
     """The nodes, who asks them, and who restarts them."""
 
-    def __init__(self, cluster: Cluster, seed: int) -> None:
+    def __init__(self, cluster: Cluster, count: int, servers: int, seed: int) -> None:
         """Starts all and waits until they are ready."""
         self._cluster, self._rng = cluster, random.Random(seed)
-        names = [f"server{n}" if n < SERVERS else f"door{n}" for n in range(NODES)]
+        names = [f"server{n}" if n < servers else f"door{n}" for n in range(count)]
         self._seed_address = cluster.reserve(names[0])
         self.nodes = {name: self._start(name) for name in names}
         for node in self.nodes.values():
-            node.wait_ready()
-        self.steady = names[: NODES - CHURNED]
-        self._churned = itertools.cycle(names[NODES - CHURNED :])
+            node.wait_ready(START_S_MAX)
+        self.steady = names[: count - CHURNED]
+        self._churned = itertools.cycle(names[count - CHURNED :])
         self._away: tuple[str, float] | None = None
         self.restarts = 0
 
@@ -138,7 +139,7 @@ def main() -> int:
     hours = chosen.hours or (HOURS_QUICK if quick else HOURS)
     settle_s = SETTLE_QUICK_S if quick else min(SETTLE_S, hours * 3600 / 3)
     with tempfile.TemporaryDirectory(prefix="openagi-soak-") as place, Cluster(Path(place)) as cluster:
-        soak = Soak(cluster, chosen.seed)
+        soak = Soak(cluster, chosen.nodes, chosen.servers, chosen.seed)
         client = Paced(soak.doors, chosen.seed)
         series = endured(soak, client, hours, SAMPLE_EVERY_QUICK_S if quick else SAMPLE_EVERY_S)
         found = tracebacks(cluster.root)
@@ -216,7 +217,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--hours", type=float, default=0.0, help=f"how long (default {HOURS:g})")
     parser.add_argument("--seed", type=int, default=1)
-    return parser.parse_args()
+    parser.add_argument("--nodes", type=int, default=NODES, help="processes in all")
+    parser.add_argument("--servers", type=int, default=SERVERS, help="of them with a model")
+    chosen = parser.parse_args()
+    if not 1 <= chosen.servers < chosen.nodes - CHURNED:
+        parser.error(
+            f"--servers {chosen.servers} --nodes {chosen.nodes} came, wanted 1 and {CHURNED + 1} more nodes at least"
+        )
+    return chosen
 
 
 if __name__ == "__main__":
