@@ -79,7 +79,6 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]  # libp2p's types are not fol
         try:
             await super()._handle_new_peer(peer_id)
         except StreamFailure as exc:
-            self._drops.count("gossip_stream_failed")
             raise SwarmException(str(exc)) from exc
 
     def _handle_dead_peer(self, peer_id: Any) -> None:

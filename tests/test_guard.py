@@ -117,7 +117,8 @@ async def test_a_gossip_stream_that_failed_is_tried_again() -> None:
         for one in (alice, bob):
             await one.subscribe(TOPIC, lambda peer, payload: True)
         await alice.dial(bob.addresses()[0])
-        await until(lambda: alice.statistics().drops.get("gossip_stream_failed"))
+        await until(bob.peers)
+        await trio.sleep(1.0)  # both have tried, and alice failed
         handlers[TProtocol("/meshsub/1.1.0")] = kept
         await until(lambda: alice.statistics().mesh_peers == bob.statistics().mesh_peers == 1)
 
