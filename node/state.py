@@ -131,6 +131,7 @@ class NodeState:
                 "pid": os.getpid(),
                 "uptime_s": round(time.time() - self._started_s, 1),
                 "rss_bytes": self._process.memory_info().rss,
+                "tasks": trio.lowlevel.current_statistics().tasks_living,
                 "data_dir": str(Path(config.data_dir).absolute()),
             },
             "readiness": asdict(self.readiness()),

@@ -14,8 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import trio
+from libp2p.host.exceptions import StreamFailure
 from libp2p.io.exceptions import IOException, MessageTooLarge
 from libp2p.network.connection.exceptions import RawConnError
+from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.exceptions import StreamError
 from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
 from libp2p.pubsub.pb import rpc_pb2
@@ -156,11 +158,37 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]  # libp2p's types are not fol
                 self._drops.count("gossip_forged")
                 self._neighbours.strike(peer, now)
                 return
-        for each in self.get_msg_validators(msg):
-            if not each.validator(msg_forwarder, msg):
-                return  # the receiver has counted why
-        self._mark_msg_seen(msg)
-        await self.router.publish(msg_forwarder, msg)
+        is_wanted = all(each.validator(msg_forwarder, msg) for each in self.get_msg_validators(msg))
+        self._mark_msg_seen(msg)  # also what goes no further: its other copies cost nothing
+        if is_wanted:  # else the receiver has counted why
+            await self.router.publish(msg_forwarder, msg)
+
+    async def _handle_new_peer(self, peer_id: Any) -> None:
+        """Open the gossip stream to a peer; a failure is of the kind after which libp2p tries again while connected.
+
+        Around: it gives a peer up for good when one negotiation takes too long, as they do when many nodes start at
+        once: both stay connected, and no gossip passes between them.
+        """
+        try:
+            await super()._handle_new_peer(peer_id)
+        except StreamFailure as exc:
+            raise SwarmException(str(exc)) from exc
+
+    def _handle_dead_peer(self, peer_id: Any) -> None:
+        """Our gossip stream to a peer ended: what it subscribed to is forgotten only when it is gone.
+
+        Around: libp2p opens the stream again but forgets the subscriptions, which came over the peer's own stream and
+        do not come again: nothing that we publish would reach that peer any more.
+        """
+        topics = [topic for topic, peers in self.peer_topics.items() if peer_id in peers]
+        super()._handle_dead_peer(peer_id)
+        if topics and self._peer_is_connected(peer_id):
+            self._peer_subscription_count[peer_id] = len(topics)
+            for topic in topics:
+                self.peer_topics.setdefault(topic, set()).add(peer_id)
+
+    def notify_subscriptions(self, publish_message: Any) -> None:
+        """Nothing: the validator has delivered it; libp2p's queue of 32 would only fill and complain."""
 
 
 def _units(rpc: Any) -> int:

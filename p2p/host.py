@@ -258,6 +258,7 @@ class Libp2pTransport:
             frames_out=traffic.frames_out,
             bytes_in=traffic.bytes_in,
             bytes_out=traffic.bytes_out,
+            mesh_peers=len(set().union(*self._pubsub.router.mesh.values())),
             drops=dict(self._drops.counts),
         )
 

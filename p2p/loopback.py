@@ -273,6 +273,7 @@ class LoopbackTransport:
             frames_out=traffic["frames_out"],
             bytes_in=traffic["bytes_in"],
             bytes_out=traffic["bytes_out"],
+            mesh_peers=len(self.peers()),  # it floods
             drops=dict(self.counts.drops),
         )
 

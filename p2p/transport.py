@@ -70,6 +70,7 @@ class TransportStatistics:
     frames_out: int
     bytes_in: int
     bytes_out: int
+    mesh_peers: int = 0  # with whom gossip is exchanged at once, over all topics
     drops: dict[str, int] = field(default_factory=dict)  # reason -> count
 
 

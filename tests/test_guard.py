@@ -16,6 +16,7 @@ import libp2p.utils.varint
 import pytest
 import trio
 import trio.testing
+from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError, ParseError
 from libp2p.io.exceptions import ConnectionClosedError, IncompleteReadError, MessageTooLarge
 from libp2p.network.stream.exceptions import StreamError
@@ -106,6 +107,38 @@ async def test_a_published_message_that_does_not_decode_is_contained() -> None:
             await stream.write(encode_varint_prefixed(rpc_pb2.RPC(publish=[message]).SerializeToString()))
             await until(lambda: bob.statistics().drops.get("task_failed"))
             assert await eve.alive()
+
+
+@slow
+async def test_a_gossip_stream_that_failed_is_tried_again() -> None:
+    async with node() as alice, node() as bob:
+        handlers = bob._host.multiselect.handlers
+        kept = handlers.pop(TProtocol("/meshsub/1.1.0"))
+        for one in (alice, bob):
+            await one.subscribe(TOPIC, lambda peer, payload: True)
+        await alice.dial(bob.addresses()[0])
+        await until(bob.peers)
+        await trio.sleep(1.0)  # both have tried, and alice failed
+        handlers[TProtocol("/meshsub/1.1.0")] = kept
+        await until(lambda: alice.statistics().mesh_peers == bob.statistics().mesh_peers == 1)
+
+
+@slow
+async def test_gossip_goes_on_after_its_stream_broke() -> None:
+    heard: list[bytes] = []
+    async with node() as alice, node() as bob:
+        for one in (alice, bob):
+            await one.subscribe(TOPIC, lambda peer, payload: heard.append(payload) or True)  # type: ignore[func-returns-value]  # a list
+        await alice.dial(bob.addresses()[0])
+        await until(lambda: alice.statistics().mesh_peers == bob.statistics().mesh_peers == 1)
+        peers = alice._pubsub.peers
+        broken = peers[ID.from_base58(bob.peer_id)]
+        await broken.reset()
+        await alice.publish(TOPIC, b"lost")
+        await until(lambda: peers.get(ID.from_base58(bob.peer_id)) not in (None, broken))
+        await until(lambda: alice.statistics().mesh_peers == 1)
+        await alice.publish(TOPIC, b"after")
+        await until(lambda: b"after" in heard)
 
 
 @slow

@@ -542,6 +542,15 @@ async def test_gossip_reaches_subscribers_and_not_its_publisher(world: World, cl
     assert ears[left.peer_id].heard == []
 
 
+async def test_the_mesh_is_counted(world: World, clock: Clock) -> None:
+    left, right = await world.pair()
+    for node in (left, right):
+        await node.subscribe(TOPIC, Ear())
+    await eventually(lambda: left.statistics().mesh_peers == right.statistics().mesh_peers == 1)
+    await left.disconnect(right.peer_id)
+    await eventually(lambda: left.statistics().mesh_peers == right.statistics().mesh_peers == 0)
+
+
 async def test_gossip_is_passed_on_with_its_first_senders_name(world: World, clock: Clock) -> None:
     nodes = [await world.transport() for _ in range(3)]
     ears = [Ear() for _ in nodes]
