@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from p2p.relay import RelayLimits
+
 PSK_BYTES = 32  # a private network's pre-shared key
 PORT_MAX = 65_535
 
@@ -20,6 +22,7 @@ class HostConfig:
     announce: tuple[str, ...] = ()  # more addresses to tell others, such as a router's forwarded port
     psk: bytes | None = None  # set: only nodes that hold the same 32 bytes can connect
     topics: frozenset[str] = frozenset()  # gossip topics that peers may subscribe to through us
+    relay: RelayLimits | None = RelayLimits()  # what is carried for others; None: nothing
     connections_max: int = 256  # live connections, both directions
     pending_max: int = 64  # inbound connections before their handshake is done; the oldest yields
     pending_per_ip_max: int = 4
