@@ -44,6 +44,7 @@ def run(
     network: Annotated[str | None, typer.Option(help="Name of the network to join.")] = None,
     psk_file: Annotated[Path | None, typer.Option(help="Pre-shared key of a private network (64 hex).")] = None,
     mdns: Annotated[bool | None, typer.Option(help="Find peers on the local network.")] = None,
+    relay: Annotated[bool | None, typer.Option(help="Relay for peers behind NAT while reachable.")] = None,
     model: Annotated[str | None, typer.Option(help="Name, path or none; default: the embedded one.")] = None,
     embedding_model: Annotated[str | None, typer.Option(help="Name or path of an encoder for embeddings.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,

@@ -22,7 +22,7 @@ ENVIRONMENT_PREFIX = "OPENAGI_"
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 _LISTS = frozenset({"listen", "bootstrap"})
 _NUMBERS = frozenset({"threads", "max_batch", "kv_cache_mb"})
-_FLAGS = frozenset({"mdns", "log_json"})
+_FLAGS = frozenset({"mdns", "relay", "log_json"})
 
 
 def _path(value: object) -> object:
@@ -53,6 +53,7 @@ class NodeConfig(BaseModel):
     network: str = Field(default="main", pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")
     psk_file: FilePath | None = None
     mdns: bool = True
+    relay: bool = True  # carry others' relayed connections, within bounds, while this node can be reached
     model: str = Field(default="default", min_length=1)  # a name, a path or none
     embedding_model: str | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -1,8 +1,8 @@
 """A relayed connection's bytes: one yamux stream to a relay, with the face of a socket below encryption.
 
 Rules: as in guard_socket.py: a write is whole or the circuit is over, a read of n bytes gives n bytes or fewer at the
-end, `abort` is sync and whoever reads or writes sees the end. A relay that takes nothing for STALL_S is as good as gone.
-Nobody but the two ends can read what goes through: Noise runs on top of this.
+end, `abort` is sync and whoever reads or writes sees the end. A relay that takes nothing for STALL_S is as good
+as gone. Nobody but the two ends can read what goes through: Noise runs on top of this.
 
 Source: libp2p specs, relay/circuit-v2.md ("the relayed connection").
 """

@@ -14,37 +14,33 @@ Source: libp2p specs, relay/circuit-v2.md.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import trio
-from google.protobuf.message import DecodeError
 from libp2p.connection_types import ConnectionType
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
+from libp2p.rcmgr.metrics import Direction
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Limit, Reservation, Status, StopMessage
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import PeerId as WirePeer
 from libp2p.security.pnet.protector import new_protected_conn
-from libp2p.utils.varint import encode_varint_prefixed
 from multiaddr import Multiaddr
 
-from crypto.errors import BadKey
-from crypto.identity import PeerId, public_key_of
+from crypto.identity import PeerId
 from p2p.address import CIRCUIT_END, is_relayed, seen_group
-from p2p.errors import P2PError, Refused, RemoteProtocolError, StreamClosed, Unreachable
+from p2p.errors import P2PError, Refused, StreamClosed, Unreachable
 from p2p.guard import LINGER_S, Drops
 from p2p.guard_circuit import STALL_S, ByteStream, CircuitSocket
+from p2p.guard_hop import ended, mapped, peer_of, read, sentence, status_answer, wire_id, write
 from p2p.guard_stream import Traffic
 from p2p.guard_swarm import GuardedSwarm, seen_at, socket_of
 from p2p.relay import Circuit, No, RelayDesk, RelayLimits
 
 HOP = "/libp2p/circuit/relay/0.2.0/hop"
 STOP = "/libp2p/circuit/relay/0.2.0/stop"
-MESSAGE_BYTES_MAX = 4096  # ours have under 1,000
-AGREE_S = 5.0  # for the few words before a circuit is open, on each of the two streams
 PENDING_MAX = 8  # circuits to us whose handshake is not done
 CIRCUITS_IN_MAX = 64  # circuits to us
 PLACE_S_MIN, PLACE_S_MAX = 120.0, 3600.0  # a place whose end is told by a clock unlike ours
@@ -58,14 +54,6 @@ _STATUSES = {
     "relay_circuits": Status.RESOURCE_LIMIT_EXCEEDED,
     "relay_circuits_of_peer": Status.RESOURCE_LIMIT_EXCEEDED,
 }
-_SENTENCES = {
-    Status.PERMISSION_DENIED: "it does not relay for us",
-    Status.RESERVATION_REFUSED: "it has no place left",
-    Status.RESOURCE_LIMIT_EXCEEDED: "it carries as much as it will",
-    Status.NO_RESERVATION: "that peer holds no place there now",
-    Status.CONNECTION_FAILED: "it could not reach that peer",
-}
-_Message = TypeVar("_Message", HopMessage, StopMessage)
 OpenNet = Callable[[PeerId, str], Awaitable[Any]]  # a negotiated libp2p stream; raises Unreachable, Refused
 
 
@@ -81,6 +69,7 @@ class GuardedRelay:
         self._open_net = open_net
         self._own = PeerId(swarm.get_peer_id().to_base58())
         self._places: dict[PeerId, str] = {}  # relay -> the circuit address of ours there
+        self._found: tuple[str, ...] = ()
         self._pending = 0
         self._circuits_in = 0
         self._nursery: trio.Nursery | None = None
@@ -96,8 +85,31 @@ class GuardedRelay:
             await trio.sleep_forever()
 
     def addresses(self) -> tuple[str, ...]:
-        """Where others reach us through relays."""
-        return tuple(self._places.values())
+        """Where others reach us though we do not listen there: through routers and relays."""
+        return (*self._found, *self._places.values())
+
+    def announce(self, addresses: tuple[str, ...]) -> None:
+        """Tell others of these addresses too, given without our id."""
+        bound = set(self._listening())
+        self._found = tuple(f"{each}/p2p/{self._own}" for each in addresses if each not in bound)
+
+    def dialled_at(self, peer: PeerId) -> str | None:
+        """Where we dialled a peer that is connected directly, without its id; None when it came to us."""
+        for conn in self._swarm.get_connections(ID.from_base58(peer)):
+            if conn.direction is Direction.OUTBOUND and not is_relayed(where := seen_at(conn)):
+                return where
+        return None
+
+    async def probe(self, address: str) -> None:
+        """Connect, let the peer prove its key, disconnect. Raises Unreachable. Cancelled: nothing is left."""
+        target, _, peer = address.rpartition("/p2p/")
+        with mapped(address):
+            raw = await self._swarm.transport_manager.transport_for_dialing(Multiaddr(target)).dial(Multiaddr(target))
+            try:
+                guarded = raw if self._swarm.psk is None else new_protected_conn(raw, self._swarm.psk)
+                await self._swarm.upgrader.upgrade_security(guarded, True, ID.from_base58(peer))
+            finally:
+                raw.stream.abort()
 
     def gone(self, peer: PeerId) -> None:
         """The last direct connection to a peer went down: the places that hung on it are over."""
@@ -111,13 +123,13 @@ class GuardedRelay:
 
         `relay_address`: where others reach the relay, without its id.
         """
-        with _mapped(f"no place at the relay {relay}"):
-            async with _ended(await self._stream(relay, HOP)) as stream:
-                await _write(stream, HopMessage(type=HopMessage.RESERVE))
-                answer = await _read(stream, HopMessage)
+        with mapped(f"no place at the relay {relay}"):
+            async with ended(await self._stream(relay, HOP)) as stream:
+                await write(stream, HopMessage(type=HopMessage.RESERVE))
+                answer = await read(stream, HopMessage)
                 if answer.status != Status.OK:
                     self._places.pop(relay, None)
-                    raise Refused(f"the relay {relay} refused: {_sentence(answer.status)}")
+                    raise Refused(f"the relay {relay} refused: {sentence(answer.status)}")
         self._places[relay] = f"{relay_address}/p2p/{relay}{CIRCUIT_END}/p2p/{self._own}"
         return min(max(answer.reservation.expire - time.time(), PLACE_S_MIN), PLACE_S_MAX)
 
@@ -128,14 +140,14 @@ class GuardedRelay:
     async def dial(self, relay: PeerId, relay_address: str, peer: PeerId) -> None:
         """Connect to a peer through a connected relay. Raises Unreachable, Refused. Cancelled: nothing is left."""
         assert self._nursery is not None, "keep() runs first"
-        with _mapped(f"cannot reach {peer} through the relay {relay}"):
+        with mapped(f"cannot reach {peer} through the relay {relay}"):
             net = await self._stream_to(relay, HOP)
             circuit = self._circuit(net, f"{relay_address}/p2p/{relay}{CIRCUIT_END}")
             try:
-                await _write(circuit, HopMessage(type=HopMessage.CONNECT, peer=WirePeer(id=_wire_id(peer))))
-                answer = await _read(circuit, HopMessage)
+                await write(circuit, HopMessage(type=HopMessage.CONNECT, peer=WirePeer(id=wire_id(peer))))
+                answer = await read(circuit, HopMessage)
                 if answer.status != Status.OK:
-                    raise Refused(f"the relay {relay} did not connect us to {peer}: {_sentence(answer.status)}")
+                    raise Refused(f"the relay {relay} did not connect us to {peer}: {sentence(answer.status)}")
                 raw: Any = _raw(circuit, initiator=True)
                 if self._swarm.psk is not None:
                     raw = new_protected_conn(raw, self._swarm.psk)
@@ -163,14 +175,14 @@ class GuardedRelay:
             circuit.abort()
 
     async def _stop_words(self, circuit: CircuitSocket, relay: PeerId, net: Any) -> None:
-        asked = await _read(circuit, StopMessage)
+        asked = await read(circuit, StopMessage)
         status = self._stop_status(relay, net, asked)
-        await _write(circuit, StopMessage(type=StopMessage.STATUS, status=status))
+        await write(circuit, StopMessage(type=StopMessage.STATUS, status=status))
         if status == Status.OK:
             await self._take_circuit(circuit, ID(asked.peer.id))
 
     def _stop_status(self, relay: PeerId, net: Any, asked: StopMessage) -> Any:
-        if asked.type != StopMessage.CONNECT or _peer_of(asked.peer.id) is None:
+        if asked.type != StopMessage.CONNECT or peer_of(asked.peer.id) is None:
             self._drops.count("relay_malformed")
             return Status.MALFORMED_MESSAGE
         if relay not in self._places or _over_a_relay(net):
@@ -210,26 +222,26 @@ class GuardedRelay:
             await stream.reset()
 
     async def _hop_words(self, stream: ByteStream, peer: PeerId, net: Any) -> None:
-        asked = await _read(stream, HopMessage)
+        asked = await read(stream, HopMessage)
         if _over_a_relay(net):
             self._drops.count("relay_over_relay")
-            await _write(stream, _status(Status.PERMISSION_DENIED))
+            await write(stream, status_answer(Status.PERMISSION_DENIED))
         elif asked.type == HopMessage.RESERVE:
-            await _write(stream, self._reserved(peer, net))
-        elif asked.type == HopMessage.CONNECT and (target := _peer_of(asked.peer.id)) is not None:
+            await write(stream, self._reserved(peer, net))
+        elif asked.type == HopMessage.CONNECT and (target := peer_of(asked.peer.id)) is not None:
             await self._connect(stream, peer, target)
         else:
             self._drops.count("relay_malformed")
-            await _write(stream, _status(Status.MALFORMED_MESSAGE))
+            await write(stream, status_answer(Status.MALFORMED_MESSAGE))
 
     def _reserved(self, peer: PeerId, net: Any) -> HopMessage:
         now = trio.current_time()
         until = self.desk.reserve(peer, seen_group(seen_at(net.swarm_conn)), now)
         if isinstance(until, No):
             self._drops.count(until.reason)
-            return _status(_STATUSES[until.reason])
+            return status_answer(_STATUSES[until.reason])
         own = [Multiaddr(f"{each}/p2p/{self._own}").to_bytes() for each in self._listening()]
-        answer = _status(Status.OK)
+        answer = status_answer(Status.OK)
         answer.reservation.CopyFrom(Reservation(expire=int(time.time() + until - now), addrs=own))
         answer.limit.CopyFrom(self._limit())
         return answer
@@ -245,17 +257,17 @@ class GuardedRelay:
         circuit = self.desk.open(peer, target, trio.current_time())
         if isinstance(circuit, No):
             self._drops.count(circuit.reason)
-            return await _write(source, _status(_STATUSES[circuit.reason]))
+            return await write(source, status_answer(_STATUSES[circuit.reason]))
         try:
             try:
                 end = await self._stop_stream(peer, target)
             except (P2PError, BaseLibp2pError, trio.TooSlowError):
                 self._drops.count("relay_target_failed")
-                return await _write(source, _status(Status.CONNECTION_FAILED))
-            async with _ended(end):
-                answer = _status(Status.OK)
+                return await write(source, status_answer(Status.CONNECTION_FAILED))
+            async with ended(end):
+                answer = status_answer(Status.OK)
                 answer.limit.CopyFrom(self._limit())
-                await _write(source, answer)
+                await write(source, answer)
                 await self._carry(source, end, circuit)
         finally:
             self.desk.close(circuit)
@@ -264,11 +276,11 @@ class GuardedRelay:
         """A stream to the target, which has taken the circuit. Raises P2PError."""
         stream = await self._stream(target, STOP)
         try:
-            ask = StopMessage(type=StopMessage.CONNECT, peer=WirePeer(id=_wire_id(peer)), limit=self._limit())
-            await _write(stream, ask)
-            answer = await _read(stream, StopMessage)
+            ask = StopMessage(type=StopMessage.CONNECT, peer=WirePeer(id=wire_id(peer)), limit=self._limit())
+            await write(stream, ask)
+            answer = await read(stream, StopMessage)
             if answer.status != Status.OK:
-                raise Refused(f"{target} does not take the circuit: {_sentence(answer.status)}")
+                raise Refused(f"{target} does not take the circuit: {sentence(answer.status)}")
         except BaseException:
             await stream.reset()
             raise
@@ -329,80 +341,9 @@ class GuardedRelay:
         return net, peer, self._traffic, self._drops, socket_of(net.swarm_conn).abort
 
 
-@asynccontextmanager
-async def _ended(stream: ByteStream) -> AsyncIterator[ByteStream]:
-    """A stream that is reset when the block is left, and closed in order before."""
-    try:
-        yield stream
-        await stream.close()
-    finally:
-        await stream.reset()
-
-
-@contextmanager
-def _mapped(what: str) -> Iterator[None]:
-    """libp2p's errors, a broken stream and a peer that says nothing as Unreachable."""
-    try:
-        yield
-    except trio.TooSlowError as exc:
-        raise Unreachable(f"{what}: it said nothing for {AGREE_S:g} s") from exc
-    except (BaseLibp2pError, StreamClosed, RemoteProtocolError) as exc:
-        raise Unreachable(f"{what}: {exc}") from exc
+def _over_a_relay(net: Any) -> bool:
+    return is_relayed(seen_at(net.swarm_conn))
 
 
 def _raw(circuit: CircuitSocket, *, initiator: bool) -> RawConnection:
     return RawConnection(circuit, initiator, ConnectionType.RELAYED, [Multiaddr(circuit.seen_at)])
-
-
-async def _write(stream: ByteStream, message: HopMessage | StopMessage) -> None:
-    """Raises Unreachable, TooSlowError."""
-    with trio.fail_after(AGREE_S):
-        await stream.write(encode_varint_prefixed(message.SerializeToString()))
-
-
-async def _read(stream: ByteStream, kind: type[_Message]) -> _Message:
-    """One message. Raises Unreachable, StreamClosed, RemoteProtocolError, TooSlowError."""
-    with trio.fail_after(AGREE_S):
-        size = shift = 0
-        while True:
-            byte = (await stream.read(1))[0]
-            size |= (byte & 0x7F) << shift
-            shift += 7
-            if not byte & 0x80:
-                break
-            if shift > 14:
-                raise RemoteProtocolError("a relay message whose length has over two bytes")
-        if size > MESSAGE_BYTES_MAX:
-            raise RemoteProtocolError(f"a relay message of {size} bytes; at most {MESSAGE_BYTES_MAX}")
-        message = kind()
-        try:
-            message.ParseFromString(await stream.read(size) if size else b"")
-        except DecodeError as exc:
-            raise RemoteProtocolError("a relay message that does not decode") from exc
-        return message
-
-
-def _status(status: Any) -> HopMessage:
-    return HopMessage(type=HopMessage.STATUS, status=status)
-
-
-def _sentence(status: int) -> str:
-    return _SENTENCES.get(status, f"status {status}")
-
-
-def _wire_id(peer: PeerId) -> bytes:
-    return bytes(ID.from_base58(peer).to_bytes())
-
-
-def _peer_of(raw: bytes) -> PeerId | None:
-    """The peer whose id these bytes are; None when they are not an Ed25519 peer's."""
-    peer = PeerId(ID(raw).to_base58())
-    try:
-        public_key_of(peer)
-    except BadKey:
-        return None
-    return peer
-
-
-def _over_a_relay(net: Any) -> bool:
-    return is_relayed(seen_at(net.swarm_conn))

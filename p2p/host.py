@@ -128,7 +128,7 @@ class Libp2pTransport:
 
     def addresses(self) -> tuple[str, ...]:
         """Where others can dial us: concrete multiaddrs, each ending in /p2p/<our id>."""
-        return (*(str(each) for each in self._host.get_addrs()), *self.relay.addresses())
+        return (*self.relay.addresses(), *(str(each) for each in self._host.get_addrs()))
 
     def peers(self) -> frozenset[PeerId]:
         """Peers with a live connection."""

@@ -5,7 +5,7 @@ Rules: pure; imports no libp2p, so that configuration can be read before the slo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from p2p.relay import RelayLimits
 
@@ -22,7 +22,7 @@ class HostConfig:
     announce: tuple[str, ...] = ()  # more addresses to tell others, such as a router's forwarded port
     psk: bytes | None = None  # set: only nodes that hold the same 32 bytes can connect
     topics: frozenset[str] = frozenset()  # gossip topics that peers may subscribe to through us
-    relay: RelayLimits | None = RelayLimits()  # what is carried for others; None: nothing
+    relay: RelayLimits | None = field(default_factory=RelayLimits)  # what is carried for others; None: nothing
     connections_max: int = 256  # live connections, both directions
     pending_max: int = 64  # inbound connections before their handshake is done; the oldest yields
     pending_per_ip_max: int = 4
