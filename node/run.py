@@ -108,7 +108,8 @@ class Node:
         book = Book(transport.peer_id, self._rng)
         self._peering = Peering(transport, book, peering_config, self._rng, _log.error)
         self._gossip = GossipService(transport, identity, gossip_config, self._rng)
-        self._reaching = None if outside is None else Reaching(transport, outside, self._peering.peers)
+        peering = self._peering
+        self._reaching = None if outside is None else Reaching(transport, outside, peering.peers, peering.tell)
         told = {**self._peering.handlers(), **(self._reaching.handlers() if self._reaching is not None else {})}
         self._control = Calls(transport, RPC_PROTOCOL, told, self._breach)
         serving = Serving()

@@ -174,8 +174,7 @@ class Reach:
         lost = 2 * sum(bool(each.told.reached) for each in self._fresh(now)) <= len(self._fresh(now))
         said = outside or inside or "no peer has tried to connect to this node yet"
         if relays:
-            names = " and ".join(sorted(relays))
-            reason = f"{said}; others reach it through the relay {names}"
+            reason = f"{said}; others reach it through {len(relays)} relay{'s' * (len(relays) > 1)}"
             return Judgement(verdict=Verdict.RELAYED, reason=reason, wants_relay=hidden or lost, hidden=hidden)
         if not hidden:
             reason = f"{said}; {VOTES_MIN} networks must agree" if outside or inside else said

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
@@ -73,11 +73,18 @@ class ReachStatus:
 class Reaching:
     """This node's reachability. Wire it: `handlers()` to the Calls on RPC_PROTOCOL, then `run(calls)`."""
 
-    def __init__(self, transport: Transport, outside: Outside, peers: Callable[[], frozenset[PeerId]]) -> None:
-        """`peers`: the connected ones of our network."""
+    def __init__(
+        self,
+        transport: Transport,
+        outside: Outside,
+        peers: Callable[[], frozenset[PeerId]],
+        tell: Callable[[Calls], Awaitable[None]],
+    ) -> None:
+        """`peers`: the connected ones of our network; `tell`: tells them our addresses, which have changed."""
         self._transport = transport
         self._outside = outside
         self._peers = peers
+        self._tell = tell
         self._reach = Reach()
         self._places = Places()
         self._dial_backs = DialBacks()
@@ -140,7 +147,7 @@ class Reaching:
         for relay in self._places.due(candidates, judgement.wants_relay, now):
             if relay not in self._asking:
                 self._asking.add(relay)
-                nursery.start_soon(self._reserve, relay)
+                nursery.start_soon(self._reserve, relay, calls)
 
     # -- what others say of us ----------------------------------------------------------------------------------
 
@@ -228,14 +235,16 @@ class Reaching:
         farthest = max(scopes.values(), default=Scope.PUBLIC)
         return sorted(peer for peer, scope in scopes.items() if scope is farthest is not Scope.LOOPBACK)
 
-    async def _reserve(self, relay: PeerId) -> None:
+    async def _reserve(self, relay: PeerId, calls: Calls) -> None:
         try:
             where = self._outside.dialled_at(relay)
             if where is not None:
                 lasts_s = await self._outside.reserve(relay, where)
+                new = relay not in self._places.held(trio.current_time())
                 self._places.given(relay, lasts_s, trio.current_time())
                 self._counts["places_given"] += 1
-                self._wake.set()
+                if new:
+                    await self._tell(calls)
         except P2PError as exc:
             self._counts["places_refused"] += 1
             self._places.refused(relay, str(exc), trio.current_time())
