@@ -1,4 +1,4 @@
-"""The words of circuit relay v2: one bounded message at a time, within AGREE_S.
+"""The words of circuit relay v2 and of hole punching: one bounded message at a time, within AGREE_S.
 
 Rules: a message that is too long or does not decode is the peer's fault. No bytes beyond the message are taken.
 Source: libp2p specs, relay/circuit-v2.md (wire format).
@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Status, StopMessage
+from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from libp2p.utils.varint import encode_varint_prefixed
 
 from crypto.errors import BadKey
@@ -31,7 +32,7 @@ _SENTENCES: dict[str, str] = {
     "NO_RESERVATION": "that peer holds no place there now",
     "CONNECTION_FAILED": "it could not reach that peer",
 }
-_Message = TypeVar("_Message", HopMessage, StopMessage)
+_Message = TypeVar("_Message", HopMessage, StopMessage, HolePunch)
 
 
 @asynccontextmanager
@@ -55,7 +56,7 @@ def mapped(what: str) -> Iterator[None]:
         raise Unreachable(f"{what}: {exc}") from exc
 
 
-async def write(stream: ByteStream, message: HopMessage | StopMessage) -> None:
+async def write(stream: ByteStream, message: HopMessage | StopMessage | HolePunch) -> None:
     """Raises Unreachable, TooSlowError."""
     with trio.fail_after(AGREE_S):
         await stream.write(encode_varint_prefixed(message.SerializeToString()))

@@ -70,6 +70,8 @@ class GuardedRelay:
         self._own = PeerId(swarm.get_peer_id().to_base58())
         self._places: dict[PeerId, str] = {}  # relay -> the circuit address of ours there
         self._found: tuple[str, ...] = ()
+        self.observed: tuple[str, ...] = ()  # IP addresses at which public peers see us
+        self.punched = 0  # relayed connections that became direct ones
         self._pending = 0
         self._circuits_in = 0
         self._nursery: trio.Nursery | None = None
@@ -90,7 +92,7 @@ class GuardedRelay:
 
     def announce(self, addresses: tuple[str, ...]) -> None:
         """Tell others of these addresses too, given without our id."""
-        bound = set(self._listening())
+        bound = set(self.listening())
         self._found = tuple(f"{each}/p2p/{self._own}" for each in addresses if each not in bound)
 
     def dialled_at(self, peer: PeerId) -> str | None:
@@ -240,13 +242,14 @@ class GuardedRelay:
         if isinstance(until, No):
             self._drops.count(until.reason)
             return status_answer(_STATUSES[until.reason])
-        own = [Multiaddr(f"{each}/p2p/{self._own}").to_bytes() for each in self._listening()]
+        own = [Multiaddr(f"{each}/p2p/{self._own}").to_bytes() for each in self.listening()]
         answer = status_answer(Status.OK)
         answer.reservation.CopyFrom(Reservation(expire=int(time.time() + until - now), addrs=own))
         answer.limit.CopyFrom(self._limit())
         return answer
 
-    def _listening(self) -> list[str]:
+    def listening(self) -> list[str]:
+        """The multiaddrs that we listen on."""
         return [str(each) for listener in self._swarm.listeners.values() for each in listener.get_addrs()]
 
     def _limit(self) -> Limit:

@@ -23,6 +23,7 @@ from libp2p.host.basic_host import BasicHost
 from libp2p.peer.id import ID
 from libp2p.protocol_muxer.exceptions import ProtocolNotSupportedError
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from libp2p.rcmgr import Direction
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
@@ -33,6 +34,7 @@ from p2p.errors import CannotListen, LocalProtocolError, Refused, Unreachable
 from p2p.guard import Drops, escalate, install, reset_quietly
 from p2p.guard_gossip import GuardedGossipSub, GuardedPubsub
 from p2p.guard_host import automatic_addresses, check_listening, make_host
+from p2p.guard_punch import Puncher
 from p2p.guard_relay import GuardedRelay
 from p2p.guard_socket import GuardedTcp
 from p2p.guard_stream import Libp2pStream, Traffic
@@ -117,6 +119,8 @@ class Libp2pTransport:
         self._dialing: dict[PeerId, trio.Event] = {}
         self.relay = GuardedRelay(self._swarm, config.relay, self._traffic, self._open_net)
         self.relay.serve(host)
+        self._puncher = Puncher(self._swarm, self.relay, self._traffic, self._open_net)
+        self._puncher.serve(host)
         self._swarm.register_notifee(_Notifee(self))
         for conn in self._swarm.get_connections():
             self._connected(conn)
@@ -277,6 +281,8 @@ class Libp2pTransport:
             return
         held = self._connections.setdefault(peer, set())
         held.add(conn)
+        if is_relayed(seen_at(conn)) and conn.direction is Direction.INBOUND:
+            self._nursery.start_soon(self._puncher.begin, peer)
         if len(held) == 1:
             self._tell(PeerChange(peer=peer, connected=True))
 

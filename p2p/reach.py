@@ -158,6 +158,11 @@ class Reach:
                     groups.setdefault((opinion.told.ip, port), set()).add(opinion.group)
         return tuple(where for where, names in groups.items() if len(names) >= VOTES_MIN)
 
+    def seen_as(self, now: float) -> tuple[str, ...]:
+        """The IP addresses at which public peers see us, the newest first."""
+        newest = [each.told.ip for each in self._fresh(now) if each.scope is Scope.PUBLIC][::-1]
+        return tuple(dict.fromkeys(newest))
+
     def judge(self, now: float, relays: Collection[PeerId] = (), why_no_relay: str = "") -> Judgement:
         """The verdict now. `relays`: at which this node holds a place; `why_no_relay`: '' when none was asked."""
         v4, v6 = (self._of_family(now, Scope.PUBLIC, family) for family in (4, 6))

@@ -39,6 +39,8 @@ class Outside(Protocol):
     """What this part asks of a network beside Transport; see p2p/guard_relay.py."""
 
     desk: RelayDesk
+    observed: tuple[str, ...]  # IP addresses at which public peers see us
+    punched: int  # relayed connections that became direct ones
 
     def dialled_at(self, peer: PeerId) -> str | None:
         """Where we dialled a peer that is connected directly, without its id; None when it came to us."""
@@ -66,6 +68,7 @@ class ReachStatus:
     relays: dict[str, float]  # peer -> seconds that our place there still lasts
     public_addresses: tuple[str, ...]  # found by dial-backs
     relayed_peers: int  # peers that are connected through a relay
+    punched: int  # relayed connections that became direct ones, since start
     carried: dict[str, object]  # for others, as a relay
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -114,6 +117,7 @@ class Reaching:
             relays={str(relay): round(left_s) for relay, left_s in self._places.held(now).items()},
             public_addresses=tuple(multiaddr_text(*each) for each in self._reach.confirmed(now)),
             relayed_peers=len(relayed),
+            punched=self._outside.punched,
             carried=asdict(self._outside.desk.statistics(now)),
             counts=dict(self._counts),
         )
@@ -141,6 +145,7 @@ class Reaching:
         candidates, judgement = self._candidates(), self.judgement()
         self._outside.desk.offered = self._relaying_allowed and not judgement.hidden
         self._outside.announce(tuple(multiaddr_text(*each) for each in self._reach.confirmed(now)))
+        self._outside.observed = self._reach.seen_as(now)
         if not judgement.wants_relay:
             for relay in self._places.leave():
                 self._outside.leave(relay)

@@ -24,7 +24,7 @@ ROUTER = """
 table ip nat {{
   chain out {{
     type nat hook postrouting priority 100
-    oifname "{wan}" masquerade
+    oifname "{wan}" masquerade {ports}
   }}
 }}
 table inet door {{
@@ -109,8 +109,11 @@ class Wide:
             ip("-n", host, "addr", "add", address, "dev", here, *(["nodad"] if ":" in address else []))
         return host
 
-    def home(self, name: str, wan: str, lan: str = "192.168.1") -> str:
-        """A host behind a router of its own that does NAT: LAN.2, seen from outside at `wan`."""
+    def home(self, name: str, wan: str, *, ports: str = "", lan: str = "192.168.1") -> str:
+        """A host behind a router of its own that does NAT: LAN.2, seen from outside at `wan`.
+
+        ports: "" keeps them where it can, as most home routers do; "random" shows another one to each destination.
+        """
         router = self.public(f"{name}r", wan)
         device = f"a{self.cables}"
         host = self.namespace(name)
@@ -119,7 +122,7 @@ class Wide:
         ip("-n", router, "addr", "add", f"{lan}.1/24", "dev", there)
         ip("-n", host, "route", "add", "default", "via", f"{lan}.1")
         run(router, "sysctl", "-qw", "net.ipv4.ip_forward=1")
-        run(router, "nft", "-f", "-", stdin=ROUTER.format(wan=device))
+        run(router, "nft", "-f", "-", stdin=ROUTER.format(wan=device, ports=ports))
         return host
 
 

@@ -39,33 +39,85 @@ def row(host: str, node: NodeProcess, peer: NodeProcess) -> dict[str, Any] | Non
     return next((each for each in rows if each["peer"] == peer.peer_id and each["phase"] == "greeted"), None)
 
 
+def two_homes(cluster: Cluster, net: Wide, ports: str) -> tuple[dict[str, str], dict[str, NodeProcess]]:
+    """Two public nodes that hold no model, and two nodes in homes of their own, one of which serves."""
+    hosts = {
+        "relay": net.public("r", "11.0.1.1/8"),
+        "witness": net.public("s", "11.0.2.1/8"),
+        "door": net.home("d", "11.0.3.1/8", ports=ports),
+        "server": net.home("e", "11.0.4.1/8", ports=ports),
+    }
+    none, at_home = ("--model", "none"), ("--listen", "/ip4/192.168.1.2/tcp/4001")
+    nodes: dict[str, NodeProcess] = {}
+
+    def start(name: str, *flags: str, join: list[str]) -> None:
+        known = [nodes[each] for each in join]
+        nodes[name] = cluster.start(name, *flags, join=known, inside=inside(hosts[name]))
+
+    start("relay", *none, "--listen", "/ip4/11.0.1.1/tcp/4001", join=[])
+    nodes["relay"].wait_ready()
+    start("witness", *none, "--listen", "/ip4/11.0.2.1/tcp/4001", join=["relay"])
+    nodes["witness"].wait_ready()
+    start("door", *none, *at_home, join=["relay", "witness"])
+    start("server", *at_home, join=["relay", "witness"])
+    for name in ("door", "server"):
+        nodes[name].wait_ready()
+    return hosts, nodes
+
+
 def test_two_homes_serve_each_other_through_a_relay(cluster: Cluster, internet: Wide) -> None:
-    near_relay = internet.public("r", "11.0.1.1/8")
-    other_public = internet.public("s", "11.0.2.1/8")
-    homes = {"door": internet.home("d", "11.0.3.1/8"), "server": internet.home("e", "11.0.4.1/8")}
-    none = ("--model", "none")
-    relay = cluster.start("relay", *none, "--listen", "/ip4/11.0.1.1/tcp/4001", inside=inside(near_relay)).wait_ready()
-    witness = cluster.start(
-        "witness", *none, "--listen", "/ip4/11.0.2.1/tcp/4001", join=[relay], inside=inside(other_public)
-    ).wait_ready()
-    at_home = ("--listen", "/ip4/192.168.1.2/tcp/4001")
-    door = cluster.start("door", *none, *at_home, join=[relay, witness], inside=inside(homes["door"]))
-    server = cluster.start("server", *at_home, join=[relay, witness], inside=inside(homes["server"]))
-    door.wait_ready()
-    server.wait_ready()
-
+    """Routers that show another port to each destination: no hole can be punched, and nobody says that one was."""
+    hosts, nodes = two_homes(cluster, internet, "random")
+    door, server, relay = nodes["door"], nodes["server"], nodes["relay"]
     for node in (door, server):
-        said = becomes(homes[node.name], node, "relayed")
-        assert set(said["relays"]) <= {relay.peer_id, witness.peer_id}
-        assert "0 of 2 reached" in said["reason"]
-    eventually("the homes are connected", lambda: row(homes["door"], door, server) is not None, FOUND_S)
-    seen = row(homes["door"], door, server)
-    assert seen is not None
-    assert seen["relayed"] == seen["address"].endswith("/p2p-circuit")
+        said = becomes(hosts[node.name], node, "relayed")
+        assert set(said["relays"]) <= {relay.peer_id, nodes["witness"].peer_id}
+        assert "0 of 2 reached 11.0." in said["reason"]
+        assert any("/p2p-circuit/" in each for each in told(hosts[node.name], node)["node"]["listen"])
+    eventually("the homes are connected", lambda: row(hosts["door"], door, server) is not None, FOUND_S)
 
-    answer = asked(homes["door"], door)
+    answer = asked(hosts["door"], door)
     assert answer["served_by"] == server.peer_id
     assert answer["text"]
-    carried = [reach(near_relay, relay)["carried"], reach(other_public, witness)["carried"]]
-    assert sum(each["circuits_total"] for each in carried) >= 1
-    becomes(near_relay, relay, "public")
+    seen = row(hosts["door"], door, server)
+    assert seen is not None
+    assert seen["relayed"]
+    assert seen["address"].endswith("/p2p-circuit")
+    assert reach(hosts["door"], door)["relayed_peers"] == 1
+    carried = [reach(hosts[name], nodes[name])["carried"] for name in ("relay", "witness")]
+    assert sum(each["bytes_total"] for each in carried) > 1000
+    becomes(hosts["relay"], relay, "public")
+    eventually("the relay has heard that it failed", lambda: punch_failed(hosts, nodes), FOUND_S)
+    assert reach(hosts["door"], door)["punched"] == reach(hosts["server"], server)["punched"] == 0
+
+
+def punch_failed(hosts: dict[str, str], nodes: dict[str, NodeProcess]) -> bool:
+    drops = [told(hosts[name], nodes[name])["transport"]["drops"] for name in ("door", "server")]
+    return any("punch_failed" in each for each in drops)
+
+
+def test_two_homes_come_to_a_direct_connection(cluster: Cluster, internet: Wide) -> None:
+    """Routers that keep the port: both sides dial at once, and what they say of the connection is what it is."""
+    hosts, nodes = two_homes(cluster, internet, "")
+    door, server = nodes["door"], nodes["server"]
+
+    def direct() -> bool:
+        rows = row(hosts["door"], door, server), row(hosts["server"], server, door)
+        return all(each is not None and not each["relayed"] for each in rows)
+
+    eventually("the homes are connected directly", direct, FOUND_S)
+    seen = row(hosts["door"], door, server)
+    assert seen is not None
+    assert seen["address"] == "/ip4/11.0.4.1/tcp/4001"
+    assert reach(hosts["door"], door)["punched"] + reach(hosts["server"], server)["punched"] == 2
+    for node in (door, server):
+        said = reach(hosts[node.name], node)
+        assert (said["verdict"], said["relayed_peers"]) == ("relayed", 0), "others still need the relay"
+    for _ in range(3):
+        assert asked(hosts["door"], door)["served_by"] == server.peer_id
+
+    def circuits() -> int:
+        return sum(reach(hosts[name], nodes[name])["carried"]["circuits"] for name in ("relay", "witness"))
+
+    eventually("the relays carry nothing any more", lambda: circuits() == 0, FOUND_S)
+    assert asked(hosts["door"], door)["served_by"] == server.peer_id
