@@ -45,6 +45,7 @@ AGAIN_S = 0.3  # after a refusal: a router that was not ready yet
 PUNCH_EVERY_S = 300.0  # with one peer
 PUNCHES_MAX = 4  # at once
 PEERS_MAX = 1024  # whose last time is remembered
+UNSEEN_S = 20.0  # until somebody may have told us at which address we are seen
 RELAY_GRACE_S = 10.0
 
 
@@ -58,6 +59,7 @@ class Puncher:
         self._open_net = open_net
         self._drops: Drops = swarm.drops
         self._last: OrderedDict[PeerId, float] = OrderedDict()
+        self._led: set[PeerId] = set()
         self._running = 0
 
     def serve(self, host: Any) -> None:
@@ -65,16 +67,26 @@ class Puncher:
         host.set_stream_handler(TProtocol(DCUTR), self._answer)
 
     async def begin(self, peer: PeerId) -> None:
-        """A peer came to us through a relay: try for a direct connection. What goes wrong is counted."""
-        await trio.sleep(START_S)
-        own = self._own()
-        if self._has_direct(peer) or not own or not self._may(peer):
+        """A peer came to us through a relay: try for a direct connection, again and again while there is none.
+
+        What goes wrong is counted. Ends with the relayed connection.
+        """
+        if peer in self._led:
             return
-        self._running += 1
+        self._led.add(peer)
         try:
-            await self._drops.contain("punch_broken", self._lead, peer, own)
+            await trio.sleep(START_S)
+            while self._swarm.get_connections(ID.from_base58(peer)) and not self._has_direct(peer):
+                own = self._own()
+                if own and self._may(peer):
+                    self._running += 1
+                    try:
+                        await self._drops.contain("punch_broken", self._lead, peer, own)
+                    finally:
+                        self._running -= 1
+                await trio.sleep(PUNCH_EVERY_S if own else UNSEEN_S)
         finally:
-            self._running -= 1
+            self._led.discard(peer)
 
     async def _lead(self, peer: PeerId, own: list[bytes]) -> None:
         stream = self._bytes(await self._open_net(peer, DCUTR))
@@ -151,32 +163,35 @@ class Puncher:
         own = next((each for each in self._bound() if (":" in each[0]) == (":" in ip)), None)
         if own is None:
             raise OSError(f"no listener of the family of {ip}")
-        opened = trio.socket.socket(family, socket.SOCK_STREAM)
+        opened, connected = trio.socket.socket(family, socket.SOCK_STREAM), False
         try:
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             await opened.bind(own)
             await opened.connect((ip, port))
-        except BaseException:
-            opened.close()
-            raise
+            connected = True
+        finally:
+            if not connected:
+                opened.close()
         return trio.SocketStream(opened)
 
     async def _upgrade(self, stream: trio.SocketStream, peer: PeerId, initiator: bool) -> None:
         """Handshake with roles that both sides know. Raises Unreachable, and what libp2p raises."""
-        wire = GuardedSocket(stream, self._drops)
+        wire, done = GuardedSocket(stream, self._drops), False
         try:
             raw: Any = RawConnection(wire, initiator)
             if initiator:
                 guarded = raw if self._swarm.psk is None else new_protected_conn(raw, self._swarm.psk)
                 await self._swarm.upgrade_outbound_raw_conn(guarded, ID.from_base58(peer))
+                done = True
                 return
             muxed = await self._swarm.upgrade_inbound_raw_conn(raw, Multiaddr(multiaddr_text(*_remote(wire))))
             if muxed.peer_id != ID.from_base58(peer):
                 raise Unreachable(f"another peer than {peer} answers there")
-        except BaseException:
-            wire.abort()
-            raise
+            done = True
+        finally:
+            if not done:
+                wire.abort()
 
     async def _close_relayed(self, peer: PeerId) -> None:
         if self._has_direct(peer):

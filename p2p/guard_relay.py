@@ -144,7 +144,7 @@ class GuardedRelay:
         assert self._nursery is not None, "keep() runs first"
         with mapped(f"cannot reach {peer} through the relay {relay}"):
             net = await self._stream_to(relay, HOP)
-            circuit = self._circuit(net, f"{relay_address}/p2p/{relay}{CIRCUIT_END}")
+            circuit, connected = self._circuit(net, f"{relay_address}/p2p/{relay}{CIRCUIT_END}"), False
             try:
                 await write(circuit, HopMessage(type=HopMessage.CONNECT, peer=WirePeer(id=wire_id(peer))))
                 answer = await read(circuit, HopMessage)
@@ -154,10 +154,11 @@ class GuardedRelay:
                 if self._swarm.psk is not None:
                     raw = new_protected_conn(raw, self._swarm.psk)
                 await self._swarm.upgrade_outbound_raw_conn(raw, ID.from_base58(peer))
-            except BaseException:
-                circuit.abort()
-                await circuit.reset()
-                raise
+                connected = True
+            finally:
+                if not connected:
+                    circuit.abort()
+                    await circuit.reset()
             self._nursery.start_soon(self._hold, circuit)
 
     async def _hold(self, circuit: CircuitSocket) -> None:
@@ -171,7 +172,9 @@ class GuardedRelay:
         relay = PeerId(net.muxed_conn.peer_id.to_base58())
         circuit = self._circuit(net, f"{seen_at(net.swarm_conn)}/p2p/{relay}{CIRCUIT_END}")
         try:
-            if not await self._drops.contain("relay_stop_failed", self._stop_words, circuit, relay, net):
+            if await self._drops.contain("relay_stop_failed", self._stop_words, circuit, relay, net):
+                await circuit.close()
+            else:
                 await circuit.reset()
         finally:
             circuit.abort()
@@ -184,7 +187,7 @@ class GuardedRelay:
             await self._take_circuit(circuit, ID(asked.peer.id))
 
     def _stop_status(self, relay: PeerId, net: Any, asked: StopMessage) -> Any:
-        if asked.type != StopMessage.CONNECT or peer_of(asked.peer.id) is None:
+        if not asked.HasField("type") or asked.type != StopMessage.CONNECT or peer_of(asked.peer.id) is None:
             self._drops.count("relay_malformed")
             return Status.MALFORMED_MESSAGE
         if relay not in self._places or _over_a_relay(net):
@@ -228,7 +231,7 @@ class GuardedRelay:
         if _over_a_relay(net):
             self._drops.count("relay_over_relay")
             await write(stream, status_answer(Status.PERMISSION_DENIED))
-        elif asked.type == HopMessage.RESERVE:
+        elif asked.HasField("type") and asked.type == HopMessage.RESERVE:
             await write(stream, self._reserved(peer, net))
         elif asked.type == HopMessage.CONNECT and (target := peer_of(asked.peer.id)) is not None:
             await self._connect(stream, peer, target)
@@ -277,16 +280,17 @@ class GuardedRelay:
 
     async def _stop_stream(self, peer: PeerId, target: PeerId) -> ByteStream:
         """A stream to the target, which has taken the circuit. Raises P2PError."""
-        stream = await self._stream(target, STOP)
+        stream, taken = await self._stream(target, STOP), False
         try:
             ask = StopMessage(type=StopMessage.CONNECT, peer=WirePeer(id=wire_id(peer)), limit=self._limit())
             await write(stream, ask)
             answer = await read(stream, StopMessage)
             if answer.status != Status.OK:
                 raise Refused(f"{target} does not take the circuit: {sentence(answer.status)}")
-        except BaseException:
-            await stream.reset()
-            raise
+            taken = True
+        finally:
+            if not taken:
+                await stream.reset()
         return stream
 
     async def _carry(self, source: ByteStream, target: ByteStream, circuit: Circuit) -> None:
