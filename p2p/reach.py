@@ -32,7 +32,8 @@ VOTERS_WANTED = 4  # peers with a fresh answer, above which nobody more is asked
 VOTERS_MAX = 16  # whose answers are kept; the oldest goes
 FRESH_S = 1800.0  # an answer counts for so long
 ASK_AGAIN_S = 900.0  # the same peer
-ASK_SOON_S = 60.0  # while nothing is settled, and after a failure
+ASK_SOON_S = 60.0  # while nothing is settled
+ASK_RETRY_S = 5.0  # after no answer, as from a peer that has not greeted us yet; doubles with each
 ANSWER_EVERY_S = 30.0  # one network's asks
 ANSWERS_PER_S, ANSWERS_BURST = 0.5, 8.0  # everybody's
 ASKERS_MAX = 1024  # networks whose last ask is remembered
@@ -119,7 +120,8 @@ class Reach:
 
     def __init__(self) -> None:
         self._opinions: OrderedDict[PeerId, _Opinion] = OrderedDict()  # the newest last
-        self._asked: dict[PeerId, float] = {}
+        self._again_at: dict[PeerId, float] = {}
+        self._missed: dict[PeerId, int] = {}
         self._peers_since: float | None = None
 
     def due(self, voters: Collection[Voter], now: float) -> list[PeerId]:
@@ -128,23 +130,29 @@ class Reach:
             self._peers_since = None
         elif self._peers_since is None:
             self._peers_since = now
-        self._asked = {peer: at for peer, at in self._asked.items() if now - at < ASK_AGAIN_S}
+        here = {voter.peer for voter in voters}
+        self._again_at = {peer: at for peer, at in self._again_at.items() if at > now}
+        self._missed = {peer: count for peer, count in self._missed.items() if peer in here}
         fresh = self._fresh(now)
         heard = {opinion.group for opinion in fresh}
         settled = self._settled(now)
         room = VOTERS_WANTED - (len(fresh) if settled else 0)
         chosen: list[PeerId] = []
         for voter in sorted(voters, key=lambda voter: voter.group in heard):
-            last = self._asked.get(voter.peer)
-            wait_s = ASK_AGAIN_S if voter.peer in self._opinions and settled else ASK_SOON_S
-            if len(chosen) < room and (last is None or now - last >= wait_s):
+            if len(chosen) < room and voter.peer not in self._again_at:
                 chosen.append(voter.peer)
-                self._asked[voter.peer] = now
+                self._again_at[voter.peer] = now + (ASK_AGAIN_S if settled else ASK_SOON_S)
         return chosen
+
+    def unanswered(self, peer: PeerId, now: float) -> None:
+        """A peer gave no answer; it is asked again soon, each time later."""
+        count = self._missed[peer] = self._missed.get(peer, 0) + 1
+        self._again_at[peer] = now + min(ASK_RETRY_S * 2.0 ** (count - 1), ASK_AGAIN_S)
 
     def heard(self, voter: Voter, scope: Scope, told: Told, now: float) -> None:
         """A peer answered; `scope`: of the IP at which it sees us."""
         self._opinions.pop(voter.peer, None)
+        self._missed.pop(voter.peer, None)
         self._opinions[voter.peer] = _Opinion(group=voter.group, scope=scope, told=told, at=now)
         if len(self._opinions) > VOTERS_MAX:
             self._opinions.popitem(last=False)

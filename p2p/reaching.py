@@ -171,11 +171,9 @@ class Reaching:
         try:
             with trio.fail_after(ASK_S):
                 told = read_told(await calls.call(peer, "reach", to_value(Ask(ports=ports))))
-        except trio.TooSlowError:
-            self._counts["asks_unanswered"] += 1
-            return
-        except P2PError:
-            self._counts["asks_refused"] += 1
+        except (trio.TooSlowError, P2PError) as exc:
+            self._counts["asks_refused" if isinstance(exc, RemoteError) else "asks_unanswered"] += 1
+            self._reach.unanswered(peer, trio.current_time())
             return
         if set(told.reached) - set(ports) or (scope := _scope_of(told.ip)) is None:
             self._counts["answers_senseless"] += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from p2p.reach import (
     ANSWER_EVERY_S,
     ANSWERS_BURST,
     ASK_AGAIN_S,
+    ASK_RETRY_S,
     ASK_SOON_S,
     FORWARD,
     FRESH_S,
@@ -141,6 +144,17 @@ def test_who_is_asked_and_how_often() -> None:
         vote(reach, many[number], reached=True)
     assert reach.due(many, ASK_SOON_S) == [], "settled"
     assert set(reach.due(many[:VOTERS_WANTED], max(ASK_AGAIN_S, FRESH_S))) == set(first), "old answers are renewed"
+
+
+def test_a_peer_without_an_answer_is_asked_soon_and_then_later_still() -> None:
+    reach, asked_at = Reach(), []
+    for second in range(4000):
+        if reach.due([voter(1)], float(second)):
+            asked_at.append(second)
+            reach.unanswered(PeerId("peer1"), float(second))
+    waits = [after - before for before, after in itertools.pairwise(asked_at)]
+    assert waits[:3] == [ASK_RETRY_S, 2 * ASK_RETRY_S, 4 * ASK_RETRY_S]
+    assert max(waits) == ASK_AGAIN_S
 
 
 def test_networks_not_heard_yet_are_asked_first() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import trio
@@ -12,56 +12,14 @@ from trio.testing import MockClock
 
 from crypto.identity import Identity, PeerId
 from p2p.calls import Calls
-from p2p.errors import Refused, RemoteError, Unreachable
+from p2p.errors import RemoteError
 from p2p.hello import RPC_PROTOCOL
 from p2p.loopback import LoopbackNetwork, LoopbackTransport
 from p2p.reach import ANSWER_EVERY_S
 from p2p.reaching import Reaching
-from p2p.relay import RelayDesk, RelayLimits
+from tests.fake_outside import FakeOutside
 
 PLACE_S = 600.0
-
-
-@dataclass
-class FakeOutside:
-    """The internet as one node sees it. `open`: addresses where somebody answers; `relays`: who gives places."""
-
-    transport: LoopbackTransport
-    open: set[str]
-    relays: set[PeerId]
-    offered: bool = True
-    dialled: dict[PeerId, str] = field(default_factory=dict)
-    probed: list[str] = field(default_factory=list)
-    reserved: list[PeerId] = field(default_factory=list)
-    left: list[PeerId] = field(default_factory=list)
-    announced: tuple[str, ...] = ()
-    observed: tuple[str, ...] = ()
-    punched: int = 0
-
-    def __post_init__(self) -> None:
-        self.desk = RelayDesk(RelayLimits(), offered=self.offered)
-
-    def dialled_at(self, peer: PeerId) -> str | None:
-        return self.dialled.get(peer)
-
-    async def probe(self, address: str) -> None:
-        await trio.lowlevel.checkpoint()
-        self.probed.append(address)
-        if address not in self.open:
-            raise Unreachable("nobody there")
-
-    async def reserve(self, relay: PeerId, relay_address: str) -> float:
-        await trio.lowlevel.checkpoint()
-        self.reserved.append(relay)
-        if relay not in self.relays:
-            raise Refused(f"the relay {relay} refused: it has no place left")
-        return PLACE_S
-
-    def leave(self, relay: PeerId) -> None:
-        self.left.append(relay)
-
-    def announce(self, addresses: tuple[str, ...]) -> None:
-        self.announced = addresses
 
 
 @dataclass
@@ -97,7 +55,7 @@ class Net:
 
     async def _run(self, identity: Identity, ip: str, *, task_status: trio.TaskStatus[Node]) -> None:
         async with self.wire.join(identity, ip=ip, port=4001) as transport, trio.open_nursery() as nursery:
-            outside, told = FakeOutside(transport, self.open, self.relays), []
+            outside, told = FakeOutside(self.open, self.relays, place_s=PLACE_S), []
 
             async def tell(calls: Calls) -> None:
                 await trio.lowlevel.checkpoint()
