@@ -176,6 +176,20 @@ async def test_a_peer_that_stops_reading_costs_the_relay_no_other_circuit() -> N
         assert relay.peers() == {alice.peer_id, bob.peer_id, carol.peer_id}
 
 
+async def test_cancelled_sends_spoil_their_own_streams_only() -> None:
+    async with behind_a_relay() as (relay, alice, bob, circuit):
+        await bob.dial(circuit)
+        good = await bob.open_stream(alice.peer_id, RPC)
+        for number in range(10):
+            stream = await bob.open_stream(alice.peer_id, RPC)
+            with trio.move_on_after(0.002 * number):
+                await stream.send(bytes(1 << 20))
+            await stream.reset()
+            await good.send(b"whole")
+            assert await good.receive() == b"whole"
+        assert carried(relay).circuits_total == 1
+
+
 # ---- peers that break the rules ----
 
 
