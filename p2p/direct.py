@@ -356,6 +356,6 @@ def _decode(raw: bytes, kind: type[_Message]) -> _Message:
 
 
 def _ip_of(address: str | None) -> str | None:
-    """The IP address in a multiaddr's text; None when it has none."""
+    """The IP address in a multiaddr's text; None when it has none, and behind a relay, whose it would be."""
     parts = (address or "").split("/")
-    return parts[2] if len(parts) > 2 and parts[1] in ("ip4", "ip6") else None
+    return parts[2] if len(parts) > 2 and parts[1] in ("ip4", "ip6") and "p2p-circuit" not in parts else None

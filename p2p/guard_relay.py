@@ -41,6 +41,7 @@ from p2p.relay import Circuit, No, RelayDesk, RelayLimits
 
 HOP = "/libp2p/circuit/relay/0.2.0/hop"
 STOP = "/libp2p/circuit/relay/0.2.0/stop"
+CARRY_BYTES = 65_536  # of one circuit before the next one's turn
 PENDING_MAX = 8  # circuits to us whose handshake is not done
 CIRCUITS_IN_MAX = 64  # circuits to us
 PLACE_S_MIN, PLACE_S_MAX = 120.0, 3600.0  # a place whose end is told by a clock unlike ours
@@ -307,15 +308,16 @@ class GuardedRelay:
     async def _copy(self, come: ByteStream, go: ByteStream, circuit: Circuit, both: trio.CancelScope) -> None:
         try:
             while True:
-                piece = await come.read()
-                wait_s = self.desk.spend(circuit, len(piece), trio.current_time())
-                if isinstance(wait_s, No):
-                    self._drops.count(wait_s.reason)
-                    return both.cancel()
-                if wait_s:
+                piece = memoryview(await come.read())
+                for start in range(0, len(piece), CARRY_BYTES):
+                    part = piece[start : start + CARRY_BYTES]
+                    wait_s = self.desk.spend(circuit, len(part), trio.current_time())
+                    if isinstance(wait_s, No):
+                        self._drops.count(wait_s.reason)
+                        return both.cancel()
                     await trio.sleep(wait_s)
-                with trio.fail_after(2 * STALL_S):
-                    await go.write(piece)
+                    with trio.fail_after(2 * STALL_S):
+                        await go.write(part)
         except StreamClosed:
             await go.close()
             both.deadline = min(both.deadline, trio.current_time() + LINGER_S)
