@@ -183,9 +183,13 @@ class GuardedRelay:
     async def _stop_words(self, circuit: CircuitSocket, relay: PeerId, net: Any) -> None:
         asked = await read(circuit, StopMessage)
         status = self._stop_status(relay, net, asked)
-        await write(circuit, StopMessage(type=StopMessage.STATUS, status=status))
-        if status == Status.OK:
+        if status != Status.OK:
+            return await write(circuit, StopMessage(type=StopMessage.STATUS, status=status))
+        self._circuits_in += 1
+        try:
             await self._take_circuit(circuit, ID(asked.peer.id))
+        finally:
+            self._circuits_in -= 1
 
     def _stop_status(self, relay: PeerId, net: Any, asked: StopMessage) -> Any:
         if not asked.HasField("type") or asked.type != StopMessage.CONNECT or peer_of(asked.peer.id) is None:
@@ -201,20 +205,17 @@ class GuardedRelay:
 
     async def _take_circuit(self, circuit: CircuitSocket, source: ID) -> None:
         """Handshake, then wait for the end."""
-        self._circuits_in += 1
+        self._pending += 1  # without a pause since the bound was looked at
         try:
-            self._pending += 1
-            try:
-                raw = _raw(circuit, initiator=False)
-                muxed = await self._swarm.upgrade_inbound_raw_conn(raw, Multiaddr(circuit.seen_at))
-            finally:
-                self._pending -= 1
-            if muxed.peer_id != source:
-                self._drops.count("relay_named_another")
-                return
-            await circuit.over.wait()
+            await write(circuit, StopMessage(type=StopMessage.STATUS, status=Status.OK))
+            raw = _raw(circuit, initiator=False)
+            muxed = await self._swarm.upgrade_inbound_raw_conn(raw, Multiaddr(circuit.seen_at))
         finally:
-            self._circuits_in -= 1
+            self._pending -= 1
+        if muxed.peer_id != source:
+            self._drops.count("relay_named_another")
+            return
+        await circuit.over.wait()
 
     # -- as relay -----------------------------------------------------------------------------------------------
 

@@ -269,7 +269,14 @@ async def test_circuits_whose_handshake_never_comes_are_few_and_end() -> None:
         message = StopMessage(
             type=StopMessage.CONNECT, peer=WirePeer(id=ID.from_base58(Identity.make().peer_id).to_bytes())
         )
-        answers = [(await said(await eve.stream(STOP), message, StopMessage)).status for _ in range(12)]
+        answers: list[int] = []
+
+        async def connect() -> None:
+            answers.append((await said(await eve.stream(STOP), message, StopMessage)).status)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(12):
+                nursery.start_soon(connect)
         assert answers.count(Status.OK) == 8
         assert answers.count(Status.RESOURCE_LIMIT_EXCEEDED) == 4
         await until(lambda: alice.statistics().drops.get("relay_stop_failed") == 8)
