@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 import trio
+from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Status, StopMessage
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import PeerId as WirePeer
+from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from libp2p.relay.circuit_v2.resources import RelayLimits as TheirLimits
 from libp2p.relay.circuit_v2.resources import RelayResourceManager
 from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
 
 from crypto.identity import Identity, PeerId
 from p2p.errors import Refused, StreamClosed, Unreachable
+from p2p.guard_punch import DCUTR
 from p2p.guard_relay import HOP, PLACE_S_MAX, STOP
 from p2p.host import Libp2pTransport
 from p2p.relay import RelayLimits
 from p2p.transport import Stream
+from tests.fuzz_frames import damaged
 from tests.libp2p_peers import node, stranger, until
 
 pytestmark = pytest.mark.slow
@@ -243,6 +248,39 @@ async def test_senseless_words_end_their_stream_only(protocol: str, raw: bytes) 
         await until(lambda: reasons & relay.statistics().drops.keys())
         assert await eve.alive()
         await until(lambda: relay.statistics().streams_open == 0)
+
+
+async def test_mutated_words_end_nobody() -> None:
+    """The other protocols of a node are fuzzed in tests/test_fuzz_host.py."""
+    rng = random.Random(11)
+    async with node() as relay, node() as alice, node() as bob, stranger(relay) as eve:
+        relay.relay.observed = ("11.0.1.1",)
+        alice.serve(RPC, echo)
+        circuit = await place(alice, relay)
+        own, target = eve.host.get_id().to_bytes(), ID.from_base58(alice.peer_id).to_bytes()
+        words = [
+            (HOP, HopMessage(type=HopMessage.RESERVE)),
+            (HOP, HopMessage(type=HopMessage.CONNECT, peer=WirePeer(id=target))),
+            (HOP, HopMessage(type=HopMessage.CONNECT, peer=WirePeer(id=own, addrs=[b"x"]), senderRecord=b"y")),
+            (STOP, StopMessage(type=StopMessage.CONNECT, peer=WirePeer(id=own))),
+            (STOP, StopMessage(type=StopMessage.STATUS, status=Status.OK)),
+            (DCUTR, HolePunch(type=HolePunch.CONNECT, ObsAddrs=[b"\x04\x08\x08\x08\x08\x06\x10\x00"])),
+        ]
+        taken = 0
+        for _ in range(300):
+            protocol, message = rng.choice(words)
+            try:
+                stream = await eve.stream(protocol)
+                await stream.write(damaged(rng, encode_varint_prefixed(message.SerializeToString())))
+                await (stream.reset() if rng.random() < 0.3 else stream.close_write())
+                taken += 1
+            except BaseLibp2pError:
+                await trio.sleep(0.2)  # our share of streams is in use
+        assert taken > 150
+        await bob.dial(circuit)
+        good = await bob.open_stream(alice.peer_id, RPC)
+        await good.send(b"still here")
+        assert await good.receive() == b"still here"
 
 
 async def test_a_circuit_is_taken_from_a_relay_of_ours_only() -> None:
