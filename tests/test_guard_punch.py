@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import trio
+from libp2p.exceptions import BaseLibp2pError
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from libp2p.utils.varint import encode_varint_prefixed
 from multiaddr import Multiaddr
@@ -65,7 +68,8 @@ async def test_a_peer_has_us_dial_once_in_a_while_and_all_of_them_few_times_at_o
 async def test_nobody_begins_over_a_direct_connection() -> None:
     async with node() as alice, stranger(alice) as eve:
         alice.relay.observed = ("11.0.3.1",)
-        await eve.stream(DCUTR)
+        with suppress(BaseLibp2pError):  # the reset may come before the protocol is agreed
+            await eve.stream(DCUTR)
         await until(lambda: alice.statistics().drops.get("punch_not_now") == 1)
         assert await eve.alive()
 
