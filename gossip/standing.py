@@ -20,6 +20,7 @@ from typing import Annotated, TypeVar
 from msgspec import Meta, Struct
 
 from crypto.identity import PeerId
+from p2p.address import is_relayed
 
 Key = TypeVar("Key", PeerId, str)
 SCORE_MIN, SCORE_MAX = -100.0, 100.0
@@ -130,8 +131,11 @@ class Standing:
     # --- in ---
 
     def seen_at(self, peer: PeerId, address: str | None, now: float) -> Verdict:
-        """A connected peer is seen at this multiaddr: from now on it belongs to that network's group."""
-        self._score(peer, now).group = group_of(address)
+        """A connected peer is seen at this multiaddr: from now on it belongs to that network's group.
+
+        Behind a relay it belongs to none: the relay's network has no part in what it does.
+        """
+        self._score(peer, now).group = None if is_relayed(address) else group_of(address)
         return self.verdict(peer, now)
 
     def blame(self, peer: PeerId, fault: Fault, now: float, reason: str = "") -> Verdict:

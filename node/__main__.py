@@ -46,6 +46,7 @@ def run(
     mdns: Annotated[bool | None, typer.Option(help="Find peers on the local network.")] = None,
     direct_port: Annotated[int | None, typer.Option(help="TCP port of direct channels for bulk (0: any).")] = None,
     upload_mb_s: Annotated[int | None, typer.Option(help="MB/s of blobs given to all peers together.")] = None,
+    relay: Annotated[bool | None, typer.Option(help="Relay for peers behind NAT while reachable.")] = None,
     model: Annotated[str | None, typer.Option(help="Name, path or none; default: the embedded one.")] = None,
     embedding_model: Annotated[str | None, typer.Option(help="Name or path of an encoder for embeddings.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,

@@ -23,7 +23,7 @@ ENVIRONMENT_PREFIX = "OPENAGI_"
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 _LISTS = frozenset({"listen", "bootstrap"})
 _NUMBERS = frozenset({"threads", "max_batch", "kv_cache_mb", "direct_port", "upload_mb_s"})
-_FLAGS = frozenset({"mdns", "log_json"})
+_FLAGS = frozenset({"mdns", "relay", "log_json"})
 _shown = reprlib.Repr()  # a setting's value in an error: cut, and no deeper than it can be printed
 _shown.maxstring = _shown.maxother = 200
 
@@ -65,6 +65,7 @@ class NodeConfig(BaseModel):
     mdns: bool = True
     direct_port: int = Field(default=0, ge=0, le=65535)  # TCP port of the direct channels for bulk; 0: any free one
     upload_mb_s: int = Field(default=100, ge=1, le=100_000)  # of blobs to all peers together, 10^6 bytes a second
+    relay: bool = True  # carry others' relayed connections, within bounds, while this node can be reached
     model: str = Field(default="default", min_length=1)  # a name, a path or none
     embedding_model: str | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -44,6 +44,8 @@ from p2p.errors import BadAddress, BadFile
 from p2p.hello import RPC_PROTOCOL
 from p2p.host_config import PSK_BYTES, HostConfig
 from p2p.peering import Peering, PeeringConfig
+from p2p.reaching import Outside, Reaching
+from p2p.relay import RelayLimits
 from p2p.transport import Transport
 
 if TYPE_CHECKING:
@@ -66,8 +68,10 @@ async def run_node(config: NodeConfig, log_left_out: Mapping[str, int]) -> None:
     identity = Identity.load_or_make(config.data_dir / KEY_FILE)
     bootstrap = _bootstrap(config)
     topics = frozenset({advert_topic(config.network)})
-    async with open_host(identity, HostConfig(listen=config.listen, psk=_psk(config), topics=topics)) as transport:
-        node = Node(config, identity, transport, bootstrap)
+    relay = RelayLimits() if config.relay else None
+    host_config = HostConfig(listen=config.listen, psk=_psk(config), topics=topics, relay=relay)
+    async with open_host(identity, host_config) as transport:
+        node = Node(config, identity, transport, bootstrap, outside=transport.relay)
         node.state.log_left_out = log_left_out
         await node.run()
 
@@ -82,8 +86,13 @@ class Node:
         transport: Transport,
         bootstrap: tuple[BootstrapPeer, ...],
         load: Callable[[NodeConfig], Runtime] | None = None,
+        *,
+        outside: Outside | None = None,
     ) -> None:
-        """load: what makes the runtime, in a worker thread; None: the real one, which imports torch."""
+        """load: what makes the runtime, in a worker thread; None: the real one, which imports torch.
+
+        outside: None on a network where everybody reaches everybody.
+        """
         self._config = config
         self._load = load or _load
         self._transport = transport
@@ -107,7 +116,10 @@ class Node:
         book = Book(transport.peer_id, self._rng)
         self._peering = Peering(transport, book, peering_config, self._rng, _log.error)
         self._gossip = GossipService(transport, identity, gossip_config, self._rng)
-        self._control = Calls(transport, RPC_PROTOCOL, self._peering.handlers(), self._breach)
+        peering = self._peering
+        self._reaching = None if outside is None else Reaching(transport, outside, peering.peers, peering.tell)
+        told = {**self._peering.handlers(), **(self._reaching.handlers() if self._reaching is not None else {})}
+        self._control = Calls(transport, RPC_PROTOCOL, told, self._breach)
         self._direct = Direct(transport, DirectConfig(port=config.direct_port))
         upload = ServingConfig(upload_bytes_per_s=config.upload_mb_s * 1_000_000)
         blobs_config = BlobsConfig(folder=config.data_dir / "blobs", serving=upload)
@@ -117,7 +129,14 @@ class Node:
         network = Network(transport=transport, peering=self._peering, calls=infer, gossip=self._gossip)
         self._inference = serving.inference = Inference(network)
         self._infer = infer
-        parts = Parts(config=config, network=network, inference=self._inference, blobs=self.blobs, direct=self._direct)
+        parts = Parts(
+            config=config,
+            network=network,
+            inference=self._inference,
+            blobs=self.blobs,
+            direct=self._direct,
+            reaching=self._reaching,
+        )
         self.state = NodeState(parts)
         self.state.control = self._control
 
@@ -139,6 +158,8 @@ class Node:
             await nursery.start(self._direct.run)
             await nursery.start(self._gossip.run)
             await nursery.start(self._peering.run, self._control)
+            if self._reaching is not None:
+                await nursery.start(self._reaching.run, self._control)
             async with trio.open_nursery() as front:
                 if self._config.http_address() is not None:
                     self.state.http = await front.start(self._web, web_stop)

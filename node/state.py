@@ -27,8 +27,10 @@ from node.hosting import Hosting
 from node.inference import Inference
 from node.remote import Network
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
+from p2p.address import is_relayed
 from p2p.calls import Calls
 from p2p.direct import Direct
+from p2p.reaching import Reaching
 
 CLOCK_PEERS_MIN = 3  # of fewer nobody can say whose clock is wrong
 VERSION = "0.1.0"
@@ -44,6 +46,7 @@ class Parts:
     inference: Inference
     blobs: Blobs | None = None
     direct: Direct | None = None
+    reaching: Reaching | None = None  # None: a network where everybody reaches everybody
 
 
 class NodeState:
@@ -135,6 +138,7 @@ class NodeState:
                 "data_dir": str(Path(config.data_dir).absolute()),
             },
             "readiness": asdict(self.readiness()),
+            "reach": None if self._parts.reaching is None else asdict(self._parts.reaching.status()),
             "peering": self._parts.network.peering.status().to_dict(),
             "gossip": asdict(network.gossip.statistics()),
             "transport": asdict(network.transport.statistics()),
@@ -163,6 +167,7 @@ class NodeState:
                     "peer_id": peer,
                     "connected": peer in connected,
                     "address": network.transport.remote_address(peer),
+                    "relayed": is_relayed(network.transport.remote_address(peer)),
                     "rtt_ms": None if rtt_ms is None else round(rtt_ms, 2),
                     "score": round(network.gossip.standing.score(peer, now), 1),
                     "observed": asdict(network.gossip.observations.observed(peer, now)),

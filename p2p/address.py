@@ -1,7 +1,9 @@
 """What a dialable address is: a multiaddr of one TCP port at one host, with the id of the peer that answers there.
 
 Rules: a name is believed from the operator only, an IP from anybody but never a nearer one than the teller's own:
-a stranger on the internet cannot make us dial our own machine or our own LAN. Nothing here resolves a name.
+a stranger on the internet cannot make us dial our own machine or our own LAN. Nothing here resolves a name. A relayed
+address is the relay's own, then /p2p-circuit and the peer behind it; host, scope and group are the relay's. A peer that
+is seen through a relay may be anywhere, so it counts as public.
 Source: https://github.com/multiformats/multiaddr; SECURITY.md S1, S2 (groups of one /24 or /56).
 """
 
@@ -21,6 +23,8 @@ ADDRESS_CHARS_MAX = 256  # the longest we make is 100; a DNS name may take 253, 
 _DNS_LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
 _DNS_NAME = re.compile(rf"^(?=.{{1,200}}$)({_DNS_LABEL}\.)*{_DNS_LABEL}\.?$", re.ASCII)
 _EXAMPLE = "/ip4/203.0.113.7/tcp/4001/p2p/12D3KooW..."
+_CIRCUIT = "p2p-circuit"
+CIRCUIT_END = f"/{_CIRCUIT}"  # of a relayed address without the peer behind the relay
 
 
 class Scope(IntEnum):
@@ -34,22 +38,19 @@ class Scope(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """A parsed address; `text` is the whole multiaddr."""
+    """A parsed address; `text` is the whole multiaddr. `relay`: the peer that answers at host and port for `peer`."""
 
     text: str
     host: str
     port: int
     peer: PeerId
     scope: Scope
+    relay: PeerId | None = None
 
     @property
     def group(self) -> str | None:
         """The /24 or /56 that a public address shares with its neighbours; None where neighbours are no threat."""
-        if self.scope is not Scope.PUBLIC:
-            return None
-        if ":" not in self.host:
-            return f"{self.host.rpartition('.')[0]}.0/24"
-        return str(ipaddress.ip_network(f"{self.host}/56", strict=False))
+        return _group(self.host) if self.scope is Scope.PUBLIC else None
 
     @property
     def bare(self) -> str:
@@ -67,15 +68,19 @@ def parse_address(text: str, *, checked: PeerId | None = None) -> Address:
     parts = text.split("/")
     if parts[0] != "" or len(parts) < 3:
         raise BadAddress(f"{text!r} is not a multiaddr; wanted one like {_EXAMPLE}")
-    if "p2p-circuit" in parts:
-        raise BadAddress(f"{text!r} goes through a relay, which this version cannot dial; give a direct address")
     if "p2p" not in parts:
         raise BadAddress(f"{text!r} does not say which peer answers there; add /p2p/ and its id, as {_EXAMPLE}")
-    if len(parts) != 7 or parts[3] != "tcp" or parts[5] != "p2p":
+    relayed = len(parts) == 10 and parts[7] == _CIRCUIT and parts[8] == "p2p"
+    if not (len(parts) == 7 or relayed) or parts[3] != "tcp" or parts[5] != "p2p":
+        if _CIRCUIT in parts:
+            raise BadAddress(f"{text!r} is not one peer behind one relay; wanted {_EXAMPLE}/{_CIRCUIT}/p2p/12D3KooW...")
         raise BadAddress(f"{text!r} is not plain TCP; wanted /ip4, /ip6 or /dns, /tcp, /p2p, as {_EXAMPLE}")
     host, scope = _host(parts[1], parts[2])
-    peer = checked if parts[6] == checked else _peer(parts[6])
-    return Address(text=text, host=host, port=_port(parts[4]), peer=peer, scope=scope)
+    peer = checked if parts[-1] == checked else _peer(parts[-1])
+    relay = _peer(parts[6]) if relayed else None
+    if relay == peer:
+        raise BadAddress(f"{text!r} names one peer as relay and as the peer behind it; give its direct address")
+    return Address(text=text, host=host, port=_port(parts[4]), peer=peer, scope=scope, relay=relay)
 
 
 def _host(kind: str, value: str) -> tuple[str, Scope]:
@@ -121,14 +126,33 @@ def _peer(value: str) -> PeerId:
 
 
 def seen_scope(seen_at: str | None) -> Scope:
-    """How far away a connected peer is, from the multiaddr it is seen at (without /p2p/); unknown counts as public."""
+    """How far away a connected peer is, from the multiaddr it is seen at; unknown and relayed count as public."""
     parts = (seen_at or "").split("/")
-    if len(parts) < 3 or parts[1] not in ("ip4", "ip6"):
+    if len(parts) < 3 or parts[1] not in ("ip4", "ip6") or is_relayed(seen_at):
         return Scope.PUBLIC
     try:
         return scope_of(ipaddress.ip_address(parts[2]))
     except (ValueError, BadAddress):
         return Scope.PUBLIC
+
+
+def seen_group(seen_at: str | None) -> str | None:
+    """The /24 or /56 of a connected peer, from the multiaddr it is seen at; None where neighbours are no threat."""
+    if seen_at is None or is_relayed(seen_at) or seen_scope(seen_at) is not Scope.PUBLIC:
+        return None
+    parts = seen_at.split("/")
+    return _group(parts[2]) if len(parts) > 2 and parts[1] in ("ip4", "ip6") else None
+
+
+def _group(ip: str) -> str:
+    if ":" not in ip:
+        return f"{ip.rpartition('.')[0]}.0/24"
+    return str(ipaddress.ip_network(f"{ip}/56", strict=False))
+
+
+def is_relayed(seen_at: str | None) -> bool:
+    """Whether a peer seen at that multiaddr is behind a relay."""
+    return _CIRCUIT in (seen_at or "").split("/")
 
 
 def believable(address: Address, teller: Scope) -> bool:

@@ -50,7 +50,8 @@ async def resolve(address: Address) -> list[str]:
         why = exc.strerror if isinstance(exc, OSError) else str(exc)
         raise Unreachable(f"the name {address.host} cannot be resolved: {why}") from exc
     hosts = dict.fromkeys(("ip6" if row[0] == socket.AF_INET6 else "ip4", str(row[4][0])) for row in found)
-    return [f"/{kind}/{host}/tcp/{address.port}/p2p/{address.peer}" for kind, host in hosts][:RESOLVED_MAX]
+    rest = "/".join(address.text.split("/")[3:])
+    return [f"/{kind}/{host}/{rest}" for kind, host in hosts][:RESOLVED_MAX]
 
 
 def dial_reason(exc: BaseException, address: Address) -> str:

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from crypto.canonical import decode_struct, encode_struct
 from crypto.errors import BadEncoding
 from crypto.identity import PeerId
+from p2p.address import is_relayed
 from p2p.admission import Admission, Refusal, Ticket
 from p2p.direct_frames import TOKEN_BYTES, Agreement, Ask, ChannelKeys, Choice, Offer, Opener, Sealer
 from p2p.direct_stream import DirectStream
@@ -371,11 +372,6 @@ def _decode(raw: bytes, kind: type[_Message]) -> _Message:
         return decode_struct(raw, kind)
     except BadEncoding as exc:
         raise RemoteProtocolError(f"not a message of {DIRECT_PROTOCOL}: {exc}") from exc
-
-
-def is_relayed(address: str | None) -> bool:
-    """Whether a multiaddr leads through a relay: the IP address in it is the relay's, not the peer's."""
-    return "p2p-circuit" in (address or "").split("/")
 
 
 def _ip_of(address: str | None) -> str | None:

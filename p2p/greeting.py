@@ -16,7 +16,7 @@ import trio
 
 from crypto.canonical import Value
 from crypto.identity import PeerId
-from p2p.address import Address, Scope, seen_scope, told, worth_telling
+from p2p.address import Address, Scope, is_relayed, seen_scope, told, worth_telling
 from p2p.book import Book, Source
 from p2p.calls import Calls, Handler, Incoming
 from p2p.errors import Refused, RemoteError, RemoteProtocolError, Unreachable
@@ -231,12 +231,16 @@ class Greeting:
         return ""
 
     def _note_addresses(self, peer: PeerId, hello: Hello, now: float) -> None:
-        """Learn where a peer listens; one at the very host it is seen at may be told to others."""
+        """Learn where a peer listens; one at the very host it is seen at, or behind us, may be told to others."""
         seen_at = self._transport.remote_address(peer)
         host = (seen_at or "").split("/")[1:3]
         for address in self._told(hello.addresses, peer, seen_scope(seen_at)):
             self._ledger.book.add(address, Source.INBOUND, now)
-            if address.bare.split("/")[1:3] == host:
+            if address.relay is not None:
+                vouched = address.relay == self._transport.peer_id or address.bare == seen_at
+            else:  # a relayed peer is not at its relay's host
+                vouched = not is_relayed(seen_at) and address.bare.split("/")[1:3] == host
+            if vouched:
                 self._ledger.book.vouch(address, now)
 
     def _told(self, texts: Sequence[str], peer: PeerId, teller: Scope) -> list[Address]:

@@ -176,6 +176,8 @@ class GuardedListener(IListener):  # type: ignore[misc]  # libp2p's types are no
         except OSError as exc:
             self._errors[str(maddr)] = exc
             raise
+        for each in self._listeners:  # after the bind, which stays ours alone: punching dials from this port
+            each.socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_REUSEPORT, 1)
         self.background_nursery.start_soon(self._accept)
 
     async def _accept(self) -> None:

@@ -22,8 +22,10 @@ from libp2p.stream_muxer.yamux.yamux import FLAG_SYN, TYPE_PING, YAMUX_HEADER_FO
 from crypto.identity import PeerId
 from p2p.admission import Admission, Refusal, Ticket
 from p2p.guard import ContainedTasks, Drops
+from p2p.guard_circuit import CircuitSocket
 from p2p.guard_socket import GuardedSocket
 from p2p.host_config import HostConfig
+from p2p.interfaces import multiaddr_text
 
 CLOSE_S = 1.0  # for a parting word to the peer
 _PING = struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_PING, FLAG_SYN, 0, 0)
@@ -146,13 +148,22 @@ class GuardedSwarm(Swarm):  # type: ignore[misc]  # libp2p's types are not follo
                         nursery.start_soon(self.drops.contain, "ping_failed", conn.muxed_conn._write_frame, _PING)
 
 
-def socket_of(conn: Any) -> GuardedSocket:
-    """The socket under a connection: through encryption, and through the pre-shared key's layer when there is one."""
+def socket_of(conn: Any) -> GuardedSocket | CircuitSocket:
+    """What is under a connection: through encryption, and through the pre-shared key's layer when there is one."""
     raw = conn.muxed_conn.secured_conn.conn.read_writer.read_write_closer
     raw = getattr(raw, "_conn", raw)
     socket = raw.stream
-    assert isinstance(socket, GuardedSocket), f"{type(socket)} under a connection: libp2p changed"
+    assert isinstance(socket, GuardedSocket | CircuitSocket), f"{type(socket)} under a connection: libp2p changed"
     return socket
+
+
+def seen_at(conn: Any) -> str | None:
+    """The multiaddr at which a connection's other end is seen; of a relayed one the relay's, with /p2p-circuit."""
+    socket = socket_of(conn)
+    if isinstance(socket, CircuitSocket):
+        return socket.seen_at
+    remote = socket.get_remote_address()
+    return None if remote is None else multiaddr_text(*remote)
 
 
 async def close_connection(conn: Any) -> None:

@@ -23,20 +23,23 @@ from libp2p.host.basic_host import BasicHost
 from libp2p.peer.id import ID
 from libp2p.protocol_muxer.exceptions import ProtocolNotSupportedError
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from libp2p.rcmgr import Direction
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from crypto.errors import BadKey
 from crypto.identity import Identity, PeerId, public_key_of
+from p2p.address import CIRCUIT_END, is_relayed
 from p2p.errors import CannotListen, LocalProtocolError, Refused, Unreachable
 from p2p.guard import Drops, escalate, install, reset_quietly
 from p2p.guard_gossip import GuardedGossipSub, GuardedPubsub
 from p2p.guard_host import automatic_addresses, check_listening, make_host
+from p2p.guard_punch import Puncher
+from p2p.guard_relay import GuardedRelay
 from p2p.guard_socket import GuardedTcp
 from p2p.guard_stream import Libp2pStream, Traffic
-from p2p.guard_swarm import GuardedSwarm, close_connection, socket_of
+from p2p.guard_swarm import GuardedSwarm, close_connection, seen_at, socket_of
 from p2p.host_config import HostConfig
-from p2p.interfaces import multiaddr_text
 from p2p.transport import (
     GOSSIP_BYTES_MAX,
     GossipReceiver,
@@ -69,6 +72,7 @@ async def open_host(identity: Identity, config: HostConfig) -> AsyncIterator[Lib
                 await pubsub.wait_until_ready()
                 nursery.start_soon(host.get_network().watch_health, config.health_interval_s)
                 transport = Libp2pTransport(identity.peer_id, config, host, pubsub, nursery)
+                nursery.start_soon(transport.relay.keep)
                 try:
                     yield transport
                 finally:
@@ -115,6 +119,10 @@ class Libp2pTransport:
         self._dialing: dict[PeerId, trio.Event] = {}
         self._breaches: dict[PeerId, str] = {}  # of connections that we are closing for them
         pubsub.on_flood = self._cut
+        self.relay = GuardedRelay(self._swarm, config.relay, self._traffic, self._open_net)
+        self.relay.serve(host)
+        self._puncher = Puncher(self._swarm, self.relay, self._traffic, self._open_net)
+        self._puncher.serve(host)
         self._swarm.register_notifee(_Notifee(self))
         for conn in self._swarm.get_connections():
             self._connected(conn)
@@ -126,18 +134,19 @@ class Libp2pTransport:
 
     def addresses(self) -> tuple[str, ...]:
         """Where others can dial us: concrete multiaddrs, each ending in /p2p/<our id>."""
-        return tuple(str(each) for each in self._host.get_addrs())
+        return (*self.relay.addresses(), *(str(each) for each in self._host.get_addrs()))
 
     def peers(self) -> frozenset[PeerId]:
         """Peers with a live connection."""
         return frozenset(self._connections)
 
     def remote_address(self, peer: PeerId) -> str | None:
-        """The multiaddr a connected peer is seen at, without /p2p/; None when not connected."""
-        for conn in self._connections.get(peer, ()):
-            if (remote := socket_of(conn).get_remote_address()) is not None:
-                return multiaddr_text(*remote)
-        return None
+        """The multiaddr a connected peer is seen at, without its own /p2p/; None when not connected.
+
+        Of a peer that is connected both ways the direct one; of a relayed peer its relay's, then /p2p-circuit.
+        """
+        seen = [where for conn in self._connections.get(peer, ()) if (where := seen_at(conn)) is not None]
+        return min(seen, key=is_relayed, default=None)
 
     def watch(self, watcher: PeerWatcher) -> None:
         """Call `watcher` (sync) at every PeerChange from now on. If it raises, the host ends."""
@@ -176,7 +185,10 @@ class Libp2pTransport:
         done = self._dialing[peer] = trio.Event()
         try:
             with trio.fail_after(self._config.dial_s):
-                await self._swarm.dial_addr(target, ID.from_base58(peer))
+                if is_relayed(str(target)):
+                    await self._dial_through(str(target).removesuffix(CIRCUIT_END), peer)
+                else:
+                    await self._swarm.dial_addr(target, ID.from_base58(peer))
         except trio.TooSlowError as exc:
             raise Unreachable(f"{address} did not answer within {self._config.dial_s:g} s") from exc
         except BaseLibp2pError as exc:
@@ -187,8 +199,16 @@ class Libp2pTransport:
         if peer not in self._connections:
             raise Unreachable(f"the connection to {address} was lost at once")
 
+    async def _dial_through(self, relay_address: str, peer: PeerId) -> None:
+        """Connect to a peer behind the relay at that address. Raises Unreachable, Refused."""
+        relay = await self.dial(relay_address)
+        await self.relay.dial(relay, relay_address.rpartition("/p2p/")[0], peer)
+
     async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
         """See Transport.open_stream. Cancelled: the stream is reset."""
+        return self._wrap(await self._open_net(peer, protocol))
+
+    async def _open_net(self, peer: PeerId, protocol: str) -> Any:
         if peer not in self._connections:
             await trio.lowlevel.checkpoint()
             raise Unreachable(f"not connected to {peer}")
@@ -211,7 +231,7 @@ class Libp2pTransport:
         finally:
             if net is not None and not opened:
                 await reset_quietly(net, self._drops)
-        return self._wrap(net)
+        return net
 
     def _wrap(self, net: Any) -> Libp2pStream:
         peer = PeerId(net.muxed_conn.peer_id.to_base58())
@@ -268,6 +288,8 @@ class Libp2pTransport:
             return
         held = self._connections.setdefault(peer, set())
         held.add(conn)
+        if is_relayed(seen_at(conn)) and conn.direction is Direction.INBOUND:
+            self._nursery.start_soon(self._puncher.begin, peer)
         if len(held) == 1:
             self._tell(PeerChange(peer=peer, connected=True))
 
@@ -276,6 +298,8 @@ class Libp2pTransport:
         held = self._connections.get(peer, set())
         if conn in held:
             held.discard(conn)
+            if all(is_relayed(seen_at(other)) for other in held):
+                self.relay.gone(peer)
             if not held:
                 del self._connections[peer]
                 self._host.get_peerstore().forget(conn.muxed_conn.peer_id)

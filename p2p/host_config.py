@@ -5,7 +5,9 @@ Rules: pure; imports no libp2p, so that configuration can be read before the slo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from p2p.relay import RelayLimits
 
 PSK_BYTES = 32  # a private network's pre-shared key
 PORT_MAX = 65_535
@@ -20,6 +22,7 @@ class HostConfig:
     announce: tuple[str, ...] = ()  # more addresses to tell others, such as a router's forwarded port
     psk: bytes | None = None  # set: only nodes that hold the same 32 bytes can connect
     topics: frozenset[str] = frozenset()  # gossip topics that peers may subscribe to through us
+    relay: RelayLimits | None = field(default_factory=RelayLimits)  # what is carried for others; None: nothing
     connections_max: int = 256  # live connections, both directions
     inbound_max: int = 192  # of these; the rest is for our own dials, which no stranger can take
     places_kept: int = 32  # of the inbound ones, for peers that we know

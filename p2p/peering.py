@@ -30,7 +30,7 @@ from p2p.greeting import Greeting, Introduction, Ledger
 from p2p.hello import PROTOCOL_VERSION, misfit
 from p2p.mdns import Announcement, Sighting, run_mdns
 from p2p.peering_status import BootstrapLog, PeeringStatus, RefusalRow, peer_rows, refusal_rows
-from p2p.roster import OUTBOUND_MIN, PEERS_TARGET, REFUSED_WAIT_S, Disconnect, Errand, Phase, Roster
+from p2p.roster import OUTBOUND_MIN, PEERS_TARGET, REFUSED_WAIT_S, Disconnect, Errand, Greet, Phase, Roster
 from p2p.transport import PeerChange, Transport
 
 DIALS_MAX = 4  # at once; 256 dials at once leave py-libp2p broken (F10)
@@ -142,6 +142,12 @@ class Peering:
                 reasons.append(reason)
             raise Unreachable("; ".join(reasons) or f"no address of {peer} is known")
         await trio.lowlevel.checkpoint()
+
+    async def tell(self, calls: Calls) -> None:
+        """Say hello again to all our peers, because our addresses have changed. What a peer does amiss is noted."""
+        async with trio.open_nursery() as nursery:
+            for peer in self._roster.greeted:
+                nursery.start_soon(self._greeting.say, Greet(peer), calls)
 
     def expel(self, peer: PeerId, reason: str, wait_s: float = REFUSED_WAIT_S) -> None:
         """Disconnect a peer for its conduct; for `wait_s` it is neither dialled nor received."""

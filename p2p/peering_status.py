@@ -11,13 +11,11 @@ from dataclasses import dataclass
 import msgspec
 
 from crypto.identity import PeerId
-from p2p.address import Address
+from p2p.address import Address, is_relayed
 from p2p.book import BookStatistics
 from p2p.bootstrap import BootstrapPeer
 from p2p.roster import Phase, Roster
 from p2p.transport import Transport
-
-NAT_UNKNOWN = "unknown (not measured)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +25,7 @@ class PeerRow:
     peer: PeerId
     address: str
     direction: str  # "out": we dialled; "in": it came to us
+    relayed: bool  # through a relay, which the address names
     phase: str
     agent: str
     rtt_ms: float | None
@@ -67,7 +66,6 @@ class PeeringStatus:
     mdns: str  # off, starting, on, or why not
     dialling: int
     drops: dict[str, int]  # reason -> count since start
-    nat: str = NAT_UNKNOWN
 
     @property
     def connected(self) -> int:
@@ -91,6 +89,7 @@ def peer_rows(roster: Roster, transport: Transport, now: float) -> tuple[PeerRow
         PeerRow(
             peer=member.peer,
             address=transport.remote_address(member.peer) or "",
+            relayed=is_relayed(transport.remote_address(member.peer)),
             direction="out" if member.dialled is not None else "in",
             phase=member.phase.value,
             agent=member.hello.agent if member.hello is not None else "",

@@ -279,6 +279,10 @@ def _hello(rng: random.Random) -> Any:
     }
 
 
+def _reach(rng: random.Random) -> Any:
+    return {"ports": [rng.randint(1, 65535) for _ in range(rng.randint(1, 4))]}
+
+
 def _ping(rng: random.Random) -> Any:
     return {"instance": rng.randbytes(16).hex(), "twin": ""}
 
@@ -332,6 +336,6 @@ def _answer_of(rng: random.Random) -> Any:
 
 
 _BODIES: dict[str, dict[str, Callable[[random.Random], Any]]] = {
-    RPC_PROTOCOL: {"hello": _hello, "ping": _ping, "peers": lambda _rng: {}},
+    RPC_PROTOCOL: {"hello": _hello, "ping": _ping, "peers": lambda _rng: {}, "reach": _reach},
     INFER_PROTOCOL: {"generate": lambda rng: to_wire(_generate(rng)), "embed": _embed},
 }

@@ -44,7 +44,7 @@ async def main(path: Path) -> None:
         node(identity, upgrade_s=10.0, topics=frozenset({advert_topic(NETWORK)})) as transport,
         trio.open_nursery() as nursery,
     ):
-        here = Node(config, identity, transport, ())
+        here = Node(config, identity, transport, (), outside=transport.relay)
         nursery.start_soon(here.run)
         while not (path / "ready.json").exists():  # noqa: ASYNC110  # a file
             await trio.sleep(0.05)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crypto.identity import Identity, PeerId, peer_id_of
-from p2p.address import Address, Scope, believable, parse_address, seen_scope, tellable, told
+from p2p.address import Address, Scope, believable, is_relayed, parse_address, seen_group, seen_scope, tellable, told
 from p2p.book import (
     ADDRESSES_MAX,
     ADDRESSES_PER_GROUP_MAX,
@@ -64,7 +64,10 @@ def new_book(**bounds: int) -> Book:
         (f"/dns/-bad-/tcp/1/p2p/{IDS[0]}", "not a host name"),
         (f"/unix/tmp/tcp/1/p2p/{IDS[0]}", "cannot be dialled"),
         ("/ip4/10.0.0.1/tcp/1/p2p/Qmrubbish", "not a peer id"),
-        (f"/ip4/10.0.0.1/tcp/1/p2p/{IDS[0]}/p2p-circuit/p2p/{IDS[1]}", "relay"),
+        (f"/ip4/10.0.0.1/tcp/1/p2p/{IDS[0]}/p2p-circuit", "behind one relay"),
+        (f"/p2p/{IDS[0]}/p2p-circuit/p2p/{IDS[1]}", "behind one relay"),
+        (f"/ip4/10.0.0.1/tcp/1/p2p/{IDS[0]}/p2p-circuit/p2p/{IDS[0]}", "one peer as relay"),
+        (f"/ip4/10.0.0.1/tcp/1/p2p/rubbish/p2p-circuit/p2p/{IDS[0]}", "not a peer id"),
         (f"/dns/{'a' * 300}/tcp/1/p2p/{IDS[0]}", "at most"),
     ],
 )
@@ -82,6 +85,26 @@ def test_any_text_is_an_address_or_bad(text: str) -> None:
             parse_address(candidate)
         except BadAddress:
             pass
+
+
+def test_a_relayed_address_is_its_relays_place_and_another_peer() -> None:
+    text = f"/ip4/8.8.8.8/tcp/1/p2p/{IDS[0]}/p2p-circuit/p2p/{IDS[1]}"
+    address = parse_address(text)
+    assert (address.peer, address.relay) == (IDS[1], IDS[0])
+    assert (address.host, address.scope, address.group) == ("8.8.8.8", Scope.PUBLIC, "8.8.8.0/24")
+    assert address.bare == f"/ip4/8.8.8.8/tcp/1/p2p/{IDS[0]}/p2p-circuit"
+    assert is_relayed(address.bare)
+    assert not is_relayed("/ip4/8.8.8.8/tcp/1")
+    assert not is_relayed(None)
+
+
+def test_a_peer_behind_a_relay_may_be_anywhere() -> None:
+    at_home = f"/ip4/192.168.1.1/tcp/1/p2p/{IDS[0]}/p2p-circuit"
+    assert seen_scope(at_home) is Scope.PUBLIC
+    assert seen_group(at_home.replace("192.168.1.1", "8.8.8.8")) is None, "it does not answer for its relay"
+    assert seen_group("/ip4/8.8.8.8/tcp/1") == "8.8.8.0/24"
+    assert seen_group("/ip6/2a00:1450:4001:82a::200e/tcp/1") == "2a00:1450:4001:800::/56"
+    assert seen_group("/ip4/192.168.1.1/tcp/1") is seen_group(None) is None
 
 
 def test_scopes_and_groups() -> None:

@@ -272,6 +272,24 @@ def test_doctor_tells_readiness(readiness: dict[str, Any], verdict: Verdict) -> 
     assert found(list(doctor.status_checks({**GOOD, "readiness": readiness})), "readiness").verdict is verdict
 
 
+@pytest.mark.parametrize(
+    ("verdict", "advice", "expected"),
+    [
+        ("public", "", Verdict.OK),
+        ("local", "", Verdict.OK),
+        ("unknown", "", Verdict.OK),
+        ("relayed", "", Verdict.LOOK),
+        ("unreachable", "forward its TCP port in the router", Verdict.BAD),
+    ],
+)
+def test_doctor_tells_whether_others_reach_the_node(verdict: str, advice: str, expected: Verdict) -> None:
+    reach = {"verdict": verdict, "reason": "IPv4: 0 of 2 reached 11.0.3.1", "advice": advice}
+    line = found(list(doctor.status_checks({**GOOD, "reach": reach})), "reachable")
+    assert line.verdict is expected
+    assert line.found == f"{verdict}: IPv4: 0 of 2 reached 11.0.3.1"
+    assert ("forward its TCP port" in line.advice) == (expected is not Verdict.OK)
+
+
 @pytest.mark.parametrize("nonsense", [{}, {"peering": None}, {"peering": {"bootstrap": "x", "refusals": 5}}])
 def test_doctor_bears_a_status_it_does_not_know(nonsense: dict[str, Any]) -> None:
     assert list(doctor.status_checks(nonsense))

@@ -375,7 +375,7 @@ class SeenAt:
 
 
 @slow
-@pytest.mark.parametrize("address", [None, "/ip4/127.0.0.2/tcp/1", "/p2p-circuit", ""])
+@pytest.mark.parametrize("address", [None, "/ip4/127.0.0.2/tcp/1", "/ip4/127.0.0.1/tcp/1/p2p/12D3Koo/p2p-circuit", ""])
 async def test_only_the_address_of_the_connection_is_dialled(address: str | None) -> None:
     async with pair() as both:
         both.server.serve(BULK, echo)

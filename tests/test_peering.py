@@ -19,7 +19,7 @@ from trio.testing import MockClock
 
 from crypto.disk import System
 from crypto.identity import Identity, PeerId
-from p2p.address import parse_address
+from p2p.address import Scope, parse_address
 from p2p.book import Book, Source
 from p2p.bootstrap import BookFile, BootstrapPeer, bootstrap_peer, read_bootstrap_file
 from p2p.calls import Calls
@@ -804,3 +804,57 @@ async def plain_peer(swarm: Swarm, handlers: dict[str, Any]) -> AsyncIterator[tu
             await nursery.start(calls.run)
             yield transport, calls
             nursery.cancel_scope.cancel()
+
+
+# ---- peers behind relays ----
+
+
+class Seen:
+    """A transport that says other things of where it is and where it sees others."""
+
+    def __init__(self, transport: Any, more: Callable[[Any], list[str]], at: str | None = None) -> None:
+        self._transport, self._more, self._at = transport, more, at
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def addresses(self) -> tuple[str, ...]:
+        return (*self._transport.addresses(), *self._more(self._transport))
+
+    def remote_address(self, peer: PeerId) -> str | None:
+        there: str | None = self._transport.remote_address(peer)
+        return there if there is None or self._at is None else self._at
+
+
+def shared(node: Node, peer: PeerId) -> list[str]:
+    """What a node would tell others of a peer."""
+    told = node.book.share(trio.current_time(), Scope.PUBLIC, 32, Identity.make().peer_id)
+    return next((texts for known, texts in told if known == peer), [])
+
+
+async def test_a_relay_tells_others_of_who_is_behind_it(swarm: Swarm, autojump_clock: MockClock) -> None:
+    relay = await swarm.start(ip="11.0.1.1")
+    behind = f"{relay.address}/p2p-circuit/p2p/"
+    other = behind.replace(relay.id, Identity.make().peer_id)
+    node = await swarm.start(
+        relay.address,
+        ip="11.0.2.1",
+        wrap=lambda transport: Seen(transport, lambda inner: [behind + inner.peer_id, other + inner.peer_id]),
+    )
+    await until(lambda: relay.id in node.peering.peers() and node.id in relay.peering.peers())
+    assert set(shared(relay, node.id)) == {f"{behind}{node.id}", node.transport.addresses()[0]}, "not of other relays'"
+
+
+async def test_a_peer_behind_a_relay_is_not_at_the_relays_host(swarm: Swarm, autojump_clock: MockClock) -> None:
+    third = f"/ip4/11.0.9.9/tcp/4001/p2p/{Identity.make().peer_id}/p2p-circuit"
+    victim = await swarm.start(ip="11.0.1.1", wrap=lambda transport: Seen(transport, lambda _: [], third))
+    claims = ["/ip4/11.0.9.9/tcp/22/p2p/", "/ip4/192.168.1.1/tcp/80/p2p/"]
+    node = await swarm.start(
+        victim.address,
+        ip="11.0.2.1",
+        wrap=lambda transport: Seen(transport, lambda inner: [claim + inner.peer_id for claim in claims]),
+    )
+    await until(lambda: node.id in victim.peering.peers())
+    assert shared(victim, node.id) == []
+    known = [address.host for address in victim.book.addresses(node.id, trio.current_time())]
+    assert "192.168.1.1" not in known, "a relayed peer cannot have us dial our LAN"

@@ -36,6 +36,7 @@ from p2p.errors import P2PError
 from p2p.hello import RPC_PROTOCOL
 from p2p.loopback import LoopbackNetwork, LoopbackTransport
 from p2p.transport import Stream
+from tests.fake_outside import FakeOutside
 from tests.fake_runtime import FakeRuntime
 from tests.node_swarm import work
 
@@ -51,6 +52,7 @@ TASKS = {
     "direct channels": "p2p.direct.Direct.run",
     "gossip": "gossip.service.GossipService.run",
     "peering": "p2p.peering.Peering.run",
+    "reaching": "p2p.reaching.Reaching.run",
     "measure": "node.run.Node._measure",
     "host the model": "node.run.Node._host_model",
     "hosting": "node.hosting.Hosting.run",
@@ -122,7 +124,7 @@ async def running(
     config = NodeConfig(**fields)
     identity = Identity.make()
     async with network.join(identity) as transport, trio.open_nursery() as nursery:
-        node = Node(config, identity, transport, (), load or (lambda _config: SlowRuntime()))
+        node = Node(config, identity, transport, (), load or (lambda _config: SlowRuntime()), outside=FakeOutside())
 
         def task() -> trio.lowlevel.Task | None:
             return next((child for child in nursery.child_tasks if child.name == "node.run.Node.run"), None)

@@ -291,3 +291,13 @@ def test_no_history_cuts_a_peer_off_for_ever_or_lets_two_probes_go(history: list
         assert 0.0 <= breaker.retry_in_s(now) <= OPEN_S_MAX
     breaker.released(now)
     assert breaker.allows(now + OPEN_S_MAX)
+
+
+def test_a_relay_is_not_to_blame_for_who_comes_through_it() -> None:
+    standing = Standing()
+    relayed = "/ip4/45.0.0.1/tcp/4001/p2p/12D3KooWRelay/p2p-circuit"
+    for number in range(40):
+        standing.seen_at(PeerId(f"bad{number}"), relayed, 0.0)
+        standing.blame(PeerId(f"bad{number}"), Fault.FATAL, 0.0)
+    assert standing.seen_at(PeerId("relay"), "/ip4/45.0.0.1/tcp/4001", 0.0) is Verdict.FINE
+    assert standing.seen_at(PeerId("other"), relayed, 0.0) is Verdict.FINE

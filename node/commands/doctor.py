@@ -18,6 +18,7 @@ from node.commands.checks import Check, Verdict, bad, local_checks, look, ok
 from node.commands.client import EXIT_UNREACHABLE, CommandFailed, NodeClient, plainly
 from node.commands.keys import settings
 from node.commands.tables import print_table
+from p2p.reach import FORWARD
 
 TOLD_MAX = 8  # of failed or refused peers; more say nothing new
 
@@ -84,6 +85,7 @@ def status_checks(told: Mapping[str, Any]) -> Iterator[Check]:
         if str(sentence).startswith("this machine's clock"):
             yield bad("clock", str(sentence), "timedatectl set-ntp true, or what your system has for it")
     yield _connected(peering)
+    yield from _reachable(_mapping(told.get("reach")))
     yield from _discovery(peering)
     disk = _mapping(told.get("disk"))
     for row in _rows(disk.get("degraded")):
@@ -109,6 +111,18 @@ def _connected(peering: Mapping[str, Any]) -> Check:
     )
 
 
+def _reachable(reach: Mapping[str, Any]) -> Iterator[Check]:
+    """Whether others can connect to this node, and by which relay where they cannot."""
+    verdict, reason = reach.get("verdict"), str(reach.get("reason"))
+    advice = str(reach.get("advice") or "")
+    if verdict == "unreachable":
+        yield bad("reachable", f"unreachable: {reason}", advice)
+    elif verdict == "relayed":
+        yield look("reachable", f"relayed: {reason}", "it works, more slowly; for a direct way " + FORWARD)
+    elif verdict:
+        yield ok("reachable", f"{verdict}: {reason}")
+
+
 def _discovery(peering: Mapping[str, Any]) -> Iterator[Check]:
     """What stands in the way of meeting others: bootstrap peers, refusals, mDNS."""
     for result in _rows(peering.get("bootstrap")):
@@ -120,8 +134,6 @@ def _discovery(peering: Mapping[str, Any]) -> Iterator[Check]:
         yield look("refused peer", found, "nodes meet only with the same --network, --psk-file and protocol version")
     if (mdns := peering.get("mdns", "off")) not in ("off", "starting", "on"):
         yield look("mDNS", str(mdns), "use --bootstrap, or --no-mdns to silence this")
-    if nat := peering.get("nat"):
-        yield ok("NAT", str(nat))
 
 
 def _rows(value: object) -> list[Mapping[str, Any]]:

@@ -31,7 +31,18 @@ def peers(
 
 
 # what a person looks for; --json has the rest
-COLUMNS = ("peer_id", "connected", "address", "rtt_ms", "models", "slots_free", "queue_length", "decode_tok_s", "score")
+COLUMNS = (
+    "peer_id",
+    "connected",
+    "address",
+    "relayed",
+    "rtt_ms",
+    "models",
+    "slots_free",
+    "queue_length",
+    "decode_tok_s",
+    "score",
+)
 
 
 def columns_of(rows: list[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
