@@ -273,6 +273,10 @@ class Fetch:
             kept = f"; {done} of {self._manifest.count} chunks are kept for the next fetch"
         return f"nobody gave {text_of(self._blob)}: {self._donors.reasons()}{kept}"
 
+    def is_busy(self, peer: PeerId) -> bool:
+        """Whether a peer is being asked."""
+        return peer in self._scopes
+
     def wake(self, donor: PeerId) -> None:
         """A peer has connected. Sync; the owner hears of it at its next turn."""
         try:

@@ -114,6 +114,10 @@ class BlobServing:
         """Offer it no more; streams that give it end at their next ask. A no-op when it is not offered."""
         self._offers.pop(blob, None)
 
+    def is_busy(self, peer: PeerId) -> bool:
+        """Whether a peer has a stream open to us."""
+        return peer in self._streams
+
     async def serve(self, stream: Stream) -> None:
         """One stream of a peer's, for its whole life. Cancelled: the stream is reset."""
         peer = stream.peer

@@ -95,6 +95,10 @@ class Blobs:
         transport.watch(self._peer_changed)
         streams.serve(BLOB_PROTOCOL, self._serving.serve)
 
+    def is_busy(self, peer: PeerId) -> bool:
+        """Whether a blob is on its way to or from a peer, or about to be."""
+        return self._serving.is_busy(peer) or any(fetch.is_busy(peer) for fetch in self._fetches)
+
     # ---- offering ----
 
     def offer_bytes(self, content: bytes) -> Digest:

@@ -129,6 +129,7 @@ class Node:
         network = Network(transport=transport, peering=self._peering, calls=infer, gossip=self._gossip)
         self._inference = serving.inference = Inference(network)
         self._infer = infer
+        peering.keep_while(lambda peer: infer.is_busy(peer) or self.blobs.is_busy(peer))
         parts = Parts(
             config=config,
             network=network,

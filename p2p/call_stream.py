@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
+from dataclasses import dataclass, field
 
 import trio
 
@@ -21,6 +22,19 @@ from p2p.transport import Stream
 OUTBOX_BYTES_MAX = 2 << 20  # frames waiting for the writer: above it, new calls, items and results wait for room
 OUTBOX_FRAMES_MAX = 4096  # and here the other side makes us answer but does not read: it is dropped
 RESET_S_MAX = 1.0  # a reset does not wait for the peer; this bounds a transport that does
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallsStatistics:
+    """A snapshot; counts are since start."""
+
+    streams_out: int
+    streams_in: int
+    calls_out_open: int  # cancelled ones included, until the peer has ended them
+    calls_in_open: int
+    calls_out: int
+    calls_in: int
+    drops: dict[str, int] = field(default_factory=dict)  # reason -> count
 
 
 class Outbox:

@@ -15,13 +15,12 @@ import logging
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
 import trio
 
 from crypto.canonical import Value
 from crypto.identity import PeerId
-from p2p.call_stream import CallStream, again
+from p2p.call_stream import CallsStatistics, CallStream, again
 from p2p.errors import LocalProtocolError, P2PError, Refused, RemoteError, RemoteProtocolError, Unreachable
 from p2p.rpc import CALLS_MAX, Call, CallId, Cancel, Credit, End, Error, Frame, Item, Role, units_of
 from p2p.transport import Stream, Transport
@@ -31,19 +30,6 @@ STREAMS_IN_MAX = 2  # of one peer, so that a reconnect overlaps; of more, the ol
 OPEN_S_MAX = 10.0  # of a stream's opening, which outlives the call that asked for it
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallsStatistics:
-    """A snapshot; counts are since start."""
-
-    streams_out: int
-    streams_in: int
-    calls_out_open: int  # cancelled ones included, until the peer has ended them
-    calls_in_open: int
-    calls_out: int
-    calls_in: int
-    drops: dict[str, int] = field(default_factory=dict)  # reason -> count
 
 
 class Incoming:
@@ -182,6 +168,11 @@ class Calls:
             yield outgoing
         finally:
             stream.leave(outgoing)
+
+    def is_busy(self, peer: PeerId) -> bool:
+        """Whether a call to or from a peer is under way."""
+        caller = self._out.get(peer)
+        return bool(caller and caller.rpc.unfinished) or any(stream.answering for stream in self._in.get(peer, ()))
 
     def statistics(self) -> CallsStatistics:
         """A snapshot of the counters."""

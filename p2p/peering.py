@@ -138,10 +138,15 @@ class Peering:
         if peer not in self._transport.peers():
             for address in self._book.addresses(peer, trio.current_time())[:CONNECT_ADDRESSES_MAX]:
                 if not (reason := await self._dial(address)):
-                    return
+                    return self._roster.used(peer, trio.current_time(), dialled=True)
                 reasons.append(reason)
             raise Unreachable("; ".join(reasons) or f"no address of {peer} is known")
+        self._roster.used(peer, trio.current_time())
         await trio.lowlevel.checkpoint()
+
+    def keep_while(self, is_busy: Callable[[PeerId], bool]) -> None:
+        """Let go of no peer for which this is true."""
+        self._roster.is_busy = is_busy
 
     async def tell(self, calls: Calls) -> None:
         """Say hello again to all our peers, because our addresses have changed. What a peer does amiss is noted."""
@@ -198,7 +203,7 @@ class Peering:
         while True:
             now = trio.current_time()
             self._reconcile(now)
-            for errand in self._roster.tick(now):
+            for errand in (*self._roster.tick(now), *self._roster.idle(now)):
                 nursery.start_soon(self._run_errand, errand, calls)
             for address in self._candidates(now):
                 self._dialling[address.peer] = address
@@ -261,8 +266,7 @@ class Peering:
         """One errand, whatever it meets; a peer's fault is noted and is no fault of ours."""
         try:
             if isinstance(errand, Disconnect):
-                self._drops["disconnected"] += 1
-                await self._disconnect(errand.peer, errand.reason)
+                await self._disconnect(errand)
             else:
                 await self._greeting.say(errand, calls)
         finally:
@@ -289,7 +293,7 @@ class Peering:
                     peer = await dial(self._transport, address)
             if peer != address.peer:
                 reason = f"wrong peer id: {peer} answers at {address.bare}, not {address.peer}"
-                await self._disconnect(peer, reason)
+                await self._disconnect(Disconnect(peer, reason))
             elif address.scope is Scope.NAMED or self._transport.remote_address(peer) == address.bare:
                 self._roster.connected(peer, trio.current_time(), address)
             else:  # it dialled us at the same moment: nothing is proved of the address
@@ -308,13 +312,14 @@ class Peering:
             self._book.failed(address, now, reason)
         return reason
 
-    async def _disconnect(self, peer: PeerId, reason: str) -> None:
-        member, now = self._roster.lost(peer), trio.current_time()
-        if member is not None and member.dialled is not None:
-            self._book.failed(member.dialled, now, reason)
-            self._bootstrap.note(member.dialled, reason, now)
+    async def _disconnect(self, errand: Disconnect) -> None:
+        member, now = self._roster.lost(errand.peer), trio.current_time()
+        self._drops["let_go" if errand.blameless else "disconnected"] += 1
+        if member is not None and member.dialled is not None and not errand.blameless:
+            self._book.failed(member.dialled, now, errand.reason)
+            self._bootstrap.note(member.dialled, errand.reason, now)
         with trio.move_on_after(DISCONNECT_TIMEOUT_S):
-            await self._transport.disconnect(peer)
+            await self._transport.disconnect(errand.peer)
 
     # -- the LAN and the disk ------------------------------------------------------------------------------------
 

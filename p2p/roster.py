@@ -2,7 +2,9 @@
 
 Rules: a core; `tick` says whom to greet, ping, ask for peers or disconnect, `peering.py` does it and reports back. At
 most one such errand per peer is under way. A peer that misses PINGS_MISSED_MAX pings in a row is dropped, because a
-frozen process keeps its connection. A peer that speaks no /openagi/rpc is let be: it may be a plain libp2p client.
+frozen process keeps its connection. Of more peers than the target those go that we dialled for a request and have not
+needed for IDLE_S, else a peer that many ask would run out of places. A peer that speaks no /openagi/rpc is let be: it
+may be a plain libp2p client.
 Source: SECURITY.md F10 (reconciler, dial limiter); RFC 6298 section 2 (smoothed round trip).
 """
 
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -32,6 +34,7 @@ JITTER = 0.2  # of the three above
 EXCHANGE_SERVED_EVERY_S = 10.0  # to one peer; a copy of the book is not for the taking
 REFUSED_WAIT_S = 1800.0  # a peer of another network is not dialled again before
 REFUSALS_MAX = 256
+IDLE_S = 120.0  # a connection made for a request stays so long for the next one
 RTT_WEIGHT = 0.25  # of the newest measurement
 
 
@@ -70,10 +73,11 @@ class AskPeers:
 
 @dataclass(frozen=True, slots=True)
 class Disconnect:
-    """Close the connection; `reason` is for people."""
+    """Close the connection; `reason` is for people. blameless: it is as good as before to dial again."""
 
     peer: PeerId
     reason: str
+    blameless: bool = False
 
 
 Errand = Greet | Probe | AskPeers | Disconnect
@@ -106,6 +110,8 @@ class Member:
     exchange_at: float = 0.0
     served_at: float = float("-inf")
     errand: bool = False
+    for_requests: bool = False  # dialled because of one, and not to have company
+    used_at: float = float("-inf")
 
 
 class Roster:
@@ -115,6 +121,7 @@ class Roster:
         self._rng = rng
         self._target = target
         self._outbound_min = outbound_min
+        self.is_busy: Callable[[PeerId], bool] = lambda _peer: False
         self._members: dict[PeerId, Member] = {}
         self._refusals: OrderedDict[PeerId, Refusal] = OrderedDict()
 
@@ -163,6 +170,12 @@ class Roster:
             self._members[peer] = Member(peer=peer, since=now, dialled=dialled, greet_at=now + wait_s)
         elif dialled is not None and member.dialled is None:
             member.dialled, member.greet_at = dialled, min(member.greet_at, now)
+
+    def used(self, peer: PeerId, now: float, *, dialled: bool = False) -> None:
+        """A request of ours goes to it; dialled: and for that alone we connected."""
+        if (member := self._members.get(peer)) is not None:
+            member.used_at = now
+            member.for_requests |= dialled
 
     def lost(self, peer: PeerId) -> Member | None:
         """The last connection went down."""
@@ -238,6 +251,24 @@ class Roster:
                 member.errand = True
                 errands.append(errand)
         return errands
+
+    def idle(self, now: float) -> list[Disconnect]:
+        """Whom to let go because there are more than we want to have: what was not needed longest first."""
+        surplus = sum(member.phase in _OURS for member in self._members.values()) - self._target
+        if surplus <= 0:
+            return []
+        idle = [
+            member
+            for member in self._members.values()
+            if member.for_requests
+            and not member.errand
+            and now - member.used_at >= IDLE_S
+            and not self.is_busy(member.peer)
+        ]
+        gone = sorted(idle, key=lambda member: member.used_at)[:surplus]
+        for member in gone:
+            member.errand = True
+        return [Disconnect(member.peer, f"was not needed for {IDLE_S:.0f} s", blameless=True) for member in gone]
 
     def deadline(self) -> float:
         """When `tick` next has something to say."""

@@ -129,6 +129,8 @@ class Link:
     made_at: float
     alive: bool = True
     misses: int = 0
+    lent_to: PeerId | None = None  # who made it for a request, and not to have company
+    used_at: float = 0.0
     busy_until: list[float] = field(default_factory=lambda: [0.0, 0.0])
     held: list[list[tuple[str, bytes, object]]] = field(default_factory=lambda: [[], []])
 

@@ -33,6 +33,7 @@ from node.work import (
     to_wire,
 )
 from p2p.errors import P2PError, Refused, RemoteError, RemoteProtocolError, Unreachable
+from p2p.roster import IDLE_S
 from p2p.rpc import CALLS_MAX, Call, CallId, Cancel, Credit, End, Error, Item, Role, Rpc, units_of
 from tests.simulator_blob import Conversation, Fetch, serve_blob
 from tests.simulator_engine import REVISION, Engine, Job
@@ -169,11 +170,29 @@ class Process:
         self.own_advert.pace.stretch = self.hearing.flow.stretch
         if self.now >= self._saved_at + SAVE_S:
             self._save()
+        for link in self._idle():
+            self.net.drop(link)
         if len(self.links) < DEGREE:
             there = self.rng.choice(self._everybody)
             if there != self.peer_id and there not in self.links:
                 self.net.dial(self, there, lambda _link: None)
         self.after(1.0, self._keep_house)
+
+    def _idle(self) -> list[Link]:
+        """p2p/roster.py's choice of whom to let go."""
+        surplus = len(self.links) - DEGREE_MAX
+        if surplus <= 0:
+            return []
+        idle = [
+            link
+            for link in self.links.values()
+            if link.lent_to == self.peer_id and self.now - link.used_at >= IDLE_S and not self._is_busy(link)
+        ]
+        return sorted(idle, key=lambda link: link.used_at)[:surplus]
+
+    def _is_busy(self, link: Link) -> bool:
+        caller, callee = self._callers.get(link), self._callees.get(link)
+        return bool(caller and caller[0].unfinished) or bool(callee and callee[1])
 
     def _save(self) -> None:
         """gossip/service.py's state; what is believed between two saves is lost here, as when the power goes."""

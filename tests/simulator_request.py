@@ -136,6 +136,7 @@ class RemoteAsk:
     def begin(self) -> None:
         self.process.observations.started(self.candidate.peer, self.process.now)
         self.ask.serving(self._leave)
+        self._is_new = self.candidate.peer not in self.process.links
         self.process.net.dial(self.process, self.candidate.peer, self._dialled)
 
     def _dialled(self, link: Link | None) -> None:
@@ -143,6 +144,9 @@ class RemoteAsk:
             return
         if link is None:
             return self.fail(Unreachable("no connection"))
+        link.used_at = self.process.now
+        if self._is_new and link.lent_to is None:
+            link.lent_to = self.process.peer_id
         try:
             self._call = (link, self.process.call(link, "generate", to_wire(self.work), self))
         except P2PError as exc:

@@ -42,6 +42,7 @@ async def test_ranges_out_of_bounds_end_the_stream_and_are_blamed(tmp_path: Path
             stream = await there.me.transport.open_stream(one.id, BLOB_PROTOCOL)
             await stream.send(ask_frame(BlobAsk(blob=blob, manifest=False)))
             assert decode_answer(await stream.receive()) == Here(b"")
+            assert one.blobs.is_busy(there.me.id)
             await stream.send(ask_frame(RangeAsk(start=1, length=2999)))
             assert decode_answer(await stream.receive()) == Piece(1, memoryview(bytes(2999)))
             await stream.send(ask_frame(RangeAsk(start=start, length=length)))

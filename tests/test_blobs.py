@@ -136,6 +136,16 @@ async def test_who_waited_goes_on_when_the_first_fetch_is_left(tmp_path: Path, a
 # ---- donors that fail ----
 
 
+async def test_who_gives_and_who_takes_are_busy_with_each_other(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with world(tmp_path) as there:
+        donor = await there.donor(slowly(0.3))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(there.me.blobs.fetch, BLOB, [donor.peer_id])
+            await trio.sleep(2)
+            assert there.me.blobs.is_busy(donor.peer_id)
+        assert not there.me.blobs.is_busy(donor.peer_id)
+
+
 async def test_a_donor_that_dies_is_replaced(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with world(tmp_path) as there:
         dying, well = await there.donor(slowly(0.3)), await there.donor(slowly(0.3))

@@ -266,6 +266,19 @@ async def test_cancelling_a_call_cancels_its_handler(clock: trio.abc.Clock) -> N
         assert_idle(caller, callee)
 
 
+async def test_a_peer_is_busy_while_a_call_to_it_or_from_it_is_under_way(clock: trio.abc.Clock) -> None:
+    async with Net().pair() as (caller, callee):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(caller.calls.call, callee.id, "wait", None)
+            await settle()
+            assert caller.calls.is_busy(callee.id)
+            assert callee.calls.is_busy(caller.id)
+            nursery.cancel_scope.cancel()
+        await settle()
+        assert not caller.calls.is_busy(callee.id)
+        assert not callee.calls.is_busy(caller.id)
+
+
 async def test_leaving_the_block_cancels_the_handler(clock: trio.abc.Clock) -> None:
     async with Net().pair() as (caller, callee):
         async with caller.calls.open(callee.id, "count", 10**6) as outgoing:

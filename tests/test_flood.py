@@ -50,6 +50,18 @@ async def test_who_hands_on_too_many_messages_of_others_is_cut_and_told_of() -> 
         assert SIGNATURES_BURST <= len(heard) < 2_000
 
 
+async def test_what_goes_no_further_is_looked_at_once_however_many_copies_come() -> None:
+    message, heard = published(Identity.make(), NETWORK, 1), list[bytes]()
+    async with node(topics=frozenset({TOPIC})) as bob:
+        await bob.subscribe(TOPIC, lambda _peer, raw: bool(heard.append(raw)))
+        async with stranger(bob) as eve, stranger(bob) as mallory:
+            for each in (eve, mallory, eve):
+                await send(each, rpc_pb2.RPC(publish=[message]))
+            await until(lambda: len(heard) >= 1)
+            await trio.sleep(0.5)
+    assert len(heard) == 1
+
+
 async def test_forged_messages_cut_who_hands_them_on() -> None:
     async with node(topics=frozenset({TOPIC})) as bob:
         await bob.subscribe(TOPIC, lambda peer, raw: True)

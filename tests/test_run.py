@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import trio
 
-from crypto.identity import Identity
+from crypto.identity import Identity, PeerId
 from gossip.directory import Offer
 from gossip.messages import Advert, Capacity, ModelKind, ModelOffer
 from gossip.routing import Candidate
@@ -98,6 +98,9 @@ class Running:
     def ready_file(self) -> Path:
         assert self.config.ready_file is not None
         return self.config.ready_file
+
+    def is_busy(self, peer: PeerId) -> bool:
+        return self.node._peering._roster.is_busy(peer)
 
     def breaches(self) -> int:
         return self.node._gossip.standing.statistics(trio.current_time()).faults["malformed"]
@@ -316,8 +319,11 @@ async def test_one_breach_of_a_serving_peer_costs_once_however_many_calls_were_o
         candidate = Candidate(offer=offer, model=model, cost_s=1.0, in_doubt=False)
         remote = Remote(here.node._inference._network, Counter())
 
+        busy: list[bool] = []
+
         async def answered() -> None:
             async with remote.generate(candidate, work(tokens=8)) as items:
+                busy.append(here.is_busy(candidate.peer))
                 async for _ in items:
                     pass
 
@@ -331,6 +337,7 @@ async def test_one_breach_of_a_serving_peer_costs_once_however_many_calls_were_o
                     nursery.start_soon(ask)
         await until(lambda: here.breaches() > 0)
         assert here.breaches() == 1
+        assert True in busy  # peering keeps the connection meanwhile
 
 
 async def test_a_slow_peer_gets_its_last_piece_before_the_end(tmp_path: Path) -> None:
