@@ -165,7 +165,7 @@ class Observations:
             record.breaker.reconnected(now)
 
     def located(self, peer: PeerId, network: str | None) -> None:
-        """A connected peer is seen in this public network (standing.group_of)."""
+        """A connected peer is seen in this public network (p2p.address.network_of)."""
         self._record(peer).network = network
 
     def _tallies(self, record: _Record) -> list[_Tally]:

@@ -24,7 +24,7 @@ from gossip.breaker import State
 from gossip.messages import ModelKind, ModelOffer
 from gossip.observations import Observations, Observed
 from gossip.offer import Offer
-from gossip.standing import group_of
+from p2p.address import network_of
 
 CANDIDATES_MAX = 8  # no request tries more peers than that
 EXPLORE_SHARE = 0.05  # of draws that skip the comparison
@@ -169,7 +169,7 @@ def _is_of_a_new_network(offer: Offer, observations: Observations, networks: set
 
 def _network(offer: Offer, observations: Observations) -> str | None:
     """The public network of a peer: where it was seen, else the one that it claims; None for a private one."""
-    return observations.network(offer.peer) or group_of(next(iter(offer.advert.addresses), None))
+    return observations.network(offer.peer) or network_of(next(iter(offer.advert.addresses), None))
 
 
 def _drawn(

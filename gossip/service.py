@@ -33,8 +33,9 @@ from gossip.observations import Observations
 from gossip.pace import OwnAdvert
 from gossip.routing import Candidate, Need, WhyNot, rank
 from gossip.saved import RESERVED, Keeper, SavedState
-from gossip.standing import Fault, Standing, StandingStatistics, Verdict, group_of
+from gossip.standing import Fault, Standing, StandingStatistics, Verdict
 from gossip.view import Preference
+from p2p.address import network_of
 from p2p.errors import P2PError, StreamClosed
 from p2p.transport import PeerChange, Stream, Transport
 
@@ -245,7 +246,7 @@ class GossipService:
                 self._hearing.blame(change.peer, Fault.MALFORMED, change.breach, now)
             return
         address = self._transport.remote_address(change.peer)
-        self.observations.located(change.peer, group_of(address))
+        self.observations.located(change.peer, network_of(address))
         verdict = self.standing.seen_at(change.peer, address, now)
         if verdict is not Verdict.FINE:
             self._hearing.enforce(change.peer, verdict, "what it did before")

@@ -11,7 +11,6 @@ Source: SECURITY.md section 6.
 from __future__ import annotations
 
 import heapq
-import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, StrEnum
@@ -20,7 +19,7 @@ from typing import Annotated, TypeVar
 from msgspec import Meta, Struct
 
 from crypto.identity import PeerId
-from p2p.address import is_relayed
+from p2p.address import seen_group
 
 Key = TypeVar("Key", PeerId, str)
 SCORE_MIN, SCORE_MAX = -100.0, 100.0
@@ -102,22 +101,6 @@ class SavedBan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     reason: Annotated[str, Meta(max_length=REASON_CHARS_MAX)]
 
 
-def group_of(address: str | None) -> str | None:
-    """The network that a multiaddr stands for (/24, or /56 of IPv6); None when it is private, or no IP address."""
-    parts = (address or "").split("/")
-    if len(parts) < 3 or parts[1] not in ("ip4", "ip6"):
-        return None
-    try:
-        ip = ipaddress.ip_address(parts[2].split("%")[0])
-    except ValueError:
-        return None
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
-    if ip.is_private or ip.is_loopback or ip.is_link_local or ip.is_unspecified:
-        return None
-    return str(ipaddress.ip_network((ip, 24 if ip.version == 4 else 56), strict=False))
-
-
 class Standing:
     """This node's opinion of every peer. `now` is monotonic seconds."""
 
@@ -135,7 +118,7 @@ class Standing:
 
         Behind a relay it belongs to none: the relay's network has no part in what it does.
         """
-        self._score(peer, now).group = None if is_relayed(address) else group_of(address)
+        self._score(peer, now).group = seen_group(address)
         return self.verdict(peer, now)
 
     def blame(self, peer: PeerId, fault: Fault, now: float, reason: str = "") -> Verdict:

@@ -137,11 +137,27 @@ def seen_scope(seen_at: str | None) -> Scope:
 
 
 def seen_group(seen_at: str | None) -> str | None:
-    """The /24 or /56 of a connected peer, from the multiaddr it is seen at; None where neighbours are no threat."""
-    if seen_at is None or is_relayed(seen_at) or seen_scope(seen_at) is not Scope.PUBLIC:
+    """The network of a connected peer; None where neighbours are no threat, and behind a relay, whose it would be."""
+    return None if is_relayed(seen_at) else network_of(seen_at)
+
+
+def network_of(address: str | None) -> str | None:
+    """The network of a multiaddr's first host (/24, or /56 of IPv6); None when it is private, or no IP address.
+
+    Whatever text a peer says: of a relayed address it is the relay's.
+    """
+    parts = (address or "").split("/")
+    if len(parts) < 3 or parts[1] not in ("ip4", "ip6"):
         return None
-    parts = seen_at.split("/")
-    return _group(parts[2]) if len(parts) > 2 and parts[1] in ("ip4", "ip6") else None
+    try:
+        ip = ipaddress.ip_address(parts[2].split("%")[0])
+    except ValueError:
+        return None
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
+    if ip.is_private or ip.is_loopback or ip.is_link_local or ip.is_unspecified:
+        return None
+    return _group(str(ip))
 
 
 def _group(ip: str) -> str:

@@ -21,7 +21,7 @@ from gossip.observations import Observations
 from gossip.pace import OwnAdvert
 from gossip.routing import Candidate, Need, WhyNot, rank
 from gossip.saved import RESERVED, SAVE_S, SavedState
-from gossip.standing import Standing, Verdict, group_of
+from gossip.standing import Standing, Verdict
 from gossip.view import Preference
 from node.errors import NoRoom, RequestError
 from node.work import (
@@ -32,6 +32,7 @@ from node.work import (
     from_wire,
     to_wire,
 )
+from p2p.address import network_of
 from p2p.errors import P2PError, Refused, RemoteError, RemoteProtocolError, Unreachable
 from p2p.roster import IDLE_S
 from p2p.rpc import CALLS_MAX, Call, CallId, Cancel, Credit, End, Error, Item, Role, Rpc, units_of
@@ -212,7 +213,7 @@ class Process:
         peer = link.other(self).peer_id
         self.observations.connected(peer, True, self.now)
         address = self.net.addresses.get(peer)
-        self.observations.located(peer, group_of(address))
+        self.observations.located(peer, network_of(address))
         if (verdict := self.standing.seen_at(peer, address, self.now)) is not Verdict.FINE:
             self.hearing.enforce(peer, verdict, "what it did before")
             return

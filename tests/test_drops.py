@@ -43,7 +43,7 @@ SILENT = {
     "gossip/journal.py:read": "a file that is not there",
     "gossip/journal.py:note": "gossip/hearing.py counts not_kept_over_a_kill",
     "gossip/service.py:_pull": "the end of the answer",
-    "gossip/standing.py:group_of": "no IP address, no group",
+    "p2p/address.py:network_of": "no IP address, no group",
     "node/start.py:_try_lock": "the lock is another's: the start says so",
     "node/web/door.py:host_allowed": "the caller counts foreign_host",
     "node/web/door.py:origin_allowed": "the caller counts foreign_origin",

@@ -21,8 +21,8 @@ from gossip.standing import (
     SavedBan,
     Standing,
     Verdict,
-    group_of,
 )
+from p2p.address import network_of
 
 EVE, MAL, ANN = PeerId("eve"), PeerId("mal"), PeerId("ann")
 NOW_MS = 1_800_000_000_000
@@ -98,7 +98,7 @@ def test_a_fatal_member_bans_its_network_for_a_while_only() -> None:
     ],
 )
 def test_groups_are_public_networks(address: str | None, group: str | None) -> None:
-    assert group_of(address) == group
+    assert network_of(address) == group
 
 
 def test_on_one_machine_a_bad_process_does_not_ban_the_others() -> None:
