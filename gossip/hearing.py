@@ -75,8 +75,7 @@ class Hearing:
             self._judge(receipt, publisher, now)
             return self._is_forwarded(receipt, publisher, now)
         if receipt.outcome in FRESH:  # only who speaks too much now is to blame, not whom others replay
-            for _ in range(OVER_QUOTA_BLAMES):
-                self.blame(publisher, Fault.OVER_QUOTA, "more adverts than its quota", now)
+            self.blame(publisher, Fault.OVER_QUOTA, "more adverts than its quota", now, times=OVER_QUOTA_BLAMES)
         else:
             self._judge(receipt, publisher, now)
         return self._drop("over_quota")
@@ -101,9 +100,9 @@ class Hearing:
         """Whether a peer may ask for a sample or for who serves a model; counted when not."""
         return self._quota.may_find(peer, now) or self._drop("searched_too_often")
 
-    def blame(self, peer: PeerId, fault: Fault, reason: str, now: float) -> None:
-        """A peer did wrong: its standing falls, and it is cut off when that says so."""
-        verdict = self._standing.blame(peer, fault, now, reason)
+    def blame(self, peer: PeerId, fault: Fault, reason: str, now: float, *, times: int = 1) -> None:
+        """A peer did wrong, so many times: its standing falls, and it is cut off, once, when that says so."""
+        verdict = [self._standing.blame(peer, fault, now, reason) for _ in range(times)][-1]
         if verdict is not Verdict.FINE:
             self.enforce(peer, verdict, reason)
 

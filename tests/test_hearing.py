@@ -7,7 +7,7 @@ from gossip.directory import Directory, Own
 from gossip.hearing import OVER_QUOTA_BLAMES, Hearing
 from gossip.messages import Advert, Capacity, seal_advert
 from gossip.pace import PEER_BURST
-from gossip.standing import Standing, Verdict
+from gossip.standing import Fault, Standing, Verdict
 
 NOW_MS = 1_800_000_000_000
 IDENTITY, OTHER = Identity(b"1" * 32), Identity(b"2" * 32)
@@ -71,3 +71,19 @@ def test_who_speaks_too_much_is_cut_off_within_seconds() -> None:
     assert number > PEER_BURST
     assert ear.verdicts[0] == (IDENTITY.peer_id, Verdict.DISCONNECT)
     assert ear.hearing.drops["over_quota"] > OVER_QUOTA_BLAMES
+
+
+def test_many_faults_at_once_make_one_verdict() -> None:
+    ear = Ear()
+    ear.hearing.blame(IDENTITY.peer_id, Fault.OVER_QUOTA, "too much", 0.0, times=30)
+    assert ear.verdicts == [(IDENTITY.peer_id, Verdict.DISCONNECT)]
+    assert ear.standing.score(IDENTITY.peer_id, 0.0) == 30 * Fault.OVER_QUOTA.value
+
+
+def test_in_a_crowd_only_a_share_is_passed_on_and_contradictions_always() -> None:
+    ear = Ear()
+    ear.hearing.flow.share = 0.0
+    assert not ear.heard(advert(5, slots=1))
+    assert ear.hearing.drops["not_passed_on_in_a_crowd"] == 1
+    assert ear.directory.offer_of(IDENTITY.peer_id, 0.0) is not None
+    assert ear.heard(advert(5, slots=2)), "the proof goes on"
