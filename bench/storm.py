@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,10 +81,9 @@ def watch(nodes: list[NodeProcess], began: float, keep_s: float) -> Joined:
     """Look until all have their peers, and keep_s longer."""
     seen = Joined()
     keep_until = None
-    with httpx.Client(trust_env=False, timeout=30.0) as client:
+    with httpx.Client(trust_env=False, timeout=30.0) as client, ThreadPoolExecutor(len(nodes)) as threads:
         while (now_s := time.monotonic() - began) < (WAIT_S_MAX if keep_until is None else keep_until):
-            for node in nodes:
-                look(client, node, seen, began)
+            list(threads.map(lambda node: look(client, node, seen, began), nodes))  # a busy node answers late
             if keep_until is None and len(seen.joined_s) == len(nodes):
                 keep_until = now_s + keep_s
             time.sleep(LOOK_EVERY_S)
@@ -102,6 +102,8 @@ def look(client: httpx.Client, node: NodeProcess, seen: Joined, began: float) ->
     if seen.mesh[node.name] >= GOSSIP_PEERS:
         seen.joined_s.setdefault(node.name, time.monotonic() - began)
     elif node.name in seen.joined_s:
+        if node.name not in seen.lost:
+            print(f"{node.name} fell to {seen.mesh[node.name]} {time.monotonic() - began:.0f} s after the first start")
         seen.lost.add(node.name)
 
 
