@@ -1,7 +1,8 @@
 """`python -m bench.storm`: many real nodes started at once, joined by one bootstrap file; how soon each has its peers.
 
-Rules: the nodes start from bytecode, as they do where Python may write it; `--model none`; gossip peers are those of gossipsub's mesh, as each node's status tells them. The seconds count
-from before the first process is started. The bars are the third issue's: 3 gossip peers in 60 s, kept 30 s more.
+Rules: the nodes start from bytecode, as they do where Python may write it; `--model none`; gossip peers are those of
+gossipsub's mesh, as each node's status tells them. The seconds count from before the first process is started. The
+bars are the third issue's: 3 gossip peers in 60 s, kept 30 s more.
 `--quick`: 12 nodes, kept 10 s.
 """
 
