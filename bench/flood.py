@@ -185,6 +185,13 @@ def main() -> None:
                 rival_value=calm_ms,
             ),
             Row(figure="gossip_attacker_cut_after", value=flood.told["first_cut_s"], unit="s", better="lower"),
+            Row(
+                figure="gossip_out_until_cut",
+                value=flood.told["sent_first"] / flood.told["first_cut_s"],
+                unit="messages/s; 10,000 were offered, the rest waits for the victim's window",
+                better="higher",
+            ),
+            Row(figure="gossip_lost", value=flood.lost, unit="honest messages", better="lower"),
             Row(figure="gossip_memory", value=flood.grown_mib, unit="MiB", better="lower"),
             Row(
                 figure="idle_2000_join_worst",
@@ -202,6 +209,9 @@ def main() -> None:
                 rival="without an attack",
                 rival_value=calm_ms,
             ),
+            Row(figure="idle_2000_lost", value=idle.lost, unit="honest messages", better="lower"),
+            Row(figure="idle_2000_opened", value=idle.told["opened"], unit="sockets in all", better="higher"),
+            Row(figure="claims_200_sent", value=claims.told["taken_bytes"] / 1e6, unit="MB", better="higher"),
             Row(figure="claims_200_memory", value=claims.grown_mib, unit="MiB", better="lower"),
         ],
         chosen,

@@ -29,8 +29,8 @@ from crypto.identity import Identity
 from gossip.messages import Advert, Capacity, advert_topic, seal_advert
 
 MESHSUB = TProtocol("/meshsub/1.1.0")
-MESSAGES_PER_FRAME = 50
-PREPARED = 2_000  # messages signed before the attack; their copies follow
+MESSAGES_PER_FRAME = 100  # of some 500 bytes: nearly the largest frame that is taken
+PREPARED = 6_000  # messages signed before the attack, more than are read before the cut; their copies follow
 CLAIMED_BYTES = 1 << 30
 CLAIM_CHUNK = b"x" * 16_384
 
@@ -57,7 +57,10 @@ def published(identity: Identity, network: str, number: int, pair: KeyPair | Non
 
 
 async def gossip(address: str, seconds: float, network: str, rate: str) -> dict[str, Any]:
-    """RATE messages a second; after each cut it connects again. Returns what was sent, and when the first cut came."""
+    """RATE messages a second; after each cut it connects again.
+
+    Returns what was sent, and how long after the first message the first cut came, and how much got out until then.
+    """
     identity = Identity.make()
     pair = create_new_key_pair(identity.seed)
     frames = [
@@ -69,7 +72,8 @@ async def gossip(address: str, seconds: float, network: str, rate: str) -> dict[
         for first in range(0, PREPARED, MESSAGES_PER_FRAME)
     ]
     await ready()
-    began, sent, cuts, first_cut_s = time.monotonic(), 0, 0, None
+    began, sent, cuts = time.monotonic(), 0, 0
+    first_sent_s = first_cut_s = sent_first = None
     host = new_host(key_pair=pair, muxer_preference="YAMUX")
     async with host.run([]):
         while time.monotonic() - began < seconds:
@@ -77,16 +81,17 @@ async def gossip(address: str, seconds: float, network: str, rate: str) -> dict[
                 with trio.move_on_after(began + seconds - time.monotonic()):
                     await host.connect(info_from_p2p_addr(Multiaddr(address)))
                     stream = await host.new_stream(ID.from_base58(address.rpartition("/")[2]), [MESHSUB])
+                    first_sent_s = first_sent_s or time.monotonic()
                     while True:
                         await stream.write(frames[sent // MESSAGES_PER_FRAME % len(frames)])
                         sent += MESSAGES_PER_FRAME
                         await trio.sleep(max(0.0, sent / float(rate) - (time.monotonic() - began)))
             except (BaseLibp2pError, OSError, trio.BrokenResourceError):
                 cuts += 1
-                if first_cut_s is None and sent:
-                    first_cut_s = time.monotonic() - began
+                if first_cut_s is None and first_sent_s is not None:
+                    first_cut_s, sent_first = time.monotonic() - first_sent_s, sent
                 await trio.sleep(0.2)
-    return {"sent": sent, "cuts": cuts, "first_cut_s": first_cut_s}
+    return {"sent": sent, "cuts": cuts, "first_cut_s": first_cut_s, "sent_first": sent_first}
 
 
 async def idle(address: str, seconds: float, sockets: str, prefix: str, hosts: str) -> dict[str, Any]:

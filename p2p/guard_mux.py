@@ -45,9 +45,10 @@ class GuardedUpgrader(TransportUpgrader):  # type: ignore[misc]  # libp2p's type
     async def upgrade_connection(self, conn: Any, peer_id: Any) -> Any:
         """The multiplexed connection, not started yet."""
         muxed = await super().upgrade_connection(conn, peer_id)
-        assert muxed.stream_buffers == {}, "yamux changed: look at this workaround again"
+        assert muxed.stream_buffers == muxed.streams == {}, "yamux changed: look at this workaround again"
         muxed.stream_buffers = _Buffers(self._drops)
-        muxed.secured_conn = GuardedFrames(muxed, self._drops)
+        muxed.secured_conn = frames = GuardedFrames(muxed, self._drops)
+        muxed.streams = _Streams(frames)
         return muxed
 
 
@@ -155,6 +156,27 @@ class GuardedFrames:
             more = stream.target_recv_window - held
             stream.recv_window += more
             await stream.send_window_update(more)
+
+
+class _Streams(dict[int, Any]):
+    """yamux' table of streams, each of which opens its window again as GuardedFrames.refill says.
+
+    Around: libp2p sends an update for each read, and reads a frame's length byte by byte: of the frames on the wire of
+    a swarm that only gossips and negotiates, most were updates of a byte.
+    """
+
+    def __init__(self, frames: GuardedFrames) -> None:
+        super().__init__()
+        self._frames = frames
+
+    def __setitem__(self, number: int, stream: Any) -> None:
+        assert hasattr(stream, "_auto_tune_and_send_window_update"), "yamux changed: look at this workaround again"
+
+        async def refill(*, bytes_read: int = 0) -> None:
+            await self._frames.refill(stream)
+
+        stream._auto_tune_and_send_window_update = refill
+        super().__setitem__(number, stream)
 
 
 class _Buffers(dict[int, bytearray]):

@@ -34,6 +34,8 @@ from p2p.roster import OUTBOUND_MIN, PEERS_TARGET, REFUSED_WAIT_S, Disconnect, E
 from p2p.transport import PeerChange, Transport
 
 DIALS_MAX = 4  # at once; 256 dials at once leave py-libp2p broken (F10)
+PEERS_FEW = 8  # with so many it is well connected; the rest of its target is dialled one by one, CALM_S apart at least,
+CALM_S = 2.0  # so that of many nodes that start together each has its first peers before any has its last
 DIAL_JITTER_S = 0.2
 DIAL_TIMEOUT_S = 15.0  # the host's own limit, 10 s, comes first and says more
 CONNECT_ADDRESSES_MAX = 3  # that `connect` tries before it gives up
@@ -95,6 +97,7 @@ class Peering:
         )
         self._dialling: dict[PeerId, Address] = {}
         self._limiter = trio.CapacityLimiter(DIALS_MAX)
+        self._calm_until = float("-inf")  # with PEERS_FEW connected nobody is dialled before
         self._wake = trio.Event()
         self._duplicate = ""
         self._mdns = "off"
@@ -205,7 +208,9 @@ class Peering:
             self._reconcile(now)
             for errand in (*self._roster.tick(now), *self._roster.idle(now)):
                 nursery.start_soon(self._run_errand, errand, calls)
-            for address in self._candidates(now):
+            if candidates := self._candidates(now):
+                self._calm_until = now + CALM_S
+            for address in candidates:
                 self._dialling[address.peer] = address
                 nursery.start_soon(self._dial_later, address)
             self._wake = trio.Event()
@@ -230,18 +235,26 @@ class Peering:
     def _busy(self) -> frozenset[PeerId]:
         return frozenset(self._dialling) | frozenset(self._roster.members)
 
-    def _room(self) -> int:
-        return min(self._roster.wanted() - len(self._dialling), DIALS_MAX - len(self._dialling))
+    def _room(self, now: float) -> int:
+        """How many to dial now."""
+        busy = len(self._dialling)
+        wanted = min(self._roster.wanted() - busy, DIALS_MAX - busy)
+        few = PEERS_FEW - self._roster.ours() - busy
+        if few > 0:
+            return min(wanted, few)
+        return min(wanted, 1 - busy) if now >= self._calm_until else 0
 
     def _candidates(self, now: float) -> list[Address]:
-        room, alone = self._room(), self._roster.alone
+        room, alone = self._room(now), self._roster.alone
         if room <= 0:
             return []
         return self._book.due(now, exclude=self._busy(), groups=self._roster.groups(), alone=alone, limit=room)
 
     def _dial_deadline(self, now: float) -> float:
-        if self._room() <= 0:
+        if self._room(max(now, self._calm_until)) <= 0:
             return float("inf")
+        if self._room(now) <= 0:
+            return self._calm_until
         return self._book.deadline(now, exclude=self._busy(), alone=self._roster.alone)
 
     def _watch(self, change: PeerChange) -> None:

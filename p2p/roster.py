@@ -146,8 +146,11 @@ class Roster:
 
     def wanted(self) -> int:
         """How many more peers to dial."""
-        counted = [m for m in self._members.values() if m.phase in _OURS]
-        return max(self._target - len(counted), self._outbound_min - self.outbound(), 0)
+        return max(self._target - self.ours(), self._outbound_min - self.outbound(), 0)
+
+    def ours(self) -> int:
+        """How many of our network are connected, or about to be greeted."""
+        return sum(member.phase in _OURS for member in self._members.values())
 
     def outbound(self) -> int:
         """How many networks we dialled: a second peer of a public group adds nothing, for one owner may hold both."""

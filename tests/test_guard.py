@@ -26,7 +26,7 @@ from libp2p.stream_muxer.yamux.yamux import FLAG_SYN, TYPE_DATA, YAMUX_HEADER_FO
 from libp2p.utils import encode_varint_prefixed
 from multiaddr import Multiaddr
 
-from crypto.identity import Identity
+from crypto.identity import Identity, PeerId
 from p2p import guard
 from p2p.errors import StreamClosed, Unreachable
 from p2p.guard import Drops, guarded_stream_handler
@@ -428,6 +428,28 @@ async def test_reading_small_frames_sends_nothing_back() -> None:
             await stream.send(b"%d" % number)
         await until(lambda: len(got) == 50)
         assert socket.bytes_out - before < 50 * 20  # a window update each would be 30 bytes each
+
+
+@slow
+async def test_reading_gossip_sends_nothing_back() -> None:
+    async with node(health_interval_s=60.0) as alice, node(health_interval_s=60.0) as bob:
+        got: list[bytes] = []
+
+        def receive(_peer: PeerId, raw: bytes) -> bool:
+            got.append(raw)
+            return True
+
+        await alice.subscribe(TOPIC, lambda _peer, _raw: True)
+        await bob.subscribe(TOPIC, receive)
+        await alice.dial(bob.addresses()[0])
+        await trio.sleep(3)  # identify and the mesh
+        (conn,) = bob._swarm.get_connections()
+        socket = conn.muxed_conn.secured_conn.conn.read_writer.read_write_closer.stream
+        before = socket.bytes_out
+        for number in range(1, 51):
+            await alice.publish(TOPIC, b"%d" % number)
+            await until(lambda wanted=number: len(got) == wanted)
+        assert socket.bytes_out - before < 50 * 20  # two window updates each would be 60 bytes each
 
 
 # ---- connections ----

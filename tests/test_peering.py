@@ -27,7 +27,7 @@ from p2p.errors import BadAddress, BadFile, Refused, RemoteError, Unreachable
 from p2p.hello import INSTANCES_MAX, PROTOCOL_VERSION, RPC_PROTOCOL, Hello, Instances, objection, read_hello, to_value
 from p2p.loopback import Faults, LoopbackNetwork
 from p2p.mdns import Sighting
-from p2p.peering import DIALS_MAX, RECONCILE_S, SAVE_AGAIN_S, SAVE_EVERY_S
+from p2p.peering import CALM_S, DIALS_MAX, PEERS_FEW, RECONCILE_S, SAVE_AGAIN_S, SAVE_EVERY_S
 from p2p.roster import PINGS_MISSED_MAX, REFUSED_WAIT_S, Roster
 from p2p.rpc import Call, encode_frame
 from p2p.transport import Transport
@@ -373,6 +373,17 @@ async def test_no_more_than_four_dials_at_once(autojump_clock: MockClock, swarm:
             nursery.start_soon(node.peering.connect, other.id)
     await until(lambda: len(node.peering.peers()) == 12)
     assert most == DIALS_MAX
+
+
+async def test_with_a_few_peers_it_dials_the_others_one_by_one(autojump_clock: MockClock, swarm: Swarm) -> None:
+    others = [await swarm.start(peers_target=0, outbound_min=0) for _ in range(PEERS_FEW + 3)]
+    began = trio.current_time()
+    node = await swarm.start(*(other.address for other in others))
+    await until(lambda: len(node.peering.peers()) >= PEERS_FEW)
+    assert trio.current_time() - began < CALM_S
+    for more in range(1, 4):
+        await until(lambda wanted=more: len(node.peering.peers()) >= PEERS_FEW + wanted)
+        assert trio.current_time() - began >= more * CALM_S
 
 
 async def test_connect_reaches_a_known_peer_and_says_why_it_cannot(autojump_clock: MockClock, swarm: Swarm) -> None:
