@@ -122,6 +122,7 @@ class Roster:
         self._target = target
         self._outbound_min = outbound_min
         self.is_busy: Callable[[PeerId], bool] = lambda _peer: False
+        self.calm_until = float("-inf")  # with a few peers connected nobody is dialled before
         self._members: dict[PeerId, Member] = {}
         self._refusals: OrderedDict[PeerId, Refusal] = OrderedDict()
 
