@@ -97,7 +97,6 @@ class Peering:
         )
         self._dialling: dict[PeerId, Address] = {}
         self._limiter = trio.CapacityLimiter(DIALS_MAX)
-        self._calm_until = float("-inf")  # with PEERS_FEW connected nobody is dialled before
         self._wake = trio.Event()
         self._duplicate = ""
         self._mdns = "off"
@@ -204,7 +203,7 @@ class Peering:
             for errand in self._roster.tick(now):
                 nursery.start_soon(self._run_errand, errand, calls)
             if candidates := self._candidates(now):
-                self._calm_until = now + CALM_S
+                self._roster.calm_until = now + CALM_S
             for address in candidates:
                 self._dialling[address.peer] = address
                 nursery.start_soon(self._dial_later, address)
@@ -237,7 +236,7 @@ class Peering:
         few = PEERS_FEW - self._roster.ours() - busy
         if few > 0:
             return min(wanted, few)
-        return min(wanted, 1 - busy) if now >= self._calm_until else 0
+        return min(wanted, 1 - busy) if now >= self._roster.calm_until else 0
 
     def _candidates(self, now: float) -> list[Address]:
         room, alone = self._room(now), self._roster.alone
@@ -246,10 +245,10 @@ class Peering:
         return self._book.due(now, exclude=self._busy(), groups=self._roster.groups(), alone=alone, limit=room)
 
     def _dial_deadline(self, now: float) -> float:
-        if self._room(max(now, self._calm_until)) <= 0:
+        if self._room(max(now, self._roster.calm_until)) <= 0:
             return float("inf")
         if self._room(now) <= 0:
-            return self._calm_until
+            return self._roster.calm_until
         return self._book.deadline(now, exclude=self._busy(), alone=self._roster.alone)
 
     def _watch(self, change: PeerChange) -> None:

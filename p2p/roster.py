@@ -115,6 +115,7 @@ class Roster:
         self._rng = rng
         self._target = target
         self._outbound_min = outbound_min
+        self.calm_until = float("-inf")  # with a few peers connected nobody more is dialled before
         self._members: dict[PeerId, Member] = {}
         self._refusals: OrderedDict[PeerId, Refusal] = OrderedDict()
 
