@@ -188,7 +188,7 @@ def main() -> None:
             Row(
                 figure="gossip_out_until_cut",
                 value=flood.told["sent_first"] / flood.told["first_cut_s"],
-                unit="messages/s; 10,000 were offered, the rest waits for the victim's window",
+                unit="messages/s of 10,000 offered",
                 better="higher",
             ),
             Row(figure="gossip_lost", value=flood.lost, unit="honest messages", better="lower"),
