@@ -39,6 +39,7 @@ from p2p.transport import Stream, Transport
 
 ANSWER_S = 5.0  # for one question, both ends
 SAMPLE_JITTER = 0.3
+ANY = ""  # no model has this name
 
 
 class Finder:
@@ -57,30 +58,38 @@ class Finder:
         self._transport, self._directory, self._hearing = transport, directory, hearing
         self._own, self._rng, self._now_ms = own, rng, now_ms
         self._searches = Searches()
-        self._under_way: dict[str, trio.Event] = {}
+        self._under_way: dict[str | None, trio.Event] = {}
+        self._came = trio.lowlevel.ParkingLot()
 
-    async def find(self, model: str) -> bool:
-        """Learn of peers that serve a model; whether some are known then. At most SEARCH_S.
+    async def find(self, model: str | None) -> bool:
+        """Learn of peers that serve a model, None: any; whether some are known then. At most SEARCH_S.
 
-        Who asks for the same meanwhile waits for the same search. If cancelled, what was learnt stays.
+        A node that has no neighbour yet, for it has just started, waits for one. Who asks for the same meanwhile waits
+        for the same search. If cancelled, what was learnt stays.
         """
         if (other := self._under_way.get(model)) is not None:
             await other.wait()
             return self._knows(model)
         now = trio.current_time()
-        if self._knows(model) or not self._searches.may_search(model, now):
+        if self._knows(model) or not self._searches.may_search(model or ANY, now):
             await trio.lowlevel.checkpoint()
             return self._knows(model)
         done = self._under_way[model] = trio.Event()
         try:
             with trio.move_on_after(SEARCH_S):
+                while not self._neighbours():
+                    await self._came.park()
                 await self._search(Find(model=model, limit=FOUND_ADVERTS, onward=True), self._neighbours(), ASKED_MAX)
             if not self._knows(model):
-                self._searches.not_found(model, trio.current_time())
+                self._searches.not_found(model or ANY, trio.current_time())
         finally:
             del self._under_way[model]
             done.set()
         return self._knows(model)
+
+    def peer_came(self) -> None:
+        """A peer has connected."""
+        self._came.unpark_all()
 
     async def answer(self, stream: Stream) -> None:
         """A peer asks."""
@@ -131,7 +140,7 @@ class Finder:
         async def ask() -> None:
             while (peer := search.next()) is not None:
                 await self._ask(peer, find)
-                search.answered(is_found=self._knows(find.model or ""))
+                search.answered(is_found=self._knows(find.model))
             if search.is_over:
                 nursery.cancel_scope.cancel()
 
@@ -164,5 +173,6 @@ class Finder:
         self._rng.shuffle(peers)
         return peers
 
-    def _knows(self, model: str) -> bool:
-        return bool(self._directory.offers(trio.current_time(), model=model))
+    def _knows(self, model: str | None) -> bool:
+        offers = self._directory.offers(trio.current_time(), model=model)
+        return any(offer.capacity.models for offer in offers)

@@ -148,8 +148,11 @@ class GossipService:
         now = trio.current_time()
         return rank(need, self.directory.offers(now), self.observations, now, self._rng)
 
-    async def find(self, model: str) -> bool:
-        """Ask peers who serves a model that no known peer serves; whether some are known then. Takes a few seconds."""
+    async def find(self, model: str | None) -> bool:
+        """Ask peers who serves a model that no known peer serves, None: any; whether some are known then.
+
+        Takes a few seconds at most.
+        """
         return await self._finder.find(model)
 
     def blame(self, peer: PeerId, fault: Fault, reason: str) -> None:
@@ -251,6 +254,7 @@ class GossipService:
         if verdict is not Verdict.FINE:
             self._hearing.enforce(change.peer, verdict, "what it did before")
             return
+        self._finder.peer_came()
         self._own.pace.joined(now, len(self._transport.peers()))
         self._woken.set()
         try:

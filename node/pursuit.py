@@ -76,9 +76,9 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Seek:
-    """Ask the network who serves a model, then look again."""
+    """Ask the network who serves a model, None: any, then look again."""
 
-    model: str
+    model: str | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,9 +103,9 @@ class Pursuit(Generic[H]):
             raise self.last_error or PeerFailed("no attempt was made")
         target = self._choose()
         if isinstance(target, WhyNot):
-            if (model := self._unknown_model(target)) is not None:
+            if self._may_seek(target):
                 self.has_sought = True
-                return Seek(model)
+                return Seek(self._model())
             if self.started is None or target.why is not Why.ALL_FULL:
                 raise self._nobody(target)
             return Wait(FULL_WAIT_S)  # half an answer is worth a wait
@@ -170,12 +170,10 @@ class Pursuit(Generic[H]):
             return here
         return ranking if isinstance(ranking, WhyNot) else ranking[0]
 
-    def _unknown_model(self, why: WhyNot) -> str | None:
-        """The model that nobody known serves, when others may know somebody."""
+    def _may_seek(self, why: WhyNot) -> bool:
+        """Whether nobody known serves it, and others may know somebody."""
         is_ours_to_find = self.route.route is not Route.LOCAL and self.route.peer is None
-        if self.has_sought or why.why is not Why.NONE_SERVES or not is_ours_to_find:
-            return None
-        return self._model()
+        return not self.has_sought and why.why is Why.NONE_SERVES and is_ours_to_find
 
     def _here(self) -> H | None:
         """The engine here, if the client lets it answer, it can, and it has not failed this request."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from crypto.identity import PeerId
-from gossip.finder import ANSWER_S, SAMPLE_JITTER
+from gossip.finder import ANSWER_S, ANY, SAMPLE_JITTER
 from gossip.finding import (
     ASKED_MAX,
     FOUND_ADVERTS,
@@ -29,6 +29,9 @@ from tests.simulator_net import Link, Timer
 
 if TYPE_CHECKING:
     from tests.simulator_node import Process
+
+
+LOOK_S = 0.1
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +57,7 @@ class Finder:
     def __init__(self, process: Process) -> None:
         self._process = process
         self._searches = Searches()
-        self._under_way: dict[str, list[Callable[[], None]]] = {}
+        self._under_way: dict[str | None, list[Callable[[], None]]] = {}
         self._open: dict[Question, None] = {}
         self.searches = 0  # of our own clients' making
         self.found = 0
@@ -62,13 +65,13 @@ class Finder:
     def begin(self) -> None:
         self._process.after(SAMPLE_S * self._process.rng.uniform(1 - SAMPLE_JITTER, 1 + SAMPLE_JITTER), self._sample)
 
-    def find(self, model: str, then: Callable[[], None]) -> None:
+    def find(self, model: str | None, then: Callable[[], None]) -> None:
         """Call `then` when somebody is known, or nobody will be."""
         process = self._process
         if model in self._under_way:
             self._under_way[model].append(then)
             return
-        if self._knows(model) or not self._searches.may_search(model, process.now):
+        if self._knows(model) or not self._searches.may_search(model or ANY, process.now):
             process.after(0.0, then)
             return
         self.searches += 1
@@ -76,13 +79,20 @@ class Finder:
 
         def over() -> None:
             if not self._knows(model):
-                self._searches.not_found(model, process.now)
+                self._searches.not_found(model or ANY, process.now)
             self.found += self._knows(model)
             for waiting in self._under_way.pop(model):
                 process.after(0.0, waiting)
 
-        find = Find(model=model, limit=FOUND_ADVERTS, onward=True)
-        self._search(find, Search(self._neighbours(), ASKED_MAX), SEARCH_S, over)
+        find, until = Find(model=model, limit=FOUND_ADVERTS, onward=True), process.now + SEARCH_S
+
+        def begin() -> None:
+            if self._neighbours() or process.now >= until:
+                self._search(find, Search(self._neighbours(), ASKED_MAX), max(0.0, until - process.now), over)
+            else:  # it has just started: the first neighbour is waited for
+                process.after(LOOK_S, begin)
+
+        begin()
 
     def asked(self, link: Link, raw: bytes, question: object) -> None:
         process, find = self._process, find_of(raw)
@@ -149,7 +159,7 @@ class Finder:
                 then()
 
         def answered() -> None:
-            search.answered(is_found=self._knows(find.model or ""))
+            search.answered(is_found=self._knows(find.model))
             go()
 
         def go() -> None:
@@ -180,5 +190,6 @@ class Finder:
         self._process.rng.shuffle(peers)
         return peers
 
-    def _knows(self, model: str) -> bool:
-        return bool(self._process.directory.offers(self._process.now, model=model))
+    def _knows(self, model: str | None) -> bool:
+        offers = self._process.directory.offers(self._process.now, model=model)
+        return any(offer.capacity.models for offer in offers)

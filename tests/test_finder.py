@@ -107,6 +107,33 @@ async def test_nobody_knows_and_the_next_question_costs_nothing(
         assert len([find for find in stranger.asked if find.model]) == 2
 
 
+async def test_a_node_that_has_just_started_waits_for_its_first_neighbour(
+    network: LoopbackNetwork, autojump_clock: MockClock
+) -> None:
+    async with node(network) as door, node(network) as server:
+        server.gossip.offer(CAPACITY)
+        async with trio.open_nursery() as nursery:
+
+            async def ask(model: str | None) -> None:
+                began = trio.current_time()
+                assert await door.gossip.find(model)
+                assert 1.0 <= trio.current_time() - began < 1.5
+
+            nursery.start_soon(ask, "tale")
+            nursery.start_soon(ask, None)
+            await trio.sleep(1.0)
+            await connect(door, server)
+
+
+async def test_a_node_that_stays_alone_says_so_in_time(network: LoopbackNetwork, autojump_clock: MockClock) -> None:
+    async with node(network) as alone:
+        began = trio.current_time()
+        assert not await alone.gossip.find(None)
+        assert trio.current_time() - began == SEARCH_S
+        assert not await alone.gossip.find(None)
+        assert trio.current_time() - began == SEARCH_S  # the next one is told at once
+
+
 async def test_those_who_ask_for_the_same_wait_together(network: LoopbackNetwork, autojump_clock: MockClock) -> None:
     stranger = Stranger(closes=False)
     async with node(network) as here, network.join(Identity.make()) as there:

@@ -71,9 +71,11 @@ def test_where_the_client_chose_nobody_else_is_searched_for(route: RouteHint) ->
         pursuit(Around(), route).step()
 
 
-def test_without_a_name_there_is_nothing_to_search_for() -> None:
+def test_without_a_name_any_model_is_searched_for() -> None:
+    one = pursuit(Around(), model=None)
+    assert one.step() == Seek(None)
     with pytest.raises(UnknownModel):
-        pursuit(Around(), model=None).step()
+        one.step()
 
 
 def test_full_peers_are_known_peers() -> None:
