@@ -39,6 +39,7 @@ from p2p.transport import Stream, Transport
 
 ANSWER_S = 5.0  # for one question, both ends
 SAMPLE_JITTER = 0.3
+LOOK_S = 0.1  # between looks whether gossip has brought what is searched for
 ANY = ""  # no model has this name
 
 
@@ -134,7 +135,7 @@ class Finder:
         return known[: find.limit]
 
     async def _search(self, find: Find, peers: list[PeerId], limit: int) -> None:
-        """Ask one peer after the other, a few at once, until the model is known."""
+        """Ask one peer after the other, a few at once, until the model is known, from them or by gossip."""
         search = Search(peers, limit)
 
         async def ask() -> None:
@@ -144,7 +145,13 @@ class Finder:
             if search.is_over:
                 nursery.cancel_scope.cancel()
 
+        async def look() -> None:
+            while not self._knows(find.model):  # noqa: ASYNC110  # of a core that knows no trio
+                await trio.sleep(LOOK_S)
+            nursery.cancel_scope.cancel()
+
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
             for _ in range(ASKED_AT_ONCE):
                 nursery.start_soon(ask)
 

@@ -147,6 +147,22 @@ async def test_those_who_ask_for_the_same_wait_together(network: LoopbackNetwork
         assert len(stranger.asked) == 1
 
 
+async def test_a_search_ends_when_gossip_brings_what_it_is_for(
+    network: LoopbackNetwork, autojump_clock: MockClock
+) -> None:
+    async with node(network) as here, node(network) as server, network.join(Identity.make()) as silent:
+        silent.serve(FIND_PROTOCOL, Stranger(closes=False))
+        await here.transport.dial(silent.addresses()[0])
+        await connect(here, server)
+        await trio.sleep(3.0)
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(here.gossip.find, "tale")
+            await trio.sleep(1.0)
+            server.gossip.offer(CAPACITY)
+        assert 1.0 <= trio.current_time() - began < 2.0 < SEARCH_S
+
+
 async def test_a_search_that_is_given_up_leaves_nothing(network: LoopbackNetwork, autojump_clock: MockClock) -> None:
     stranger = Stranger(closes=False)
     async with node(network) as here, network.join(Identity.make()) as there:
