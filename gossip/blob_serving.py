@@ -18,7 +18,6 @@ import trio
 
 from crypto.digest import Digest, digest
 from crypto.identity import PeerId
-from gossip.allowance import Allowance
 from gossip.blob_files import Reader, Source
 from gossip.blob_wire import (
     HEAD_BYTES,
@@ -32,6 +31,7 @@ from gossip.blob_wire import (
     within,
 )
 from gossip.errors import LocalProtocolError, RemoteProtocolError
+from p2p.allowance import Allowance
 from p2p.errors import P2PError, StreamClosed, Unreachable
 from p2p.transport import Stream, StreamHandler
 

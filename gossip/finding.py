@@ -19,7 +19,7 @@ from crypto.errors import BadEncoding
 from crypto.identity import PeerId
 from gossip.errors import RemoteProtocolError
 from gossip.messages import Name
-from gossip.pace import Buckets
+from p2p.allowance import Buckets
 
 FIND_PROTOCOL = "/openagi/find/1"  # one question, then adverts, one a frame, then the end
 FIND_ADVERTS_MAX = 32  # in one answer

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from gossip.messages import ADVERT_LIFE_MS, ADVERT_LIFE_MS_MAX
-from gossip.pace import Buckets
+from p2p.allowance import Buckets
 
 HEARD_PER_S = 5.0  # one costs 7 to 15 ms with all its copies (NETWORK.md section 3)
 CROWDED_PER_S = 1.0  # when not all adverts can reach everybody, passing them on far is worth little

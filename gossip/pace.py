@@ -2,19 +2,18 @@
 
 Rules: core. An advert goes out when its capacity changed in a way that matters to routing, at most one each
 INTERVAL_S; each REFRESH_S in any case; and soon after a peer joined, twice, because a new neighbour is not in the
-gossip mesh at once. In a crowd both times are stretched (gossip/flow.py). A bucket is asked before anything costly is
-done for a stranger; buckets are bounded in number.
+gossip mesh at once. In a crowd both times are stretched (gossip/flow.py). How much is
+listened to is asked before anything costly is done for a stranger.
 Source: SECURITY.md P5 and section 5 "Rate limits"; NETWORK.md rule 4; ITU-T I.371 (leaky bucket).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable
-from dataclasses import dataclass
 
 from crypto.identity import PeerId
 from gossip.messages import GOODBYE, Capacity
+from p2p.allowance import Buckets
 
 INTERVAL_S = 1.0
 REFRESH_S = 10.0  # a third of an advert's life
@@ -84,38 +83,6 @@ def matters(before: Capacity, after: Capacity) -> bool:
 
 def _load(capacity: Capacity) -> int:
     return capacity.slots_total - capacity.slots_free + capacity.queue_length
-
-
-@dataclass(slots=True)
-class _Bucket:
-    tokens: float
-    at_s: float
-
-
-class Buckets:
-    """One token bucket for each key; a key that was not heard of for long is forgotten, which only fills its bucket."""
-
-    def __init__(self, *, rate_per_s: float, burst: float, keys_max: int = 4096) -> None:
-        assert rate_per_s > 0
-        assert burst >= 1
-        self._rate_per_s, self._burst, self._keys_max = rate_per_s, burst, keys_max
-        self._buckets: dict[Hashable, _Bucket] = {}  # least recently used first
-
-    def take(self, key: Hashable, now: float) -> bool:
-        """Take one token; False when there is none."""
-        bucket = self._buckets.pop(key, None) or _Bucket(self._burst, now)
-        self._buckets[key] = bucket
-        if len(self._buckets) > self._keys_max:
-            del self._buckets[next(iter(self._buckets))]
-        bucket.tokens = min(self._burst, bucket.tokens + max(0.0, now - bucket.at_s) * self._rate_per_s)
-        bucket.at_s = now
-        if bucket.tokens < 1.0:
-            return False
-        bucket.tokens -= 1.0
-        return True
-
-    def __len__(self) -> int:
-        return len(self._buckets)
 
 
 class OwnAdvert:

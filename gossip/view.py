@@ -54,15 +54,12 @@ def surplus(
 
 def rarest(offers: Collection[Offer], limit: int, preference: Preference) -> list[PeerId]:
     """At most `limit` of the peers that serve a model which few serve, in this node's own order."""
-    serving = Counter(name for offer in offers for name in _names(offer))
-    rare = [offer.peer for offer in offers if any(serving[name] <= RARE_PEERS_MAX for name in _names(offer))]
-    return sorted(rare, key=preference)[:limit]
+    return sorted(_rare(offers), key=preference)[:limit]
 
 
 def sample(offers: Collection[Offer], limit: int, rng: random.Random) -> list[PeerId]:
     """At most `limit` peers to tell another node of: up to half of them for rare models, the rest as chance has it."""
-    serving = Counter(name for offer in offers for name in _names(offer))
-    rare = [offer.peer for offer in offers if any(serving[name] <= RARE_PEERS_MAX for name in _names(offer))]
+    rare = _rare(offers)
     chosen = dict.fromkeys(rng.sample(rare, min(len(rare), limit // 2)))
     others = [offer.peer for offer in offers if offer.peer not in chosen]
     chosen |= dict.fromkeys(rng.sample(others, min(len(others), limit - len(chosen))))
@@ -85,6 +82,11 @@ def served_models(offers: Iterable[Offer]) -> tuple[ServedModel, ...]:
                 embeds=model.embeds or (row is not None and row.embeds),
             )
     return tuple(rows[key] for key in sorted(rows))
+
+
+def _rare(offers: Collection[Offer]) -> list[PeerId]:
+    serving = Counter(name for offer in offers for name in _names(offer))
+    return [offer.peer for offer in offers if any(serving[name] <= RARE_PEERS_MAX for name in _names(offer))]
 
 
 def _names(offer: Offer) -> set[str]:

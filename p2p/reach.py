@@ -24,6 +24,7 @@ from msgspec import Meta, Struct
 from crypto.canonical import Value
 from crypto.identity import PeerId
 from p2p.address import Scope
+from p2p.allowance import Buckets
 from p2p.errors import RemoteProtocolError
 
 PORTS_MAX = 4  # of one ask
@@ -239,16 +240,13 @@ class DialBacks:
 
     def __init__(self) -> None:
         self._asked: OrderedDict[str, float] = OrderedDict()
-        self._tokens, self._at = ANSWERS_BURST, 0.0
+        self._all = Buckets(rate_per_s=ANSWERS_PER_S, burst=ANSWERS_BURST)
 
     def may(self, group: str, now: float) -> bool:
         """Whether to answer an ask from that network now."""
         last = self._asked.get(group)
-        self._tokens = min(ANSWERS_BURST, self._tokens + (now - self._at) * ANSWERS_PER_S)
-        self._at = now
-        if self._tokens < 1.0 or (last is not None and now - last < ANSWER_EVERY_S):
+        if (last is not None and now - last < ANSWER_EVERY_S) or not self._all.take("all", now):
             return False
-        self._tokens -= 1.0
         self._asked[group] = now
         self._asked.move_to_end(group)
         if len(self._asked) > ASKERS_MAX:

@@ -11,10 +11,11 @@ its 128 KiB and 2 minutes a circuit are for hole punching only, ours carry reque
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from dataclasses import dataclass
 
 from crypto.identity import PeerId
+from p2p.allowance import Allowance, Buckets
 
 ASKERS_MAX = 1024  # peers whose rate of requests is remembered; the longest unheard is forgotten
 ASKS_BURST = 8.0  # reserve and connect requests of one peer
@@ -79,8 +80,8 @@ class RelayDesk:
         self.offered = offered
         self._places: dict[PeerId, _Place] = {}
         self._circuits: set[Circuit] = set()
-        self._asks: OrderedDict[PeerId, tuple[float, float]] = OrderedDict()  # tokens, when counted
-        self._free_at = 0.0  # when all that was carried so far is paid for, at bytes_per_s
+        self._asks = Buckets(rate_per_s=ASKS_PER_S, burst=ASKS_BURST, keys_max=ASKERS_MAX)
+        self._bytes = Allowance(limits.bytes_per_s, limits.burst_bytes)
         self._circuits_total = 0
         self._bytes_total = 0
         self._refused: Counter[str] = Counter()
@@ -90,7 +91,7 @@ class RelayDesk:
         self._expire(now)
         if not self.offered:
             return self._no("relay_off")
-        if not self._may_ask(peer, now):
+        if not self._asks.take(peer, now):
             return self._no("relay_rate")
         if peer not in self._places:
             if len(self._places) >= self.limits.reservations_max:
@@ -105,7 +106,7 @@ class RelayDesk:
     def open(self, source: PeerId, target: PeerId, now: float) -> Circuit | No:
         """A circuit between two peers; the caller closes it whatever happens."""
         self._expire(now)
-        if not self._may_ask(source, now):
+        if not self._asks.take(source, now):
             return self._no("relay_rate")
         if target not in self._places:
             return self._no("relay_no_reservation")
@@ -136,8 +137,7 @@ class RelayDesk:
             return self._no("relay_circuit_bytes")
         circuit.bytes_left -= size
         self._bytes_total += size
-        self._free_at = max(now, self._free_at) + size / self.limits.bytes_per_s
-        return max(0.0, self._free_at - now - self.limits.burst_bytes / self.limits.bytes_per_s)
+        return self._bytes.spend(size, now)
 
     def overdue(self) -> None:
         """A circuit reached the end of its time."""
@@ -163,14 +163,6 @@ class RelayDesk:
             bytes_total=self._bytes_total,
             refused=dict(self._refused),
         )
-
-    def _may_ask(self, peer: PeerId, now: float) -> bool:
-        tokens, at = self._asks.pop(peer, (ASKS_BURST, now))
-        tokens = min(ASKS_BURST, tokens + (now - at) * ASKS_PER_S)
-        self._asks[peer] = (max(0.0, tokens - 1.0), now)
-        if len(self._asks) > ASKERS_MAX:
-            self._asks.popitem(last=False)
-        return tokens >= 1.0
 
     def _expire(self, now: float) -> None:
         for peer in [peer for peer, place in self._places.items() if place.until <= now]:

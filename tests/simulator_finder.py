@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from crypto.identity import PeerId
-from gossip.finder import ANSWER_S, ANY, SAMPLE_JITTER
+from gossip.finder import ANSWER_S, ANY, LOOK_S, SAMPLE_JITTER
 from gossip.finding import (
     ASKED_MAX,
     FOUND_ADVERTS,
@@ -29,9 +29,6 @@ from tests.simulator_net import Link, Timer
 
 if TYPE_CHECKING:
     from tests.simulator_node import Process
-
-
-LOOK_S = 0.1
 
 
 @dataclass(slots=True, eq=False)
@@ -168,8 +165,15 @@ class Finder:
             if search.is_over:
                 over()
 
+        def look() -> None:
+            if self._knows(find.model):
+                over()
+            elif not is_over:
+                self._process.after(LOOK_S, look)
+
         timer = self._process.after(seconds, over)
         go()
+        look()
 
     def _ask(self, peer: PeerId, find: Find, then: Callable[[], None]) -> None:
         link = self._process.links.get(peer)

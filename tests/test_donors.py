@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crypto.identity import PeerId
-from gossip.allowance import Allowance
 from gossip.blob_wire import Here, Piece, Refusal, decode_answer
 from gossip.donors import CANDIDATES_MAX, REASON_CHARS_MAX, TOLD_MAX, Donors, DonorsConfig
 from gossip.errors import RemoteProtocolError
+from p2p.allowance import Allowance
 
 ALICE, BOB, EVE = PeerId("alice"), PeerId("bob"), PeerId("eve")
 CONFIG = DonorsConfig(donors_max=2, pause_s=1.0, pause_s_max=4.0, patience_s=60.0)

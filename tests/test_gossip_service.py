@@ -20,11 +20,12 @@ from crypto.identity import Identity, PeerId
 from gossip.directory import FLOOR_KEEP_S
 from gossip.errors import LocalProtocolError
 from gossip.messages import Advert, seal_advert
-from gossip.pace import FEW_NEIGHBOURS, INTERVAL_S, JOINED_AGAIN_S, JOINED_S, REFRESH_S, AdvertPace, Buckets, matters
+from gossip.pace import FEW_NEIGHBOURS, INTERVAL_S, JOINED_AGAIN_S, JOINED_S, REFRESH_S, AdvertPace, matters
 from gossip.routing import Need, WhyNot
 from gossip.saved import FILE_BYTES_MAX, SAVE_S, Keeper, SavedState
 from gossip.service import ADVERTS_PROTOCOL, GOODBYE_S, GossipService
 from gossip.standing import Fault, SavedBan, Verdict
+from p2p.allowance import Buckets
 from p2p.errors import Unreachable
 from p2p.loopback import LoopbackNetwork, LoopbackTransport
 from p2p.loopback_wire import Faults

@@ -57,7 +57,7 @@ CORES = (
     "gossip/transfer.py",
     "gossip/blob_wire.py",
     "gossip/donors.py",
-    "gossip/allowance.py",
+    "p2p/allowance.py",
     "p2p/admission.py",
     "p2p/roster.py",
     "p2p/neighbours.py",

@@ -12,11 +12,11 @@ from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
 from crypto.identity import PeerId
-from gossip.pace import Buckets
 from gossip.standing import PEERS_MAX as SCORES_MAX
 from gossip.standing import Fault, Standing
 from p2p.address import Address, Scope
 from p2p.admission import GROUPS_MAX, Admission, Ticket
+from p2p.allowance import Buckets
 from p2p.book import PEERS_MAX as BOOK_PEERS_MAX
 from p2p.book import Book, Source
 from p2p.guard import Drops
