@@ -1,0 +1,137 @@
+"""Where a run's history stands, and what a member has of the round to come; whether a record proves its round.
+
+Rules: core. A RoundState belongs to one Averaging, which alone changes it, and is thrown away with its round.
+Source: TRAINING.md 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from crypto.digest import Digest
+from crypto.identity import PeerId
+from gossip.agreement import Agreement, Decided, Value
+from gossip.electors import Electors
+from gossip.errors import RemoteProtocolError
+from gossip.gathering import Gathering
+from gossip.rounds import Body, Committed, Manifest, Precommit, Statement
+
+NEVER = float("inf")
+
+
+class Phase(StrEnum):
+    """Where a member stands in its round."""
+
+    WORKING = "working"  # own work, and that of others, comes in
+    AGREEING = "agreeing"  # closed here: reports and votes
+    APPLYING = "applying"  # committed; the owner changes the weights
+    OVER = "over"  # nobody votes any more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """Where a run's history stands: `round` is the one to come after `base`."""
+
+    run: bytes
+    round: int
+    base: bytes
+    electors: Electors
+
+    def after(self, manifest: Manifest) -> Chain:
+        """The history that ends with this manifest."""
+        return Chain(
+            run=self.run, round=self.round + 1, base=manifest.next_base, electors=self.electors.after(manifest)
+        )
+
+    def names(self, body: Body | Manifest) -> bool:
+        """Whether this is said of the round to come, after this very history."""
+        return (body.run, body.round, body.base) == (self.run, self.round, self.base)
+
+
+@dataclass(slots=True, kw_only=True)
+class RoundState:
+    """One round, as this member has it. Times are monotonic seconds."""
+
+    chain: Chain
+    gathering: Gathering
+    agreement: Agreement
+    phase: Phase = Phase.WORKING
+    statements: dict[Digest, Statement] = field(default_factory=dict)
+    first: dict[tuple[PeerId, type, int], Statement] = field(default_factory=dict)
+    accused: set[PeerId] = field(default_factory=set)
+    said: list[Statement] = field(default_factory=list)  # by this member
+    has_forgotten: bool = False  # its disk lost what it said: it is silent until the round is over
+    said_kept: int = 0  # how many of them are on disk
+    manifests: dict[Digest, Manifest] = field(default_factory=dict)
+    unjudged: dict[Value, PeerId] = field(default_factory=dict)  # what others proposed, and who
+    fetching: set[Digest] = field(default_factory=set)
+    offered_view: int = -1
+    reports_at: float = NEVER  # when there were reports of a quorum
+    propose_at: float = NEVER
+    resay_s: float = 0.0
+    resay_at: float = NEVER
+    ask_at: float = 0.0
+    committed: Committed | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is still to be decided here."""
+        return self.phase in (Phase.WORKING, Phase.AGREEING)
+
+    def has_said(self, kind: type) -> bool:
+        """Whether this member made such a statement."""
+        return any(isinstance(each.body, kind) for each in self.said)
+
+    def proof_of(self, decided: Decided) -> tuple[Statement, ...]:
+        """The precommits that decided it."""
+        voters = self.agreement.precommitted(decided.manifest, decided.view)
+        return tuple(
+            each
+            for each in self.statements.values()
+            if isinstance(each.body, Precommit)
+            and each.sender in voters
+            and (each.body.view, each.body.manifest) == (decided.view, decided.manifest)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AveragingStatistics:
+    """The round now, and counts since start."""
+
+    round: int
+    phase: Phase
+    view: int
+    voters: tuple[PeerId, ...]
+    present: tuple[PeerId, ...]  # voters whose part is here
+    refused: dict[PeerId, str]
+    committed: int
+    drops: dict[str, int]
+
+
+def slot_of(statement: Statement) -> tuple[PeerId, type, int]:
+    """Of what a member may make one statement only."""
+    return statement.sender, type(statement.body), getattr(statement.body, "view", 0)
+
+
+def checked_record(committed: Committed, chain: Chain) -> None:
+    """Return when a quorum of the voters precommitted this manifest in one view. Raises RemoteProtocolError."""
+    manifest, voters, views = committed.manifest, set[PeerId](), set[int]()
+    if not chain.names(manifest):
+        raise RemoteProtocolError(
+            f"a record of round {manifest.round} came, wanted round {chain.round} of this history"
+        )
+    wanted = manifest.id
+    for vote in committed.votes:
+        body = vote.body
+        if not isinstance(body, Precommit) or not chain.names(body) or body.manifest != wanted:
+            raise RemoteProtocolError(f"a record of round {manifest.round} has a vote for something else")
+        if not chain.electors.is_voter(vote.sender):
+            raise RemoteProtocolError(f"a record of round {manifest.round} has a vote of {vote.sender}, who has none")
+        voters.add(vote.sender)
+        views.add(body.view)
+    if len(views) != 1 or len(voters) < chain.electors.quorum:
+        raise RemoteProtocolError(
+            f"a record of round {manifest.round} has votes of {len(voters)} voters in {len(views)} views, wanted"
+            f" {chain.electors.quorum} in one"
+        )
