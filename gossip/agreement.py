@@ -4,27 +4,28 @@ Rules: core. Two honest voters never decide differently, whatever is lost, late,
 liars; one decision comes once messages arrive within the time-outs, which grow from view to view. A voter locks on a
 manifest before it precommits it, and gives the lock up only for a quorum of prevotes in a later view. What a voter has
 said it never says otherwise, also after a restart: `save()` is to be kept before what `said` holds goes out. Votes name
-a manifest by its digest; whether it is sound is told by `judge`. Who does not vote decides by the votes of others.
+a manifest by its digest; whether it is sound is told by `judge`. Who does not vote decides by the votes of others. A
+liar's votes for several manifests count for each of them, since another voter may have seen one of them only. That it
+ends needs members who ask each other, from time to time, for all that they heard: a liar may tell one voter only.
 Source: Buchman, Kwon, Milosevic, "The latest gossip on BFT consensus" (arXiv 1807.04938), algorithm 1: its lines are
 named at the rules here.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 
 from crypto.digest import Digest
 from crypto.identity import PeerId
+from gossip.ballots import NOBODY, Tally
 from gossip.electors import Electors, liars_max
 from gossip.rounds import VIEWS_MAX, Precommit, Prevote, Proposal, Vote
 
 VIEWS_AHEAD_MAX = 16  # votes for views further ahead are not kept, only that their sender is there
 VIEWS_KEPT_MAX = 1024
 GROWTH_S_MAX = 60.0
-NOBODY = Digest(b"")  # stands for "no manifest" in tallies
 
 
 class Step(IntEnum):
@@ -86,6 +87,14 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class Lack:
+    """This proposer says that a manifest had a quorum of prevotes in a view; they are not here: get them from it."""
+
+    proposer: PeerId
+    valid_view: int
+
+
+@dataclass(frozen=True, slots=True)
 class Decided:
     """It is committed: a quorum precommitted it in this view."""
 
@@ -93,7 +102,7 @@ class Decided:
     view: int
 
 
-Effect = Say | Check | Decided
+Effect = Say | Check | Lack | Decided
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,13 +117,12 @@ class Place:
 
 
 @dataclass(slots=True)
-class _Tally:
-    """What was heard of each view."""
+class _Clock:
+    """The time of one view: when it began, when each step is given up, whether its proposer was asked for a proof."""
 
-    proposals: dict[int, Proposal] = field(default_factory=dict)
-    prevotes: defaultdict[int, dict[PeerId, Digest]] = field(default_factory=lambda: defaultdict(dict))
-    precommits: defaultdict[int, dict[PeerId, Digest]] = field(default_factory=lambda: defaultdict(dict))
-    reached: dict[PeerId, int] = field(default_factory=dict)  # the highest view that a voter spoke in
+    began: float = float("inf")
+    due: list[float] = field(default_factory=lambda: [float("inf")] * 3)
+    has_asked: bool = False
 
 
 class Agreement:
@@ -123,20 +131,17 @@ class Agreement:
     def __init__(self, place: Place, timing: Timing, saved: Saved | None = None) -> None:
         """saved: what was kept of this round before a restart."""
         self._place, self._timing = place, timing
-        self._quorum = place.electors.quorum
         self._votes = place.own is not None and place.electors.is_voter(place.own)
-        self._tally = _Tally()
-        self._judged: dict[Digest, bool] = {}
-        self._checked: set[Digest] = set()
+        self._tally = Tally()
+        self._judged: dict[Digest, bool | None] = {}  # None: asked, not known yet
         self._offer: Value | None = None
-        self._due = [float("inf")] * 3  # when each step of this view is given up
+        self._clock = _Clock()
         self.gone: frozenset[PeerId] = frozenset()  # voters without a connection; the owner keeps it up to date
         self.decided: Decided | None = None
+        self.kept_last = False  # whether what was received last is part of the tally
         kept = saved or Saved()
         self.view, self.step, self._locked, self._valid = kept.view, kept.step, kept.locked, kept.valid
         self.said = list(kept.said)
-        self._begun = False
-        self._began_at = float("inf")
         for body in kept.said:
             self._note(place.own or PeerId(""), body)
 
@@ -147,7 +152,11 @@ class Agreement:
     @property
     def has_begun(self) -> bool:
         """Whether this voter's clock runs."""
-        return self._begun
+        return self._clock.began < float("inf")
+
+    @property
+    def _quorum(self) -> int:
+        return self._place.electors.quorum
 
     def mute(self) -> None:
         """This voter has forgotten what it said (its disk is gone): it votes no more in this round."""
@@ -157,9 +166,8 @@ class Agreement:
 
     def begin(self, now: float) -> list[Effect]:
         """The round is closed here, or others have begun to vote: time runs from now. After a restart: go on."""
-        if self._begun:
+        if self.has_begun:
             return []
-        self._begun = True
         self._set_clocks(now)
         return list(self._advance(now))
 
@@ -175,13 +183,11 @@ class Agreement:
         return list(self._advance(now))
 
     def receive(self, sender: PeerId, body: Proposal | Vote, now: float) -> list[Effect]:
-        """A proposal or vote of this round. Of two in one view the first counts; who is no voter is not heard."""
+        """A proposal or vote of this round. Of two proposals in one view the first counts; only voters are heard."""
         if self.decided is not None or not self._place.electors.is_voter(sender) or sender == self._place.own:
             return []
-        if body.view > self.view + VIEWS_AHEAD_MAX:
-            self._tally.reached[sender] = max(body.view, self._tally.reached.get(sender, 0))
-        else:
-            self._note(sender, body)
+        self.kept_last = body.view <= self.view + VIEWS_AHEAD_MAX and self._note(sender, body)
+        self._tally.reached[sender] = max(body.view, self._tally.reached.get(sender, 0))
         return list(self._advance(now))
 
     def tick(self, now: float) -> list[Effect]:
@@ -190,14 +196,14 @@ class Agreement:
 
     def deadline(self) -> float:
         """When `tick` is due; infinity when only a message can change anything."""
-        if not self._begun or self.decided is not None:
+        if not self.has_begun or self.decided is not None:
             return float("inf")
-        step_due = self._propose_due() if self.step == Step.PROPOSE else self._due[self.step]
-        return min(step_due, self._due[Step.PRECOMMIT])
+        step_due = self._propose_due() if self.step == Step.PROPOSE else self._clock.due[self.step]
+        return min(step_due, self._clock.due[Step.PRECOMMIT])
 
     def precommitted(self, manifest: Digest, view: int) -> frozenset[PeerId]:
         """Who precommitted this in this view."""
-        return frozenset(peer for peer, named in self._tally.precommits[view].items() if named == manifest)
+        return frozenset(self._tally.precommits[view].by_manifest.get(manifest, ()))
 
     # ---- the rules ----
 
@@ -205,7 +211,7 @@ class Agreement:
         """Apply rules until none applies. Deciding and asking need no clock; the others wait for `begin`."""
         yield from self._ask_about_proposals()
         rules: tuple[Callable[[float], Iterator[Effect]], ...] = (self._decide,)
-        if self._begun:
+        if self.has_begun:
             rules += (self._skip, self._propose, self._prevote, self._lock, self._give_up_view, self._time_out)
         while self.decided is None:
             before = (self.view, self.step, len(self.said))
@@ -217,16 +223,16 @@ class Agreement:
     def _ask_about_proposals(self) -> Iterator[Effect]:
         for view, proposal in self._tally.proposals.items():
             manifest = Digest(proposal.manifest)
-            if manifest not in self._judged and manifest not in self._checked:
-                self._checked.add(manifest)
+            if manifest not in self._judged:
+                self._judged[manifest] = None
                 value = Value(manifest, tuple(Digest(each) for each in proposal.reports))
                 yield Check(value, self._place.electors.proposer(self._place.base, view))
 
     def _decide(self, _now: float) -> Iterator[Effect]:
         """Line 49. A quorum of precommits proves it, whether or not its payloads are here."""
-        for view, votes in self._tally.precommits.items():
-            for manifest in set(votes.values()) - {NOBODY}:
-                if sum(named == manifest for named in votes.values()) >= self._quorum:
+        for view, ballot in self._tally.precommits.items():
+            for manifest, voters in ballot.by_manifest.items():
+                if manifest != NOBODY and len(voters) >= self._quorum:
                     self.decided = Decided(manifest, view)
                     yield self.decided
                     return
@@ -268,7 +274,10 @@ class Agreement:
         sound = self._judged.get(manifest)
         if sound is None:
             return
-        if proposal.valid_view >= 0 and self._count(self._tally.prevotes[proposal.valid_view], manifest) < self._quorum:
+        if proposal.valid_view >= 0 and self._tally.prevotes[proposal.valid_view].count(manifest) < self._quorum:
+            if not self._clock.has_asked:
+                self._clock.has_asked = True
+                yield Lack(self._place.electors.proposer(self._place.base, self.view), proposal.valid_view)
             return
         locked_view, locked = self._locked or (-1, manifest)
         free = locked == manifest or locked_view <= proposal.valid_view
@@ -281,7 +290,7 @@ class Agreement:
         if self.step < Step.PREVOTE or proposal is None or not self._judged.get(Digest(proposal.manifest)):
             return
         manifest = Digest(proposal.manifest)
-        if self._count(self._tally.prevotes[self.view], manifest) < self._quorum:
+        if self._tally.prevotes[self.view].count(manifest) < self._quorum:
             return
         if self._valid is None or self._valid[0] < self.view:
             self._valid = (self.view, Value(manifest, tuple(Digest(each) for each in proposal.reports)))
@@ -293,24 +302,24 @@ class Agreement:
     def _give_up_view(self, now: float) -> Iterator[Effect]:
         """Lines 34, 44 to 46, 47: nothing can come of this view, or its time begins to run."""
         prevotes, precommits = self._tally.prevotes[self.view], self._tally.precommits[self.view]
-        if self.step == Step.PREVOTE and self._count(prevotes, NOBODY) >= self._quorum:
+        if self.step == Step.PREVOTE and prevotes.count(NOBODY) >= self._quorum:
             self.step = Step.PRECOMMIT
             yield from self._vote(Precommit, NOBODY)
             return
         wait_s = self._timing.vote_s + self._growth_s()
-        if self.step == Step.PREVOTE and len(prevotes) >= self._quorum:
-            self._due[Step.PREVOTE] = min(self._due[Step.PREVOTE], now + wait_s)
-        if len(precommits) >= self._quorum:
-            self._due[Step.PRECOMMIT] = min(self._due[Step.PRECOMMIT], now + wait_s)
+        if self.step == Step.PREVOTE and prevotes.voters >= self._quorum:
+            self._clock.due[Step.PREVOTE] = min(self._clock.due[Step.PREVOTE], now + wait_s)
+        if precommits.voters >= self._quorum:
+            self._clock.due[Step.PRECOMMIT] = min(self._clock.due[Step.PRECOMMIT], now + wait_s)
 
     def _time_out(self, now: float) -> Iterator[Effect]:
         """Lines 57 to 67."""
-        if self._due[Step.PRECOMMIT] <= now:
+        if self._clock.due[Step.PRECOMMIT] <= now:
             self._start(self.view + 1, now)
         elif self.step == Step.PROPOSE and self._propose_due() <= now:
             self.step = Step.PREVOTE
             yield from self._vote(Prevote, NOBODY)
-        elif self.step == Step.PREVOTE and self._due[Step.PREVOTE] <= now:
+        elif self.step == Step.PREVOTE and self._clock.due[Step.PREVOTE] <= now:
             self.step = Step.PRECOMMIT
             yield from self._vote(Precommit, NOBODY)
 
@@ -327,34 +336,31 @@ class Agreement:
                 del views[old]
 
     def _set_clocks(self, now: float) -> None:
-        self._began_at = now
-        self._due = [float("inf")] * 3
-        self._due[Step.PROPOSE] = now + self._timing.propose_s + self._growth_s()
+        self._clock = _Clock(began=now)
+        self._clock.due[Step.PROPOSE] = now + self._timing.propose_s + self._growth_s()
 
     def _growth_s(self) -> float:
         return min(self.view * self._timing.growth_s, GROWTH_S_MAX)
 
     def _propose_due(self) -> float:
         """Until when this view's proposer is waited for: not long when there is no connection to it."""
-        due = self._due[Step.PROPOSE]
+        due = self._clock.due[Step.PROPOSE]
         if self._place.electors.proposer(self._place.base, self.view) in self.gone:
-            due = min(due, self._began_at + self._timing.gone_s)
+            due = min(due, self._clock.began + self._timing.gone_s)
         return due
 
-    def _note(self, sender: PeerId, body: Proposal | Vote) -> None:
+    def _note(self, sender: PeerId, body: Proposal | Vote) -> bool:
+        """Whether it is new and worth keeping."""
         tally, view = self._tally, body.view
         tally.reached[sender] = max(view, tally.reached.get(sender, 0))
-        match body:
-            case Proposal():
-                if sender == self._place.electors.proposer(self._place.base, view):
-                    tally.proposals.setdefault(view, body)
-            case Prevote():
-                tally.prevotes[view].setdefault(sender, Digest(body.manifest or NOBODY))
-            case Precommit():
-                tally.precommits[view].setdefault(sender, Digest(body.manifest or NOBODY))
-
-    def _count(self, votes: dict[PeerId, Digest], manifest: Digest) -> int:
-        return sum(named == manifest for named in votes.values())
+        if isinstance(body, Proposal):
+            if sender != self._place.electors.proposer(self._place.base, view) or view in tally.proposals:
+                return False
+            tally.proposals[view] = body
+            return True
+        ballots = tally.prevotes if isinstance(body, Prevote) else tally.precommits
+        is_proposed = any(proposal.manifest == body.manifest for proposal in tally.proposals.values())
+        return ballots[view].add(sender, Digest(body.manifest or NOBODY), is_proposed=is_proposed)
 
     def _vote(self, kind: type[Prevote] | type[Precommit], manifest: Digest) -> Iterator[Effect]:
         """One vote of a kind in a view, ever."""

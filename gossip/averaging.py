@@ -77,8 +77,7 @@ class Averaging:
         if not state.is_open or not self.chain.names(header) or state.has_said(Header) or state.has_forgotten:
             return []
         statement = self._speak(header, now)
-        if header.contribution is not None:
-            state.gathering.hold(statement.id, score, now)
+        state.gathering.hold(statement.id, score, now)
         return self._done(now)
 
     def receive(self, statement: Statement, now: float) -> list[Effect]:
@@ -98,9 +97,10 @@ class Averaging:
             return self._drop("forgotten_own")
         if not isinstance(body, Header) and not self.chain.electors.is_voter(statement.sender):
             return self._drop("not_a_voter")
-        if not self._heed(statement, now):
-            return self._drop("too_many")
-        state.statements[statement.id] = statement
+        if self._heed(statement, now):
+            state.statements[statement.id] = statement
+        else:
+            self._drop("of_no_use")
         return self._done(now)
 
     def held(self, header: Digest, score: int, now: float) -> list[Effect]:
@@ -190,27 +190,25 @@ class Averaging:
     def _heed(self, statement: Statement, now: float) -> bool:
         """Whether it is worth keeping."""
         state, body = self._round, statement.body
-        if isinstance(body, Header | Report):
-            self._compare(statement)
-            if isinstance(body, Report):
-                return state.gathering.add_report(statement)
+        if isinstance(body, Header):
             is_kept = state.gathering.add_header(statement, now)
-            self._fetch(state.gathering.wanted(), again=False)
-            return is_kept
-        is_near = body.view <= state.agreement.view + voting.VIEWS_AHEAD_MAX
-        if is_near and not self._compare(statement):
-            return False
-        self._carry_out(state.agreement.receive(statement.sender, body, now), now)
-        return is_near
+            self._fetch(state.gathering.wanted())
+        elif isinstance(body, Report):
+            is_kept = state.gathering.add_report(statement)
+        else:
+            self._carry_out(state.agreement.receive(statement.sender, body, now), now)
+            is_kept = state.agreement.kept_last
+        if is_kept:
+            self._compare(statement)
+        return is_kept
 
-    def _compare(self, statement: Statement) -> bool:
-        """Whether it is the first in its place; its sender is accused when it says something else than that."""
+    def _compare(self, statement: Statement) -> None:
+        """Its sender is accused when it said something else in the same place before."""
         state = self._round
         first = state.first.setdefault(slot_of(statement), statement)
         if first.body != statement.body and statement.sender not in state.accused:
             state.accused.add(statement.sender)
             self._out.append(Accuse(statement.sender, first, statement))
-        return first is statement
 
     def _speak(self, body: Body, now: float) -> Statement:
         """Sign it, count it here as everybody will, and have it kept and told."""
@@ -313,22 +311,20 @@ class Averaging:
             self._ask(others[int(now / ASK_S) % len(others)], now)
 
     def _apply(self, committed: Committed) -> None:
-        state = self._round
-        state.phase, state.committed = Phase.APPLYING, committed
+        self._round.phase, self._round.committed = Phase.APPLYING, committed
         self._out.append(Apply(committed))
 
     def _fill(self, lacking: Lacking, proposer: PeerId, now: float) -> None:
         """Get what is missing to compute a manifest."""
         state = self._round
-        known = [state.statements[each] for each in lacking.payloads if each in state.statements]
-        self._fetch(known, again=False)
+        self._fetch(state.statements[each] for each in lacking.payloads)
         if lacking.statements:
             self._ask(proposer, now)
 
-    def _fetch(self, headers: Iterable[Statement], *, again: bool) -> None:
+    def _fetch(self, headers: Iterable[Statement]) -> None:
         state = self._round
         for header in headers:
-            if again or header.id not in state.fetching:
+            if header.id not in state.fetching:
                 state.fetching.add(header.id)
                 self._out.append(Fetch(header, tuple(state.gathering.holders(header.id))))
 
@@ -342,19 +338,22 @@ class Averaging:
                     state.unjudged[value] = proposer
                     state.gathering.proposed_reports.update(value.reports)
                     self._carry_out(state.agreement.begin(now), now)  # others vote: our clock runs too
+                case voting.Lack(proposer, _):
+                    self._ask(proposer, now)
                 case voting.Decided():
                     pass  # _finish sees it
 
     def _resay(self, now: float) -> None:
         """What is still of use, again: gossip loses some of it."""
-        state = self._round
-        view = state.agreement.view
+        state, view = self._round, self._round.agreement.view
         self._out += [Tell(each) for each in state.said if getattr(each.body, "view", view) >= view - 1]
-        self._fetch(state.gathering.wanted(), again=True)
-        for value in state.unjudged:
-            found = state.gathering.manifest(value.reports, self._policy)
-            if isinstance(found, Lacking):
-                self._fetch((state.statements[each] for each in found.payloads), again=True)
+        state.fetching.clear()
+        self._fetch(state.gathering.wanted())
+        self._judge(now)
+        others = [each for each in self.chain.electors.voters if each != self._own and each not in self._gone]
+        if others:  # a liar may have told one voter only
+            state.asked += 1
+            self._ask(others[state.asked % len(others)], now)
         state.resay_s = min(2 * state.resay_s, RESAY_S_MAX)
         state.resay_at = now + state.resay_s
 
@@ -364,10 +363,9 @@ class Averaging:
         place = voting.Place(run=chain.run, round=chain.round, base=chain.base, electors=chain.electors, own=self._own)
         agreement = voting.Agreement(place, self._timing, kept.agreement if kept is not None else None)
         agreement.gone = self._gone
-        state = RoundState(chain=chain, gathering=Gathering(place, now), agreement=agreement)
+        phase = Phase.WORKING if chain.electors.voters else Phase.OVER
+        state = RoundState(chain=chain, gathering=Gathering(place, now), agreement=agreement, phase=phase)
         state.resay_s, state.resay_at = RESAY_S, now + RESAY_S
-        if not chain.electors.voters:
-            state.phase = Phase.OVER
         return state
 
     def _enter(self, chain: Chain, now: float, kept: Kept | None) -> list[Effect]:

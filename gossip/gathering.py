@@ -27,6 +27,7 @@ DEVIATIONS = 3.0
 GRACE_SHARE = 0.25  # of the time since the round began
 GRACE_S_MIN = 0.2
 STATEMENTS_OF_ONE_MAX = 4  # of a kind; who contradicts itself is not listened to for long
+NEWCOMERS_HEARD_MAX = 1024  # in a round; who made keys for a low lot is not heard for ever
 NEWCOMERS_MAX = 8  # peers that the chain does not know yet: their payloads are fetched for nothing but their good name
 
 
@@ -76,6 +77,7 @@ class Gathering:
         self._scores: dict[Digest, int] = {}  # of held payloads
         self.refused: dict[Digest, str] = {}
         self.proposed_reports: set[Digest] = set()  # named in proposals
+        self._newcomers = 0  # how many were heard
         self._arrivals: dict[PeerId, float] = {}  # of voters: since the round began
 
     # ---- what comes ----
@@ -104,9 +106,10 @@ class Gathering:
         electors, base = self._place.electors, self._place.base
         if peer in electors.members:
             return True
+        self._newcomers += 1
         others = [each for each in self._headers if each not in electors.members]
-        if len(others) < NEWCOMERS_MAX:
-            return True
+        if len(others) < NEWCOMERS_MAX or self._newcomers > NEWCOMERS_HEARD_MAX:
+            return len(others) < NEWCOMERS_MAX
         waiting = [each for each in others if self._headers[each].id not in self._scores]
         last = max(waiting, key=lambda each: turn_of(base, each), default=peer)
         if turn_of(base, peer) >= turn_of(base, last):
@@ -127,7 +130,7 @@ class Gathering:
     def hold(self, header: Digest, score: int, now: float) -> None:
         """The payload of this header is here and sound."""
         statement = self._by_id.get(header)
-        if statement is not None and header not in self.refused:
+        if statement is not None and _header(statement).contribution is not None and header not in self.refused:
             self._scores.setdefault(header, score)
             if self._headers.get(statement.sender) is statement:
                 self._arrived(statement.sender, now)

@@ -72,6 +72,7 @@ class RoundState:
     resay_s: float = 0.0
     resay_at: float = NEVER
     ask_at: float = 0.0
+    asked: int = 0  # whose turn it is to be asked
     committed: Committed | None = None
 
     @property
@@ -85,14 +86,13 @@ class RoundState:
 
     def proof_of(self, decided: Decided) -> tuple[Statement, ...]:
         """The precommits that decided it."""
-        voters = self.agreement.precommitted(decided.manifest, decided.view)
-        return tuple(
-            each
+        votes = {
+            each.sender: each
             for each in self.statements.values()
             if isinstance(each.body, Precommit)
-            and each.sender in voters
             and (each.body.view, each.body.manifest) == (decided.view, decided.manifest)
-        )
+        }
+        return tuple(votes[peer] for peer in sorted(votes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
