@@ -113,6 +113,11 @@ def open_envelope(raw: bytes, *, domain: str, network: str, now_ms: int, skew_ms
     )
 
 
+def time_ms_of(raw: bytes) -> int:
+    """When these bytes say that they were made, before anything of them is believed. Raises BadEncoding."""
+    return _parse(raw).time_ms
+
+
 def _signed_bytes(domain: str, fields: tuple[object, ...]) -> bytes:
     return b"openagi:" + domain.encode() + b":" + encode(fields)
 

@@ -17,8 +17,9 @@ from msgspec import Meta, Struct
 
 from crypto.canonical import Limits, convert, decode_canonical, decode_struct, encode_struct
 from crypto.digest import DIGEST_BYTES, Digest, digest
-from crypto.errors import BadEncoding
-from crypto.identity import PEER_ID_CHARS_MAX, PeerId
+from crypto.envelope import open_envelope, seal, time_ms_of
+from crypto.errors import BadEncoding, Expired, WrongNetwork
+from crypto.identity import PEER_ID_CHARS_MAX, Identity, PeerId
 from gossip.errors import RemoteProtocolError
 
 ROUND_DOMAIN: Final = "round"
@@ -212,6 +213,8 @@ def manifest_of(raw: bytes) -> Manifest:
         manifest = convert(decode_canonical(raw, _MANIFEST), Manifest)
     except BadEncoding as exc:
         raise RemoteProtocolError(f"a manifest cannot be read: {exc}") from exc
+    if encode_struct(manifest) != raw:
+        raise RemoteProtocolError("a manifest leaves fields out: it has one encoding, with all of them")
     peers = [share.peer for share in manifest.shares]
     if peers != sorted(set(peers)):
         raise RemoteProtocolError("a manifest names a peer twice, or its peers are not in order")
@@ -221,15 +224,51 @@ def manifest_of(raw: bytes) -> Manifest:
     return manifest
 
 
-def record_of(raw: bytes, open_statement: Callable[[bytes], Statement]) -> Committed:
-    """A record with every signature checked by `open_statement`. Raises RemoteProtocolError, also what that raises."""
+def sign_statement(identity: Identity, body: Body, *, network: str, sequence: int, time_ms: int) -> Statement:
+    """A body in its envelope."""
+    raw = seal(
+        identity,
+        domain=ROUND_DOMAIN,
+        network=network,
+        sequence=sequence,
+        time_ms=time_ms,
+        expires_ms=time_ms + STATEMENT_LIFE_MS,
+        body=encode_struct(body),
+    )
+    return Statement(sender=identity.peer_id, body=body, raw=raw, id=digest(raw))
+
+
+def open_statement(raw: bytes, *, network: str, now_ms: int) -> Statement:
+    """A statement that its sender signed for this network, as gossip brings it.
+
+    Raises: RemoteProtocolError, BadSignature. Neither blames whom the bytes name, only who sent them.
+    """
+    try:
+        envelope = open_envelope(raw, domain=ROUND_DOMAIN, network=network, now_ms=now_ms)
+    except (BadEncoding, Expired, WrongNetwork) as exc:
+        raise RemoteProtocolError(f"an envelope of a round cannot be opened: {exc}") from exc
+    return Statement(sender=envelope.sender, body=body_of(envelope.body), raw=raw, id=digest(raw))
+
+
+def record_of(raw: bytes, *, network: str, now_ms: int) -> Committed:
+    """A record, every signature of it checked; its votes may be of any time but the future.
+
+    Raises: RemoteProtocolError, BadSignature.
+    """
     try:
         record = decode_struct(raw, Record, _RECORD)
     except BadEncoding as exc:
         raise RemoteProtocolError(f"a record of a round cannot be read: {exc}") from exc
-    return Committed(
-        manifest=manifest_of(record.manifest), votes=tuple(open_statement(envelope) for envelope in record.votes)
-    )
+    votes = tuple(_recorded(envelope, network, now_ms) for envelope in record.votes)
+    return Committed(manifest=manifest_of(record.manifest), votes=votes)
+
+
+def _recorded(raw: bytes, network: str, now_ms: int) -> Statement:
+    """A vote made at whatever time: what dates it is the base that it names."""
+    try:
+        return open_statement(raw, network=network, now_ms=min(now_ms, time_ms_of(raw)))
+    except BadEncoding as exc:
+        raise RemoteProtocolError(f"a record has a vote that cannot be read: {exc}") from exc
 
 
 def _contradiction(body: Body) -> str:
