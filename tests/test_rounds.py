@@ -14,11 +14,13 @@ from gossip.messages import ENVELOPE_BYTES
 from gossip.rounds import (
     MANIFEST_BYTES_MAX,
     MEMBERS_MAX,
+    PAYLOAD_BYTES_MAX,
     RECORD_BYTES_MAX,
     ROUND_DOMAIN,
     ROUNDS_MAX,
     SCORE_MAX,
     STATEMENT_LIFE_MS,
+    STEPS_MAX,
     TOKENS_MAX,
     VIEWS_MAX,
     WEIGHT_MAX,
@@ -47,7 +49,7 @@ NAMES = [Identity(digest(b"%d" % number)).peer_id for number in range(MEMBERS_MA
 IDS = sorted(digest(b"id %d" % number) for number in range(MEMBERS_MAX))
 HEADER = Header(
     **PLACE,
-    contribution=Contribution(blob=BASE, payload_bytes=1 << 33, steps=1 << 24, tokens=TOKENS_MAX),
+    contribution=Contribution(blob=BASE, payload_bytes=PAYLOAD_BYTES_MAX, steps=STEPS_MAX, tokens=TOKENS_MAX),
     root=BASE,
     leaves=True,
 )
@@ -136,7 +138,7 @@ def wrong_bodies() -> list[tuple[str, dict[str, object]]]:
         ("round too high", header | {"round": ROUNDS_MAX + 1}),
         ("float round", header | {"round": 1.0}),
         ("no bytes", header | {"contribution": contribution | {"payload_bytes": 0}}),
-        ("too many bytes", header | {"contribution": contribution | {"payload_bytes": (1 << 33) + 1}}),
+        ("too many bytes", header | {"contribution": contribution | {"payload_bytes": PAYLOAD_BYTES_MAX + 1}}),
         ("no steps", header | {"contribution": contribution | {"steps": 0}}),
         ("claimed tokens", header | {"contribution": contribution | {"tokens": TOKENS_MAX + 1}}),
         ("one header twice", report | {"held": [held[0], held[0]]}),
