@@ -68,6 +68,8 @@ CORES = (
     "model/requests.py",
     "model/config.py",
     "model/text.py",
+    "model/layout.py",
+    "model/delta.py",
     "p2p/peering_status.py",
     "p2p/reach.py",
     "p2p/relay.py",
