@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from model import bfloat16
 from model.blockwise import BlockCodec
 from model.codecs import CODECS, codec_named, decode, encode
-from model.delta import CHUNK, MAGNITUDE_MAX, SLICE, Codec, Delta, Sections
+from model.delta import CHUNK, MAGNITUDE_MAX, SLICE, Codec, Delta, HasEntries, Sections
 from model.errors import BadInput, BadUpdate, ComputeFailed
 from model.layout import SIZE_MAX
 from model.sparse import SparseCodec, two_levels
@@ -121,6 +121,11 @@ def test_slices_are_parts_of_the_whole(codec: Codec) -> None:
             assert torch.equal(delta.dense(start, stop), all_N[start:stop])
             sent = delta.sent(start, stop)
             assert torch.equal(sent, all_N[start:stop] != 0 if delta.sparse else torch.ones(stop - start).bool())
+            assert isinstance(delta, HasEntries) == delta.sparse
+            if isinstance(delta, HasEntries):
+                places, values = delta.entries(start, stop)
+                assert torch.equal(places, sent.nonzero().flatten())
+                assert torch.equal(values, all_N[start:stop][sent])
     delta.dense(0, n).fill_(9)
     assert torch.equal(whole(delta), all_N), "who reads a delta owns what was read"
 
