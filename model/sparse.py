@@ -97,7 +97,7 @@ class SparseDelta:
     def dense(self, start: int, stop: int) -> torch.Tensor:
         """The values of [start, stop), zero where nothing was sent."""
         at_M, value_M = self.entries(start, stop)
-        dense_S = torch.zeros(stop - start)
+        dense_S = torch.zeros(stop - start, dtype=torch.float32)
         dense_S[at_M] = value_M
         return dense_S
 

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import os
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +27,7 @@ from model.layout import SIZE_MAX
 from model.sparse import SparseCodec, two_levels
 from tests.vectors import KINDS, SIZES, vector
 
+ROOT = Path(__file__).parent.parent
 each_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 SPARSES = [SparseCodec(k) for k in (16, 64, 256)]
 each_sparse = pytest.mark.parametrize("codec", SPARSES, ids=lambda codec: codec.name)
@@ -373,3 +380,39 @@ HALF = encode(torch.tensor([0.5, -0.25, 0.1]), CODECS["int4"])
 def test_forged_dense_sections(name: str, sections: Sections, reason: str) -> None:
     with pytest.raises(BadUpdate, match=reason):
         decode(sections, CODECS[name], 3)
+
+
+# --- the same bits everywhere ---
+
+LEVELS = ("DEFAULT", "AVX2", "AVX512")
+HERE = torch.backends.cpu.get_cpu_capability()
+
+
+def bits(level: str) -> dict[str, Any]:
+    """What a process makes that has these of the processor's instructions; DEFAULT keeps numpy to its least, too."""
+    least = {"NPY_DISABLE_CPU_FEATURES": " ".join(found_by_numpy())} if level == "DEFAULT" else {}
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": level.lower(), **least}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.codec_bits"]
+    made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=ROOT)
+    return dict(json.loads(made.stdout))
+
+
+def found_by_numpy() -> list[str]:
+    """What this processor has of the instructions that numpy chooses among when it is imported."""
+    simd = np.show_config(mode="dicts")["SIMD Extensions"]
+    return list(simd.get("found", []))
+
+
+@pytest.mark.slow
+def test_every_machine_makes_the_same_bits() -> None:
+    """With the instructions of old and of new processors, and with one thread and two."""
+    levels = LEVELS[: LEVELS.index(HERE) + 1] if HERE in LEVELS else (HERE,)
+    made = [bits(level) for level in levels]
+    if HERE in LEVELS:
+        assert [each["torch"] for each in made] == list(levels), "a setting had no effect"
+    if found_by_numpy():
+        assert made[0]["numpy"] != made[-1]["numpy"] or len(made) == 1, "a setting had no effect"
+    digests = [each["digests"] for each in made]
+    assert all(each == digests[0] for each in digests)
+    for codec in CODECS:
+        assert digests[0][f"{codec}, 1 threads"] == digests[0][f"{codec}, 2 threads"]
