@@ -189,6 +189,15 @@ def test_a_sent_value_has_its_sign_and_one_of_the_two_best_levels(codec: SparseC
     assert loss <= best + rounding + 1e-300
 
 
+@pytest.mark.parametrize("others", [(1.001,), (1.001, 1.0015), (1.001, -1.0)])
+def test_levels_that_bf16_cannot_tell_apart_are_one(others: tuple[float, ...]) -> None:
+    given_N = torch.tensor([1.0, *others])
+    sections = encode(given_N, SPARSE)
+    got_N = whole(decode(sections, SPARSE, len(given_N)))
+    assert got_N.abs().tolist() == [1.0] * len(given_N)
+    assert encode(got_N, SPARSE) == sections
+
+
 def squares(numbers: np.ndarray) -> float:
     """The squared distance to the mean."""
     return float(((numbers - numbers.mean()) ** 2).sum()) if len(numbers) else 0.0
@@ -229,6 +238,18 @@ def test_an_integer_is_within_half_a_step_of_its_element(name: str, kind: str) -
         peak = float(given_b.abs().max())
         step = peak / codec.largest * (1 + 2.0**-8) if peak / codec.largest >= bfloat16.NORMAL_MIN else 2 * peak
         assert float((given_b - got_b).abs().max()) <= step / 2 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_the_largest_of_a_block_takes_the_largest_integer(name: str) -> None:
+    """Whatever bf16 makes of its scale: at the middle between two of them, and around it."""
+    codec = codec_named(name)
+    assert isinstance(codec, BlockCodec)
+    middles = np.float32(1.0) + (2 * np.arange(128, dtype=np.float32) + 1) * np.float32(2.0**-8)
+    for scales in (middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, np.float32(9))):
+        peaks = torch.from_numpy(scales * np.float32(codec.largest)).repeat_interleave(codec.block)
+        for sign in (1, -1):
+            decode(encode(sign * peaks, codec), codec, len(peaks))
 
 
 @pytest.mark.parametrize("kind", KINDS)
