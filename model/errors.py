@@ -6,7 +6,8 @@
     |- OutOfMemory    the machine has too little memory for the model, or for this request
     |- BadInput       the request's fault: too long, unknown token ids, a message the template refuses
     |- EngineFull     the queue is full: try later or elsewhere
-    `- ComputeFailed  the forward pass failed for this request; others go on
+    |- ComputeFailed  the forward pass failed for this request; others go on
+    `- CannotMerge    these contributions and this rule give no update; nothing has changed
 
 Rules: each message says what came, what was wanted and what to do. FOREIGN names what torch, transformers and the
 template engine raise for bad files or bad input, so that their errors are mapped at the door; anything else is a bug.
@@ -45,6 +46,11 @@ class EngineFull(ModelError):
 
 class ComputeFailed(ModelError):
     """A forward pass raised or made numbers that are not finite."""
+
+
+class CannotMerge(ModelError):
+    """A round's contributions do not make an update by this rule: too few, of mixed kinds, or a rule that means nothing
+    on them."""
 
 
 FOREIGN = (
