@@ -30,6 +30,7 @@ from model.gate import CONTRIBUTORS_MAX, ONE, lower_median
 
 WEISZFELD_STEPS: Final = 16  # the error of a step shrinks by the share of far points: 16 leave under 1e-4 of a norm
 CLIPPING_STEPS: Final = 8  # Karimireddy et al. see no gain after 3 from a good start; ours starts from 0
+LOUD: Final = 2  # times the median norm; honest peers of one run lie closer
 CAPTURE_SHARE: Final = 4  # mean_nonzero divides by at least ceil(R / CAPTURE_SHARE): TRAINING.md 4
 
 Gram = Sequence[Sequence[float]]
@@ -170,23 +171,25 @@ def clipped(given: Round) -> list[list[float]]:
 
 def adapt(given: Round) -> tuple[Rule, str]:
     """The rule that the round's own evidence asks for, and why. The evidence is what every member has: how many came,
-    who was clipped to under half, whose delta points against the sum of the others'.
+    whose norm was far over the median before the clip, whose delta points against the sum of the others'.
 
     Without evidence the mean loses least (relative error of 15 peers' aggregate: mean .265, multi-Krum .313; under
     ALIE, which leaves no such trace, .50 and .63; with 4 of 15 flipped 1.07 and .31: TRAINING.md 4).
     """
+    assert given.gram is not None, "adaptive needs the inner products"
     gram_RR = clipped(given)
     count = len(gram_RR)
     calm = Rule.MEAN_NONZERO if given.sparse else Rule.WEIGHTED
     if count < 3:
         return calm, f"{calm}: of {count} there is no majority to go by"
-    loud = sum(clip < ONE // 2 for clip in given.clips_parts)
+    squares = [row[at] for at, row in enumerate(given.gram)]
+    loud = sum(square > LOUD * LOUD * lower_median(squares) for square in squares)
     against = sum(
         math.fsum(product for other, product in enumerate(row) if other != at) < 0.0 for at, row in enumerate(gram_RR)
     )
     if not loud and not against:
-        return calm, f"{calm}: {count} agree in direction and none is over twice the median norm"
-    seen = f"{against} of {count} point against the others and {loud} are over twice the median norm"
+        return calm, f"{calm}: {count} agree in direction and none is over {LOUD} times the median norm"
+    seen = f"{against} of {count} point against the others and {loud} are over {LOUD} times the median norm"
     wary = Rule.MULTI_KRUM
     if count < contributors_min(wary, count, given.bad_max) and not given.sparse:
         wary = Rule.MEDIAN
