@@ -6,7 +6,8 @@
     |- OutOfMemory    the machine has too little memory for the model, or for this request
     |- BadInput       the request's fault: too long, unknown token ids, a message the template refuses
     |- EngineFull     the queue is full: try later or elsewhere
-    |- ComputeFailed  the forward pass failed for this request; others go on
+    |- ComputeFailed  the forward pass failed for this request, or training made numbers that are not finite
+    |- BadUpdate      a peer's contribution to a round is not what the run agreed on: leave it out
     `- CannotMerge    these contributions and this rule give no update; nothing has changed
 
 Rules: each message says what came, what was wanted and what to do. FOREIGN names what torch, transformers and the
@@ -46,6 +47,10 @@ class EngineFull(ModelError):
 
 class ComputeFailed(ModelError):
     """A forward pass raised or made numbers that are not finite."""
+
+
+class BadUpdate(ModelError):
+    """A peer's update is malformed, or is for another run, round, base or layout."""
 
 
 class CannotMerge(ModelError):
