@@ -48,8 +48,8 @@ class Delta(Protocol):
 
 
 @runtime_checkable
-class SparseDelta(Delta, Protocol):
-    """A sparse delta that gives what was sent without the zeros between: what makes merging cost by what was sent."""
+class HasEntries(Delta, Protocol):
+    """A sparse delta that gives what was sent without the zeros between: merging then costs by what was sent."""
 
     def entries(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where in [start, stop) something was sent, int64_K counted from start, ascending, each once; and the values

@@ -16,11 +16,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from model.delta import CHUNK, Delta, SparseDelta
+from model.delta import CHUNK, Delta, HasEntries
+
+Places = npt.NDArray[np.int64]
 
 SLICE: Final = 16 * CHUNK  # 64 dense deltas take 32 MiB as fp64
 SLICE_SPARSE: Final = 256 * CHUNK  # one scratch of 8 MiB, and few enough slices that calls cost nothing
@@ -68,7 +72,7 @@ def overlaps(deltas: Sequence[Delta]) -> dict[tuple[int, int], float]:
 
 def entries(delta: Delta, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Places (int64_K, from start) and values (fp32_K) of what a sparse delta sent; the long way if it has no short."""
-    if isinstance(delta, SparseDelta):
+    if isinstance(delta, HasEntries):
         return delta.entries(start, stop)
     places_K = delta.sent(start, stop).nonzero().squeeze(1)
     return places_K, delta.dense(start, stop)[places_K]
@@ -83,21 +87,24 @@ def slices(n: int, size: int) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """A slice of a sparse delta in integers. places: int64_K; integers: fp64_K; chunks: each entry's chunk, int64_K;
-    unit: what the integer one means in each chunk, fp64_C."""
+    """A slice of a sparse delta in integers. places: int64_K, ascending; integers: fp64_K; starts: the first entry of
+    each chunk, int64_C; unit: what the integer one means in each chunk, fp64_C."""
 
     places: torch.Tensor
     integers: torch.Tensor
-    chunks: torch.Tensor
+    starts: Places
     unit: torch.Tensor
+
+    def sums(self, values_K: torch.Tensor) -> torch.Tensor:
+        """The sum over each chunk, fp64_C, of a value for each entry."""
+        return torch.from_numpy(_by_chunk(np.add, values_K.numpy(), self.starts))
 
 
 def _squares(delta: Delta, start: int, stop: int) -> torch.Tensor:
     """The sum of squares of each chunk, fp64_C; not finite where an element is not."""
     if delta.sparse:
         sent = _sent(delta, start, stop)
-        sums_C = torch.zeros_like(sent.unit).index_add_(0, sent.chunks, sent.integers * sent.integers)
-        return sums_C * sent.unit * sent.unit
+        return sent.sums(sent.integers * sent.integers) * sent.unit * sent.unit
     integers_CX, unit_C = _dense(delta, start, stop)
     return (integers_CX * integers_CX).sum(1) * unit_C * unit_C
 
@@ -116,12 +123,10 @@ def _products_sparse(deltas: Sequence[Delta], start: int, stop: int) -> torch.Te
     unit_CR = torch.stack([part.unit for part in parts], 1)
     sums_CRR = torch.zeros(unit_CR.shape[0], len(parts), len(parts), dtype=torch.float64)
     scratch_S = torch.zeros(stop - start, dtype=torch.float64)
-    sums_C = torch.empty(unit_CR.shape[0], dtype=torch.float64)
     for later, part in enumerate(parts):
         scratch_S[part.places] = part.integers
         for earlier, other in enumerate(parts[: later + 1]):
-            products_K = scratch_S[other.places] * other.integers
-            sums_C.zero_().index_add_(0, other.chunks, products_K)
+            sums_C = other.sums(scratch_S[other.places] * other.integers)
             sums_CRR[:, later, earlier] = sums_C
             sums_CRR[:, earlier, later] = sums_C
         scratch_S[part.places] = 0.0
@@ -140,11 +145,21 @@ def _dense(delta: Delta, start: int, stop: int) -> tuple[torch.Tensor, torch.Ten
 
 def _sent(delta: Delta, start: int, stop: int) -> _Sent:
     places_K, values_K = entries(delta, start, stop)
-    chunks_K = places_K // CHUNK
-    largest_C = torch.zeros(-(-(stop - start) // CHUNK), dtype=torch.float32)
-    largest_C.scatter_reduce_(0, chunks_K, values_K.abs(), "amax")
+    starts_C = np.searchsorted(places_K.numpy(), np.arange(0, stop - start, CHUNK))
+    largest_C = torch.from_numpy(_by_chunk(np.maximum, values_K.abs().numpy(), starts_C))
     scale_C, unit_C = _scales(largest_C)
-    return _Sent(places_K, values_K.double().mul_(scale_C[chunks_K]).round_(), chunks_K, unit_C)
+    counts_C = np.diff(starts_C, append=places_K.numel())
+    scale_K = torch.from_numpy(np.repeat(scale_C.numpy(), counts_C))
+    return _Sent(places_K, values_K.double().mul_(scale_K).round_(), starts_C, unit_C)
+
+
+def _by_chunk(reduce: np.ufunc, values_K: npt.NDArray[Any], starts_C: Places) -> npt.NDArray[Any]:
+    """What `reduce` makes of each chunk's entries; 0 for a chunk without any. Exact, so that the order is free."""
+    made_C = np.zeros(len(starts_C), values_K.dtype)
+    filled_C = np.diff(starts_C, append=len(values_K)) > 0
+    if len(values_K):
+        made_C[filled_C] = reduce.reduceat(values_K, starts_C[filled_C])
+    return made_C
 
 
 def _scales(largest_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -106,6 +106,13 @@ class SparseDelta:
         """Which of [start, stop) were sent."""
         return self.dense(start, stop) != 0
 
+    def entries(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(at_M, value_M): what was sent of [start, stop), increasing, counted from start."""
+        end = min(self.n, -(-stop // CHUNK) * CHUNK)
+        at_M, value_M = self.values(start, end)
+        inside = int(np.searchsorted(at_M, stop - start))
+        return torch.from_numpy(at_M[:inside]), torch.from_numpy(value_M[:inside])
+
     def values(self, start: int, stop: int) -> tuple[npt.NDArray[np.int64], Floats]:
         """(at_M, value_M): what was sent of the whole chunks [start, stop), increasing, counted from start.
 

@@ -13,11 +13,11 @@ import torch
 from model.delta import CHUNK, Delta
 from model.evidence import gram, norm, overlaps
 from model.gate import ONE
-from model.merge import SLICE_SUM, Contribution, OuterStep, Vector, merge
+from model.merge import SLICE, Contribution, OuterStep, Vector, merge
 from model.rules import BY_ORDER, Rule
 from tests.made_deltas import Plain, top_k
 
-N = SLICE_SUM + 3 * CHUNK + 77  # two slices and a tail that fills no vector register
+N = 2 * SLICE + 3 * CHUNK + 77  # three slices where values are sorted, and a tail that fills no vector register
 PEERS = 7
 STEPS = 3
 
@@ -36,7 +36,11 @@ def made(seed: int) -> tuple[list[Delta], list[Delta], list[Delta]]:
         vector[rng.random(N) < 0.05] = -0.0
     vectors[-1] *= -1.0
     sparse = [top_k(vector) for vector in vectors]
-    return [Vector(torch.from_numpy(each.astype(np.float32))) for each in vectors], [*sparse], [Plain(d) for d in sparse]
+    return (
+        [Vector(torch.from_numpy(each.astype(np.float32))) for each in vectors],
+        [*sparse],
+        [Plain(d) for d in sparse],
+    )
 
 
 def outcome(rounds: list[list[Delta]], rule: Rule, momentum: float) -> list[str]:
