@@ -2,8 +2,8 @@
 
 Rules: fp32 on the CPU, contributions in the order given (the manifest's, sorted by peer), each element's arithmetic a
 fixed sequence of single operations, never a fused one (`add(alpha=)`, `lerp`, `addcmul` and torch.optim round otherwise
-where the CPU has FMA). Sums start from +0.0 and values to be sorted have 0.0 added, so that no -0.0 is left: which of
-two zeros is the smaller depends on the SIMD path, and on where threads cut. Memory beside the update: a slice, times R
+where the CPU has FMA). Every element of an update is a sum that starts from +0.0, so that it is never -0.0: which of
+two zeros is the lesser depends on the SIMD path, and on where threads cut. Memory beside the update: a slice, times R
 where values are sorted. What a delta with `entries` did not send costs nothing, and gives the bits that zeros would.
 The gate (model/gate.py) comes first; here only what would make the update meaningless is refused.
 Legend: N elements of the run's vector, S of a slice, R contributions.
@@ -192,7 +192,7 @@ def _sum_of_sent(used: Sequence[tuple[Delta, float]], start: int, update_S: torc
 def _middle(used: Sequence[tuple[Delta, float]], start: int, update_S: torch.Tensor, plan: Plan) -> None:
     """The mean of the kept places of the R sorted values of each coordinate."""
     assert plan.kept is not None
-    rows = [delta.dense(start, start + update_S.numel()).mul_(factor).add_(0.0) for delta, factor in used]
+    rows = [delta.dense(start, start + update_S.numel()).mul_(factor) for delta, factor in used]
     spare_S = torch.empty_like(update_S)
     for low, high in network(len(rows), *plan.kept):
         torch.minimum(rows[low], rows[high], out=spare_S)

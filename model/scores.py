@@ -8,7 +8,6 @@ Source: Gauntlet (templar); TRAINING.md 4.
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 from model.gate import ONE
@@ -30,7 +29,7 @@ class Scores:
 
         A fall that is not a number (the loss overflowed) counts as the worst there is.
         """
-        bounded = -FALL_MAX_NATS if math.isnan(fall_nats) else max(-FALL_MAX_NATS, min(fall_nats, FALL_MAX_NATS))
+        bounded = min(fall_nats, FALL_MAX_NATS) if fall_nats >= -FALL_MAX_NATS else -FALL_MAX_NATS  # nan is not >=
         score = int(bounded * ONE)
         known = self._averages.pop(peer, None)
         if known is not None and round_index - known[1] <= ROUNDS_MAX:

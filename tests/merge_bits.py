@@ -17,7 +17,8 @@ from model.merge import SLICE, Contribution, OuterStep, Vector, merge
 from model.rules import BY_ORDER, Rule
 from tests.made_deltas import Plain, top_k
 
-N = 2 * SLICE + 3 * CHUNK + 77  # three slices where values are sorted, and a tail that fills no vector register
+# three slices where values are sorted; the last is cut between two threads where no vector register ends
+N = 2 * SLICE + 10 * CHUNK + 77
 PEERS = 7
 STEPS = 3
 
@@ -34,6 +35,9 @@ def made(seed: int) -> tuple[list[Delta], list[Delta], list[Delta]]:
     for vector in vectors:
         vector[rng.random(N) < 0.05] = 0.0
         vector[rng.random(N) < 0.05] = -0.0
+        last = vector[2 * SLICE :]  # a view: there nearly all are zeros, of either sign
+        last[rng.random(last.size) < 0.95] = 0.0
+        last[rng.random(last.size) < 0.5] *= -1.0
     vectors[-1] *= -1.0
     sparse = [top_k(vector) for vector in vectors]
     return (

@@ -60,14 +60,16 @@ def test_one_number_that_is_not_finite_makes_the_norm_nan(bad: float, at: int) -
 def test_no_order_of_addition_changes_a_bit(seed: int) -> None:
     """A sum that is rounded on its way does not pass: see test_the_order_matters_to_a_plain_sum."""
     rng = np.random.default_rng(seed)
-    one, other = (made(seed + at, 2 * CHUNK).astype(np.float32).reshape(2, CHUNK) for at in range(2))
-    order = rng.permutation(CHUNK)
+    # the first chunks are as full as can be: every square counts up to the last bit, and there are CHUNK of them
+    rows = [np.concatenate([rng.uniform(0.9, 1, CHUNK), made(seed + at, 6 * CHUNK)]) for at in range(2)]
+    one, other = (row.astype(np.float32).reshape(7, CHUNK) * rng.uniform(0.1, 90, (7, 1)) for row in rows)
+    order, chunks = rng.permutation(CHUNK), rng.permutation(7)
     before, after = (
         [dense(each.ravel()) for each in pair] for pair in ((one, other), (one[:, order], other[:, order]))
     )
     assert norm(before[0]) == norm(after[0])
     assert gram(before) == gram(after)
-    assert norm(before[0]) == norm(dense(one[::-1].ravel()))
+    assert norm(before[0]) == norm(dense(one[chunks].ravel()))
 
 
 def test_the_order_matters_to_a_plain_sum() -> None:

@@ -16,7 +16,7 @@ from model.delta import CHUNK, Delta
 from model.errors import BadModel, CannotMerge
 from model.gate import ONE, WEIGHT_CAP
 from model.merge import SLICE, SLICE_SUM, Contribution, OuterStep, Vector, merge, merge_named, network
-from model.rules import BY_ORDER, Rule
+from model.rules import BY_DISTANCE, BY_ORDER, Rule
 from tests.made_deltas import Plain, TopK, honest, top_k
 
 N = SLICE + CHUNK + 77
@@ -198,6 +198,15 @@ def test_what_is_not_finite_is_never_returned(rule: Rule, bad: float) -> None:
 def test_a_sum_that_overflows_is_never_returned() -> None:
     with pytest.raises(CannotMerge, match="not finite"):
         merge(listed([dense(np.full(9, 3e38))] * 2), Rule.MEAN)
+
+
+@pytest.mark.parametrize("rule", sorted(BY_DISTANCE))
+@pytest.mark.parametrize("at", range(5))
+def test_a_number_that_has_no_distance_is_never_left_to_chance(rule: Rule, at: int) -> None:
+    vectors = [np.ones(9, np.float32) for _ in range(5)]
+    vectors[at][0] = math.nan
+    with pytest.raises(CannotMerge, match="a contribution is not finite"):
+        merge(listed([dense(each) for each in vectors]), rule)
 
 
 def test_sparse_what_is_not_finite_is_never_returned() -> None:

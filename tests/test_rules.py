@@ -119,6 +119,23 @@ def test_multi_krum_leaves_out_those_that_are_far_from_the_others(count: int, se
         assert multi_krum(gram_of(crowd(count, bad, seed=seed)), bad) == frozenset(range(count - bad))
 
 
+def nearest_sums(points: np.ndarray, nearest: int) -> set[int]:
+    squares = np.sort(((points[:, None] - points[None]) ** 2).sum(2), 1)[:, 1 : 1 + nearest].sum(1)
+    return set(np.argsort(squares, kind="stable")[: len(points) - 2].tolist())
+
+
+def test_multi_krum_counts_the_nearest_by_the_papers_number() -> None:
+    """R - b - 2 of them: 5 of 9 with 2 bad. One more or fewer chooses others in some rounds, and is seen here."""
+    other_numbers = 0
+    for seed in range(30):
+        points = np.random.default_rng(seed).standard_normal((9, 3))
+        assert multi_krum(gram_of(points), 2) == nearest_sums(points, 5)
+        other_numbers += (nearest_sums(points, 4) != nearest_sums(points, 5)) + (
+            nearest_sums(points, 6) != nearest_sums(points, 5)
+        )
+    assert other_numbers > 5
+
+
 def test_of_equals_multi_krum_takes_the_first() -> None:
     assert multi_krum([[1.0] * 7] * 7, 2) == frozenset(range(5))
 
