@@ -44,7 +44,10 @@ class BlockCodec:
 
     @property
     def scale_max(self) -> int:
-        """The pattern of the largest scale: its product with the largest integer is no more than MAGNITUDE_MAX."""
+        """The pattern of the largest scale: its product with the largest integer is no more than MAGNITUDE_MAX.
+
+        That of a block whose magnitudes are no more: for 127 and for 7 the nearest bf16 is the one below.
+        """
         return bfloat16.pattern_below(MAGNITUDE_MAX / self.largest)
 
     def sizes(self, n: int) -> tuple[int, int, int]:
@@ -61,12 +64,11 @@ class BlockCodec:
         x_Bb = _blocks(vector_S, self.block)
         scale_B = np.abs(x_Bb).max(axis=1) / np.float32(self.largest)
         scale_B[scale_B < bfloat16.NORMAL_MIN] = 0.0
-        pattern_B = np.minimum(bfloat16.patterns_of(scale_B), self.scale_max).astype(np.uint16)
+        pattern_B = bfloat16.patterns_of(scale_B)
         divisor_B1 = np.where(pattern_B == 0, np.float32(np.inf), bfloat16.numbers_of(pattern_B))[:, None]
+        # bf16 is off by at most 1/256 of the scale, less than half a step of 127: the largest magnitude of a block
+        # rounds to `largest`, never beside it
         q_Bb = np.rint(x_Bb / divisor_B1)
-        # bf16 is within 1/257 of the scale, under half a step of 127: the largest magnitude rounds to `largest` or
-        # just over it
-        np.clip(q_Bb, -self.largest, self.largest, out=q_Bb)
         q_S = q_Bb.astype(np.int8).reshape(-1)[: len(vector_S)]
         return (q_S if self.bits == 8 else _halves(q_S)).tobytes(), pattern_B.astype(bfloat16.WIRE).tobytes()
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import Final
 
 import safetensors
-import safetensors.torch
 import torch
+from safetensors.torch import load, save
 
 from crypto.digest import Digest
 from model.codecs import check_numbers, encode
@@ -62,13 +62,13 @@ class Feedback:
 
     def save(self, layout: Digest) -> bytes:
         """The state as a safetensors file; it names the layout that it belongs to."""
-        return safetensors.torch.save({_NAME + layout.hex(): self.unsent_N})
+        return save({_NAME + layout.hex(): self.unsent_N})
 
     @classmethod
     def load(cls, raw: bytes, layout: Digest, n: int, *, decay: float = DECAY) -> Feedback:
         """The state that `save` wrote. Raises BadModel when it is damaged or belongs to another layout."""
         try:
-            tensors = safetensors.torch.load(raw)
+            tensors = load(raw)
         except (safetensors.SafetensorError, *FOREIGN) as exc:
             raise BadModel(f"the error feedback is no safetensors file ({first_line(exc)}); start without it") from exc
         unsent_N = tensors.get(_NAME + layout.hex())

@@ -40,11 +40,14 @@ class PlainCodec:
 
     def encode(self, vector_N: Floats) -> Sections:
         """Round, a slice at a time."""
-        return Sections(b"", b"".join(self._encode(vector_N[start:stop]) for start, stop in slices(len(vector_N))), b"")
+        wire_N = np.empty(len(vector_N), self.wire)
+        for start, stop in slices(len(vector_N)):
+            wire_N[start:stop] = self._rounded(vector_N[start:stop])
+        return Sections(b"", wire_N.tobytes(), b"")
 
-    def _encode(self, vector_S: Floats) -> bytes:
+    def _rounded(self, vector_S: Floats) -> Floats | bfloat16.Patterns:
         x_S = np.where(np.abs(vector_S) < bfloat16.NORMAL_MIN, np.float32(0.0), vector_S)
-        return (x_S if self.wire.kind == "f" else bfloat16.patterns_of(x_S)).astype(self.wire).tobytes()
+        return x_S if self.wire.kind == "f" else bfloat16.patterns_of(x_S)
 
     def decode(self, sections: Sections, n: int) -> PlainDelta:
         """Check every element. Raises BadUpdate."""

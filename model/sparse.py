@@ -96,11 +96,10 @@ class SparseDelta:
 
     def dense(self, start: int, stop: int) -> torch.Tensor:
         """The values of [start, stop), zero where nothing was sent."""
-        end = min(self.n, -(-stop // CHUNK) * CHUNK)
-        at_M, value_M = self.values(start, end)
-        dense_S = np.zeros(end - start, np.float32)
+        at_M, value_M = self.entries(start, stop)
+        dense_S = torch.zeros(stop - start, dtype=torch.float32)
         dense_S[at_M] = value_M
-        return torch.from_numpy(dense_S[: stop - start])
+        return dense_S
 
     def sent(self, start: int, stop: int) -> torch.Tensor:
         """Which of [start, stop) were sent."""

@@ -292,7 +292,7 @@ def test_there_is_one_form_for_one_value(hexed: str) -> None:
 
 
 def test_an_inner_maps_keys_stand_for_themselves() -> None:
-    value = {"a": {"z": 0}, "b": [{"a": 0}, {"a": 0}], "c": {}}
+    value = {"a": {"z": 0}, "b": [{"a": 0}, {"a": 0}], "c": {"a": {"a": 0}}}
     assert decode_canonical(encode(value)) == value
 
 

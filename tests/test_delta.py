@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import os
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +21,13 @@ from hypothesis import strategies as st
 from model import bfloat16
 from model.blockwise import BlockCodec
 from model.codecs import CODECS, codec_named, decode, encode
-from model.delta import CHUNK, MAGNITUDE_MAX, SLICE, Codec, Delta, Sections
+from model.delta import CHUNK, MAGNITUDE_MAX, SLICE, Codec, Delta, HasEntries, Sections
 from model.errors import BadInput, BadUpdate, ComputeFailed
 from model.layout import SIZE_MAX
 from model.sparse import SparseCodec, two_levels
 from tests.vectors import KINDS, SIZES, vector
 
+ROOT = Path(__file__).parent.parent
 each_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 SPARSES = [SparseCodec(k) for k in (16, 64, 256)]
 each_sparse = pytest.mark.parametrize("codec", SPARSES, ids=lambda codec: codec.name)
@@ -121,6 +128,11 @@ def test_slices_are_parts_of_the_whole(codec: Codec) -> None:
             assert torch.equal(delta.dense(start, stop), all_N[start:stop])
             sent = delta.sent(start, stop)
             assert torch.equal(sent, all_N[start:stop] != 0 if delta.sparse else torch.ones(stop - start).bool())
+            assert isinstance(delta, HasEntries) == delta.sparse
+            if isinstance(delta, HasEntries):
+                places, values = delta.entries(start, stop)
+                assert torch.equal(places, sent.nonzero().flatten())
+                assert torch.equal(values, all_N[start:stop][sent])
     delta.dense(0, n).fill_(9)
     assert torch.equal(whole(delta), all_N), "who reads a delta owns what was read"
 
@@ -177,6 +189,15 @@ def test_a_sent_value_has_its_sign_and_one_of_the_two_best_levels(codec: SparseC
     assert loss <= best + rounding + 1e-300
 
 
+@pytest.mark.parametrize("others", [(1.001,), (1.001, 1.0015), (1.001, -1.0)])
+def test_levels_that_bf16_cannot_tell_apart_are_one(others: tuple[float, ...]) -> None:
+    given_N = torch.tensor([1.0, *others])
+    sections = encode(given_N, SPARSE)
+    got_N = whole(decode(sections, SPARSE, len(given_N)))
+    assert got_N.abs().tolist() == [1.0] * len(given_N)
+    assert encode(got_N, SPARSE) == sections
+
+
 def squares(numbers: np.ndarray) -> float:
     """The squared distance to the mean."""
     return float(((numbers - numbers.mean()) ** 2).sum()) if len(numbers) else 0.0
@@ -217,6 +238,18 @@ def test_an_integer_is_within_half_a_step_of_its_element(name: str, kind: str) -
         peak = float(given_b.abs().max())
         step = peak / codec.largest * (1 + 2.0**-8) if peak / codec.largest >= bfloat16.NORMAL_MIN else 2 * peak
         assert float((given_b - got_b).abs().max()) <= step / 2 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_the_largest_of_a_block_takes_the_largest_integer(name: str) -> None:
+    """Whatever bf16 makes of its scale: at the middle between two of them, and around it."""
+    codec = codec_named(name)
+    assert isinstance(codec, BlockCodec)
+    middles = np.float32(1.0) + (2 * np.arange(128, dtype=np.float32) + 1) * np.float32(2.0**-8)
+    for scales in (middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, np.float32(9))):
+        peaks = torch.from_numpy(scales * np.float32(codec.largest)).repeat_interleave(codec.block)
+        for sign in (1, -1):
+            decode(encode(sign * peaks, codec), codec, len(peaks))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -368,3 +401,39 @@ HALF = encode(torch.tensor([0.5, -0.25, 0.1]), CODECS["int4"])
 def test_forged_dense_sections(name: str, sections: Sections, reason: str) -> None:
     with pytest.raises(BadUpdate, match=reason):
         decode(sections, CODECS[name], 3)
+
+
+# --- the same bits everywhere ---
+
+LEVELS = ("DEFAULT", "AVX2", "AVX512")
+HERE = torch.backends.cpu.get_cpu_capability()
+
+
+def bits(level: str) -> dict[str, Any]:
+    """What a process makes that has these of the processor's instructions; DEFAULT keeps numpy to its least, too."""
+    least = {"NPY_DISABLE_CPU_FEATURES": " ".join(found_by_numpy())} if level == "DEFAULT" else {}
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": level.lower(), **least}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.codec_bits"]
+    made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=ROOT)
+    return dict(json.loads(made.stdout))
+
+
+def found_by_numpy() -> list[str]:
+    """What this processor has of the instructions that numpy chooses among when it is imported."""
+    simd = np.show_config(mode="dicts")["SIMD Extensions"]
+    return list(simd.get("found", []))
+
+
+@pytest.mark.slow
+def test_every_machine_makes_the_same_bits() -> None:
+    """With the instructions of old and of new processors, and with one thread and two."""
+    levels = LEVELS[: LEVELS.index(HERE) + 1] if HERE in LEVELS else (HERE,)
+    made = [bits(level) for level in levels]
+    if HERE in LEVELS:
+        assert [each["torch"] for each in made] == list(levels), "a setting had no effect"
+    if found_by_numpy():
+        assert made[0]["numpy"] != made[-1]["numpy"] or len(made) == 1, "a setting had no effect"
+    digests = [each["digests"] for each in made]
+    assert all(each == digests[0] for each in digests)
+    for codec in CODECS:
+        assert digests[0][f"{codec}, 1 threads"] == digests[0][f"{codec}, 2 threads"]

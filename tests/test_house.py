@@ -26,6 +26,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "tokenizers": ("model/",),
     "starlette": ("node/web/",),
     "hypercorn": ("node/web/",),
+    "peft": ("model/adapters.py",),
     "sqlite3": ("node/store.py",),
     "msgpack": ("crypto/canonical.py",),
     "zeroconf": ("p2p/mdns.py",),

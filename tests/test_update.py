@@ -55,7 +55,7 @@ def written(codec: str = "ef64.2b", n: int = N, seed: int = 0, steps: int = 5, t
 
 def with_fields(raw: bytes, **fields: Any) -> bytes:
     """The same update with some fields otherwise; canonical, where the value has a canonical form."""
-    value = {**canonical.decode(raw), **fields}
+    value = {**msgpack.unpackb(raw), **fields}
     return bytes(msgpack.packb(dict(sorted(value.items()))))
 
 
@@ -228,6 +228,9 @@ def test_a_false_length_takes_no_memory() -> None:
     large = expected("ef64.2b", SIZE_MAX)
     assert peak_bytes(written(), large) < 100_000
     assert peak_bytes(bytes(1 << 20), expected()) < 100_000
+    wide = expected("fp32", 1_000_000)
+    missing = with_fields(written("fp32", 1_000_000), val=bytes(4_000_000 - 4096))
+    assert peak_bytes(missing, wide) < 100_000, "not even copied"
     claims = written().replace(b"\xa3idx\xc4\x80", b"\xa3idx\xc6\xff\xff\xff\xff")
     assert len(claims) > len(written())
     assert peak_bytes(claims, expected()) < 100_000

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from tests.fuzz import state_targets, text_targets, wire_targets
+from tests.fuzz import model_targets, state_targets, text_targets, wire_targets
 from tests.fuzz.target import Target
 
 TARGETS: Final[Mapping[str, Callable[[], Target]]] = {
     **wire_targets.TARGETS,
     **state_targets.TARGETS,
     **text_targets.TARGETS,
+    **model_targets.TARGETS,
 }
