@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.codecs import CODECS, decode, encode
-from model.delta import CHUNK, Delta, HasEntries
+from model.delta import CHUNK, Delta, HasEntries, Sections
 from model.evidence import SLICE, SLICE_SPARSE, entries, gram, norm, overlaps, slices
+from model.held import ENTRIES_MAX, Held
 from model.merge import Vector
+from model.sparse import SparseDelta
 from tests.made_deltas import Plain, TopK, top_k
 from tests.vectors import KINDS, SIZES, vector
 
@@ -124,14 +126,32 @@ def test_overlap_is_the_share_of_the_lesser_ones_indices(sets: list[set[int]]) -
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_codecs_short_way_is_what_the_protocol_says(name: str, kind: str) -> None:
     for n in (*SIZES, N):
-        delta = decode(encode(vector(kind, n), CODECS[name]), CODECS[name], n)
-        assert isinstance(delta, HasEntries)
+        sections = encode(vector(kind, n), CODECS[name])
+        packed = SparseDelta(n, CODECS[name].k, sections)
+        held = decode(sections, CODECS[name], n)
+        assert isinstance(held, Held)
         for start, stop in ((0, n), *slices(n, CHUNK), (n // CHUNK * CHUNK, n), (0, n // 2)):
-            places, values = delta.entries(start, stop)
-            assert (places.dtype, values.dtype) == (torch.int64, torch.float32)
-            assert torch.equal(places, delta.sent(start, stop).nonzero().squeeze(1))
-            assert torch.equal(values, delta.dense(start, stop)[places])
-            assert torch.equal(torch.stack(entries(delta, start, stop)), torch.stack((places, values)))
+            for delta in (packed, held):
+                assert isinstance(delta, HasEntries)
+                places, values = delta.entries(start, stop)
+                assert (places.dtype, values.dtype) == (torch.int64, torch.float32)
+                assert torch.equal(places, packed.sent(start, stop).nonzero().squeeze(1))
+                assert torch.equal(values, packed.dense(start, stop)[places])
+                assert torch.equal(delta.dense(start, stop), packed.dense(start, stop))
+                assert torch.equal(delta.sent(start, stop), packed.sent(start, stop))
+                assert torch.equal(torch.stack(entries(delta, start, stop)), torch.stack((places, values)))
+
+
+def test_what_is_too_large_to_hold_stays_packed() -> None:
+    codec = CODECS["ef256.2b"]
+    n = ENTRIES_MAX // codec.k * CHUNK
+    for size, kind in ((n, Held), (n + 1, SparseDelta)):
+        chunks = -(-size // CHUNK)
+        idx, val, scale = codec.sizes(size)
+        delta = decode(Sections(bytes(idx), bytes(val), bytes(scale)), codec, size)  # nothing is sent
+        assert isinstance(delta, kind)
+        assert chunks * codec.k == ENTRIES_MAX + (codec.k if kind is SparseDelta else 0)
+        assert norm(delta) == 0.0
 
 
 def test_slices_are_whole_chunks() -> None:

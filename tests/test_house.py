@@ -79,6 +79,7 @@ CORES = (
     "model/codecs.py",
     "model/update.py",
     "model/feedback.py",
+    "model/held.py",
     "model/gate.py",
     "model/scores.py",
     "model/evidence.py",
