@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Final
 
 import torch
@@ -26,6 +25,8 @@ from model.evidence import entries, gram, slices
 from model.gate import ONE, WEIGHT_CAP
 from model.layout import layout_of
 from model.rules import BY_DISTANCE, Plan, Round, Rule, check, make_plan
+
+Comparators = tuple[tuple[int, int], ...]
 
 SLICE: Final = 16 * CHUNK  # 64 rows of it are 16 MiB; 16 rows stay in a core's cache while they are sorted
 SLICE_SUM: Final = 256 * CHUNK  # 4 MiB, and few enough slices that calls cost nothing
@@ -151,10 +152,11 @@ class OuterStep:
 def apply(plan: Plan, deltas: Sequence[Delta], update_N: torch.Tensor) -> None:
     """Write the update that `plan` makes of `deltas` into update_N. Raises CannotMerge when it is not finite."""
     used = [(delta, factor) for delta, factor in zip(deltas, plan.factors, strict=True) if factor != 0.0]
+    comparators = () if plan.kept is None else network(len(used), *plan.kept)
     for start, stop in slices(update_N.numel(), SLICE if plan.kept else SLICE_SUM):
         update_S = update_N[start:stop]
         if plan.kept is not None:
-            _middle(used, start, update_S, plan)
+            _middle(used, start, update_S, plan, comparators)
         elif deltas[0].sparse:
             _sum_of_sent(used, start, update_S, plan)
         else:
@@ -189,12 +191,14 @@ def _sum_of_sent(used: Sequence[tuple[Delta, float]], start: int, update_S: torc
         _divide(update_S, plan.divisor)
 
 
-def _middle(used: Sequence[tuple[Delta, float]], start: int, update_S: torch.Tensor, plan: Plan) -> None:
+def _middle(
+    used: Sequence[tuple[Delta, float]], start: int, update_S: torch.Tensor, plan: Plan, comparators: Comparators
+) -> None:
     """The mean of the kept places of the R sorted values of each coordinate."""
     assert plan.kept is not None
     rows = [delta.dense(start, start + update_S.numel()).mul_(factor) for delta, factor in used]
     spare_S = torch.empty_like(update_S)
-    for low, high in network(len(rows), *plan.kept):
+    for low, high in comparators:
         torch.minimum(rows[low], rows[high], out=spare_S)
         torch.maximum(rows[low], rows[high], out=rows[high])
         rows[low], spare_S = spare_S, rows[low]
@@ -209,8 +213,7 @@ def _divide(update_S: torch.Tensor, divisor: float) -> None:
         update_S.div_(divisor)
 
 
-@cache
-def network(count: int, first: int, last: int) -> tuple[tuple[int, int], ...]:
+def network(count: int, first: int, last: int) -> Comparators:
     """Comparators (low, high) that bring what belongs at the places [first, last) of `count` sorted values there.
 
     Batcher's odd-even merge sort without the comparators that reach other places only. Minimum and maximum are exact.

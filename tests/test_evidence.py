@@ -140,6 +140,8 @@ def test_the_codecs_short_way_is_what_the_protocol_says(name: str, kind: str) ->
                 assert torch.equal(delta.dense(start, stop), packed.dense(start, stop))
                 assert torch.equal(delta.sent(start, stop), packed.sent(start, stop))
                 assert torch.equal(torch.stack(entries(delta, start, stop)), torch.stack((places, values)))
+                values.mul_(-1)  # the caller's to change
+                assert torch.equal(delta.dense(start, stop), packed.dense(start, stop))
 
 
 def test_what_is_too_large_to_hold_stays_packed() -> None:
