@@ -132,7 +132,8 @@ def _blocks(x_S: npt.NDArray[Number], block: int) -> npt.NDArray[Number]:
 def _halves(q_S: Integers) -> npt.NDArray[np.uint8]:
     """Two integers a byte."""
     q = _blocks(q_S, 2).view(np.uint8)
-    return (q[:, 0] & 0x0F) | (q[:, 1] << 4)
+    val: npt.NDArray[np.uint8] = (q[:, 0] & np.uint8(0x0F)) | (q[:, 1] << np.uint8(4))
+    return val
 
 
 def _wholes(val: npt.NDArray[np.uint8]) -> Integers:

@@ -37,7 +37,8 @@ class Chosen:
     def slots(self, k: int) -> Index:
         """slot_M: the slot of each coordinate, counted from the first chunk's slot 0."""
         unused_C = np.arange(len(self.counts)) * k - (np.cumsum(self.counts) - self.counts)
-        return np.arange(len(self.at)) + np.repeat(unused_C, self.counts)
+        slot_M: Index = np.arange(len(self.at)) + np.repeat(unused_C, self.counts)
+        return slot_M
 
 
 def low_bits(k: int) -> int:
@@ -77,7 +78,7 @@ def unpack(packed: Bytes, k: int, size: int) -> Chosen:
     slot_M = Chosen(one_M, counts_C).slots(k)
     high_M = one_M - chunk_M * k - slot_M
     low_M = low[slot_M]
-    at_M = chunk_M * CHUNK + (high_M << width) + low_M
+    at_M: Index = chunk_M * CHUNK + (high_M << width) + low_M.astype(np.int64)
     if high_M.max(initial=0) >= k:
         raise BadUpdate(f"a coordinate lies outside its chunk of {CHUNK}")
     if (at_M[1:] <= at_M[:-1]).any():
