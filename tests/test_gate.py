@@ -180,6 +180,7 @@ entrants_st = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(entrants_st, st.randoms(use_true_random=False))
 def test_whatever_comes_each_gets_one_verdict_that_the_merge_can_use(

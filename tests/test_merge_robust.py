@@ -99,6 +99,7 @@ def test_what_is_no_delta_at_all_is_out_by_name_and_the_rest_go_on(name: str) ->
     assert quality(contributions, Rule.MEAN, a_round(PEERS, N)[0])[0] < 0.33  # of 11 honest ones
 
 
+@pytest.mark.slow
 def test_without_the_gate_the_mean_is_lost_and_so_these_tests_can_fail() -> None:
     signal, _ = a_round(PEERS, N)
     assert quality(ungated(attacked(flipped(100))), Rule.MEAN, signal)[0] > 20
@@ -108,6 +109,7 @@ def test_without_the_gate_the_mean_is_lost_and_so_these_tests_can_fail() -> None
             assert quality(ungated(attacked(ATTACKS[name])), rule, signal)[0] < 0.7, (rule, name)
 
 
+@pytest.mark.slow
 def test_adaptive_pays_for_robustness_only_where_there_is_something_to_see() -> None:
     signal, vectors = a_round(PEERS, N)
     by_attack = {name: merge(through_gate(attacked(attack))[0], Rule.ADAPTIVE).plan for name, attack in ATTACKS.items()}
