@@ -7,7 +7,8 @@
     |- BadInput       the request's fault: too long, unknown token ids, a message the template refuses
     |- EngineFull     the queue is full: try later or elsewhere
     |- ComputeFailed  the forward pass failed for this request, or training made numbers that are not finite
-    `- BadUpdate      a peer's contribution to a round is not what the run agreed on: leave it out
+    |- BadUpdate      a peer's contribution to a round is not what the run agreed on: leave it out
+    `- CannotMerge    these contributions and this rule give no update; nothing has changed
 
 Rules: each message says what came, what was wanted and what to do. FOREIGN names what torch, transformers and the
 template engine raise for bad files or bad input, so that their errors are mapped at the door; anything else is a bug.
@@ -50,6 +51,11 @@ class ComputeFailed(ModelError):
 
 class BadUpdate(ModelError):
     """A peer's update is malformed, or is for another run, round, base or layout."""
+
+
+class CannotMerge(ModelError):
+    """A round's contributions do not make an update by this rule: too few, of mixed kinds, or a rule that means nothing
+    on them."""
 
 
 FOREIGN = (

@@ -25,6 +25,7 @@ from model import bfloat16, elias_fano
 from model.delta import CHUNK, MAGNITUDE_MAX, Floats, Sections, slices
 from model.elias_fano import Bytes, Chosen
 from model.errors import BadUpdate
+from model.held import ENTRIES_MAX, Held, hold
 
 Mask = npt.NDArray[np.bool_]
 _NORMAL_MIN_BITS: Final = int(np.float32(bfloat16.NORMAL_MIN).view(np.int32))
@@ -77,9 +78,11 @@ class SparseCodec:
             level_C2.astype(bfloat16.WIRE).tobytes(),
         )
 
-    def decode(self, sections: Sections, n: int) -> SparseDelta:
-        """Check every chunk. Raises BadUpdate."""
+    def decode(self, sections: Sections, n: int) -> SparseDelta | Held:
+        """Check every chunk, and keep what was unpacked for it unless that is too much. Raises BadUpdate."""
         delta = SparseDelta(n, self.k, sections)
+        if -(-n // CHUNK) * self.k <= ENTRIES_MAX:
+            return hold(n, ((start, *delta.values(start, stop)) for start, stop in slices(n)))
         for start, stop in slices(n):
             delta.values(start, stop)
         return delta
