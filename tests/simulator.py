@@ -6,6 +6,7 @@ and the command that replays it. Statements are read and checked by the node's o
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import random
 from collections import Counter
@@ -32,6 +33,7 @@ QUIET_S = 38.0  # after the last request: longer than any deadline, and than the
 WARM_UP_S = 6.0
 GRACE_S = 0.001
 STATEMENTS_MAX = 100_000
+GARBAGE_AT = 500_000  # objects more than there were
 STARTS_PER_S = 100
 SYBIL_NETWORKS = 4
 FETCH_DONORS = 6
@@ -374,27 +376,34 @@ def _identity(number: int) -> Identity:
     return _IDENTITIES[number]
 
 
-def _at_any_time(once: Any) -> Any:
+def _opened_once(genuine: Any) -> Any:
     """A directory opens envelopes whatever their time; so the time need not tell them apart."""
-    return lambda raw, *, domain, network, now_ms, skew_ms: once(
-        raw, domain=domain, network=network, now_ms=0, skew_ms=skew_ms
+    once = lru_cache(maxsize=STATEMENTS_MAX)(
+        lambda raw, domain, network, skew_ms: genuine(raw, domain=domain, network=network, now_ms=0, skew_ms=skew_ms)
     )
+    return lambda raw, *, domain, network, now_ms, skew_ms: once(raw, domain, network, skew_ms)
 
 
 @contextmanager
 def _each_statement_once() -> Iterator[None]:
     """A statement reaches every peer: what it says, and whether it is signed rightly, are pure functions of its bytes.
 
-    They are asked once for each distinct statement; errors are asked again.
+    They are asked once for each distinct statement; errors are asked again. Garbage is looked for seldom: what a
+    process leaves when it crashes is all the cycles that there are.
     """
-    pure = ("digest", "advert_of")
-    names = [(crypto.envelope, ("verify_key", "peer_id_of", "_parse")), (gossip.directory, (*pure, "open_envelope"))]
+    names = [
+        (crypto.envelope, ("verify_key", "peer_id_of", "_parse")),
+        (gossip.directory, ("advert_of", "open_envelope")),
+    ]
     places = [(module, name, vars(module)[name]) for module, each in names for name in each]
     for module, name, genuine in places:
-        once = lru_cache(maxsize=STATEMENTS_MAX)(genuine)
-        setattr(module, name, _at_any_time(once) if name == "open_envelope" else once)
+        once = _opened_once if name == "open_envelope" else lru_cache(maxsize=STATEMENTS_MAX)
+        setattr(module, name, once(genuine))
+    thresholds = gc.get_threshold()
+    gc.set_threshold(GARBAGE_AT)
     try:
         yield
     finally:
+        gc.set_threshold(*thresholds)
         for module, name, genuine in places:
             setattr(module, name, genuine)
