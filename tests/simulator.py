@@ -29,7 +29,8 @@ from tests.simulator_net import History, Link, Loop, Net, Weather
 from tests.simulator_node import MODEL, Peer, Process
 from tests.simulator_request import Ask
 
-QUIET_S = 38.0  # after the last request: longer than any deadline, and than the health check needs
+QUIET_S = 38.0  # after the last request, at most: longer than any deadline, and than the health check needs
+CALM_S = 10.0  # with nothing under way any more: longer than what is still on a wire, or a dial, can take
 WARM_UP_S = 6.0
 GRACE_S = 0.001
 STATEMENTS_MAX = 100_000
@@ -141,12 +142,27 @@ class Swarm:
         self.net.heal()
         for link in list(self.net.links):
             self._dropped(link)
-        before = self.net.bytes
-        self.loop.run_until(end + QUIET_S)
+        sent_bytes = (self.net.bytes, max(self.net.sent.values()))
+        self._fall_quiet(end + QUIET_S)
         for process in self.alive.values():
             self.violations += process.violations
             self.violations += [f"{process.peer_id[-6:]}: {what}" for what in process.leftovers()]
-        return self._outcome(seed, before)
+        return self._outcome(seed, *sent_bytes)
+
+    def _fall_quiet(self, end: float) -> None:
+        """Until nothing is under way and has not been for CALM_S, in which nothing may come to life again."""
+        busy_at = self.loop.now
+        while self.loop.now < min(end, busy_at + CALM_S):
+            self.loop.run_until(min(end, self.loop.now + 1.0))
+            if self._is_busy():
+                busy_at = self.loop.now
+
+    def _is_busy(self) -> bool:
+        return (
+            any(each.outcome is None for each in self.asks)
+            or any(each.outcome is None for each in self.fetches)
+            or any(each.backlog is not None or each.leftovers() for each in self.alive.values())
+        )
 
     def _settled(self, size: int, sent: Counter[PeerId], events: int) -> Crowd:
         seconds, count = self.scenario.seconds / 2, self.scenario.peers
@@ -281,7 +297,7 @@ class Swarm:
         self.history.note("cut", one[-6:], two[-6:], len(cut))
         self.loop.after(self.rng.uniform(*self.scenario.cut_s), lambda: self.net.mend(cut))
 
-    def _outcome(self, seed: int, bytes_at_end: int) -> Outcome:
+    def _outcome(self, seed: int, sent_bytes: int, sent_bytes_max: int) -> Outcome:
         ends = Counter(ask.outcome for ask in self.asks if ask.outcome is not None)
         wrong = list(self.violations)
         for ask in self.asks:
@@ -303,8 +319,8 @@ class Swarm:
             asked_of_holes=max(self.net.asked_of_holes.values(), default=0),
             flooder_kept_s=self.flooder_kept_s,
             banned=self._banned(),
-            bytes_per_peer_s=bytes_at_end / seconds / self.scenario.peers,
-            bytes_per_peer_s_max=max(self.net.sent.values()) / seconds,
+            bytes_per_peer_s=sent_bytes / seconds / self.scenario.peers,
+            bytes_per_peer_s_max=sent_bytes_max / seconds,
             searches=sum(each.finder.searches for each in self.alive.values()),
             found=sum(each.finder.found for each in self.alive.values()),
             fetches=dict(sorted(Counter(str(each.outcome) for each in self.fetches).items())),

@@ -198,7 +198,7 @@ class Process:
         self._saved_at = self.now
         self.peer.disk = SavedState(
             sequence=self.own_advert.sequence + RESERVED,
-            floors={str(each): floor for each, floor in self.directory.floors().items()},
+            floors=dict[str, int](self.directory.floors()),  # type: ignore[arg-type]  # a PeerId is a str
             bans=self.standing.saved_bans(self.now, self.now_ms),
         )
 
