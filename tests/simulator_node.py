@@ -44,7 +44,8 @@ from tests.simulator_request import Ask, RemoteAsk
 
 START_MS = 1_800_000_000_000
 MODEL, CONTEXT = "tale", 2_000
-DEGREE, DEGREE_MAX, MESH = 5, 16, 6
+DEGREE, MESH = 5, 6
+PLACES = 64  # connections of one peer
 SEEN_MAX = 8_192
 
 
@@ -179,7 +180,7 @@ class Process:
 
     def _idle(self) -> list[Link]:
         """p2p/roster.py's choice of whom to let go."""
-        surplus = len(self.links) - DEGREE_MAX
+        surplus = len(self.links) - DEGREE
         if surplus <= 0:
             return []
         idle = [
@@ -205,7 +206,7 @@ class Process:
     # --- links ---
 
     def accepts(self, peer: PeerId) -> bool:
-        return self.standing.verdict(peer, self.now) is Verdict.FINE and len(self.links) < DEGREE_MAX * 4
+        return self.standing.verdict(peer, self.now) is Verdict.FINE and len(self.links) < PLACES
 
     def connected(self, link: Link) -> None:
         peer = link.other(self).peer_id
