@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from crypto.identity import PeerId
 from gossip.messages import Advert, Capacity, ModelKind
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
+class Offer(Struct, frozen=True, kw_only=True, gc=False):
     """A live advert. received_s: when it was said, as far as we can tell; expires_s: when it ends."""
 
     peer: PeerId

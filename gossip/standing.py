@@ -84,6 +84,8 @@ class _Score:
     group: str | None = None
 
     def at(self, now: float) -> float:
+        if not self.value:
+            return 0.0
         faded = self.value * 0.5 ** (max(0.0, now - self.at_s) / HALF_LIFE_S)
         return faded if abs(faded) > 1e-9 else 0.0
 
@@ -186,7 +188,7 @@ class Standing:
 
     def verdict(self, peer: PeerId, now: float) -> Verdict:
         """What to do with the peer."""
-        if self.ban_of(peer, now) is not None:
+        if peer in self._bans and self.ban_of(peer, now) is not None:
             return Verdict.BANNED
         score = self.score(peer, now)
         if score <= BAN_AT:

@@ -29,11 +29,14 @@ class Buckets:
 
     def take(self, key: Hashable, now: float) -> bool:
         """Take one token; False when there is none."""
-        bucket = self._buckets.pop(key, None) or _Bucket(self._burst, now)
+        bucket = self._buckets.pop(key, None)
+        if bucket is None:
+            bucket = _Bucket(self._burst, now)
+            if len(self._buckets) >= self._keys_max:
+                del self._buckets[next(iter(self._buckets))]
         self._buckets[key] = bucket
-        if len(self._buckets) > self._keys_max:
-            del self._buckets[next(iter(self._buckets))]
-        bucket.tokens = min(self._burst, bucket.tokens + max(0.0, now - bucket.at_s) * self._rate_per_s)
+        if now > bucket.at_s:
+            bucket.tokens = min(self._burst, bucket.tokens + (now - bucket.at_s) * self._rate_per_s)
         bucket.at_s = now
         if bucket.tokens < 1.0:
             return False

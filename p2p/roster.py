@@ -2,9 +2,9 @@
 
 Rules: a core; `tick` says whom to greet, ping, ask for peers or disconnect, `peering.py` does it and reports back. At
 most one such errand per peer is under way. A peer that misses PINGS_MISSED_MAX pings in a row is dropped, because a
-frozen process keeps its connection. Of more peers than the target those go that we dialled for a request and have not
-needed for IDLE_S, else a peer that many ask would run out of places. A peer that speaks no /openagi/rpc is let be: it
-may be a plain libp2p client.
+frozen process keeps its connection. Of more peers than are company enough those go that we dialled for a request and
+have not needed for IDLE_S, else a peer that many ask would run out of places; if we want more than that, others are
+dialled for it. A peer that speaks no /openagi/rpc is let be: it may be a plain libp2p client.
 Source: SECURITY.md F10 (reconciler, dial limiter); RFC 6298 section 2 (smoothed round trip).
 """
 
@@ -257,8 +257,8 @@ class Roster:
         return errands
 
     def idle(self, now: float) -> list[Disconnect]:
-        """Whom to let go because there are more than we want to have: what was not needed longest first."""
-        surplus = sum(member.phase in _OURS for member in self._members.values()) - self._target
+        """Whom to let go because there is company enough without them: what was not needed longest first."""
+        surplus = self.ours() - min(self._target, self._outbound_min)
         if surplus <= 0:
             return []
         idle = [

@@ -6,6 +6,7 @@ and the command that replays it. Statements are read and checked by the node's o
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import random
 from collections import Counter
@@ -28,11 +29,13 @@ from tests.simulator_net import History, Link, Loop, Net, Weather
 from tests.simulator_node import MODEL, Peer, Process
 from tests.simulator_request import Ask
 
-QUIET_S = 38.0  # after the last request: longer than any deadline, and than the health check needs
+QUIET_S = 38.0  # after the last request, at most: longer than any deadline, and than the health check needs
+CALM_S = 10.0  # with nothing under way any more: longer than what is still on a wire, or a dial, can take
 WARM_UP_S = 6.0
 GRACE_S = 0.001
 STATEMENTS_MAX = 100_000
-STARTS_PER_S = 100
+GARBAGE_AT = 500_000  # objects more than there were
+STARTS_PER_S = 100  # more at once is a storm of its own: adverts of ten thousand before anybody speaks less
 SYBIL_NETWORKS = 4
 FETCH_DONORS = 6
 ENDS = frozenset({"finished", "cancelled", *REQUEST_ERRORS})
@@ -139,12 +142,27 @@ class Swarm:
         self.net.heal()
         for link in list(self.net.links):
             self._dropped(link)
-        before = self.net.bytes
-        self.loop.run_until(end + QUIET_S)
+        sent_bytes = (self.net.bytes, max(self.net.sent.values()))
+        self._fall_quiet(end + QUIET_S)
         for process in self.alive.values():
             self.violations += process.violations
             self.violations += [f"{process.peer_id[-6:]}: {what}" for what in process.leftovers()]
-        return self._outcome(seed, before)
+        return self._outcome(seed, *sent_bytes)
+
+    def _fall_quiet(self, end: float) -> None:
+        """Until nothing is under way and has not been for CALM_S, in which nothing may come to life again."""
+        busy_at = self.loop.now
+        while self.loop.now < min(end, busy_at + CALM_S):
+            self.loop.run_until(min(end, self.loop.now + 1.0))
+            if self._is_busy():
+                busy_at = self.loop.now
+
+    def _is_busy(self) -> bool:
+        return (
+            any(each.outcome is None for each in self.asks)
+            or any(each.outcome is None for each in self.fetches)
+            or any(each.backlog is not None or each.leftovers() for each in self.alive.values())
+        )
 
     def _settled(self, size: int, sent: Counter[PeerId], events: int) -> Crowd:
         seconds, count = self.scenario.seconds / 2, self.scenario.peers
@@ -279,7 +297,7 @@ class Swarm:
         self.history.note("cut", one[-6:], two[-6:], len(cut))
         self.loop.after(self.rng.uniform(*self.scenario.cut_s), lambda: self.net.mend(cut))
 
-    def _outcome(self, seed: int, bytes_at_end: int) -> Outcome:
+    def _outcome(self, seed: int, sent_bytes: int, sent_bytes_max: int) -> Outcome:
         ends = Counter(ask.outcome for ask in self.asks if ask.outcome is not None)
         wrong = list(self.violations)
         for ask in self.asks:
@@ -301,8 +319,8 @@ class Swarm:
             asked_of_holes=max(self.net.asked_of_holes.values(), default=0),
             flooder_kept_s=self.flooder_kept_s,
             banned=self._banned(),
-            bytes_per_peer_s=bytes_at_end / seconds / self.scenario.peers,
-            bytes_per_peer_s_max=max(self.net.sent.values()) / seconds,
+            bytes_per_peer_s=sent_bytes / seconds / self.scenario.peers,
+            bytes_per_peer_s_max=sent_bytes_max / seconds,
             searches=sum(each.finder.searches for each in self.alive.values()),
             found=sum(each.finder.found for each in self.alive.values()),
             fetches=dict(sorted(Counter(str(each.outcome) for each in self.fetches).items())),
@@ -374,27 +392,34 @@ def _identity(number: int) -> Identity:
     return _IDENTITIES[number]
 
 
-def _at_any_time(once: Any) -> Any:
+def _opened_once(genuine: Any) -> Any:
     """A directory opens envelopes whatever their time; so the time need not tell them apart."""
-    return lambda raw, *, domain, network, now_ms, skew_ms: once(
-        raw, domain=domain, network=network, now_ms=0, skew_ms=skew_ms
+    once = lru_cache(maxsize=STATEMENTS_MAX)(
+        lambda raw, domain, network, skew_ms: genuine(raw, domain=domain, network=network, now_ms=0, skew_ms=skew_ms)
     )
+    return lambda raw, *, domain, network, now_ms, skew_ms: once(raw, domain, network, skew_ms)
 
 
 @contextmanager
 def _each_statement_once() -> Iterator[None]:
     """A statement reaches every peer: what it says, and whether it is signed rightly, are pure functions of its bytes.
 
-    They are asked once for each distinct statement; errors are asked again.
+    They are asked once for each distinct statement; errors are asked again. Garbage is looked for seldom: what a
+    process leaves when it crashes is all the cycles that there are.
     """
-    pure = ("digest", "advert_of")
-    names = [(crypto.envelope, ("verify_key", "peer_id_of", "_parse")), (gossip.directory, (*pure, "open_envelope"))]
+    names = [
+        (crypto.envelope, ("verify_key", "peer_id_of", "_parse")),
+        (gossip.directory, ("advert_of", "open_envelope")),
+    ]
     places = [(module, name, vars(module)[name]) for module, each in names for name in each]
     for module, name, genuine in places:
-        once = lru_cache(maxsize=STATEMENTS_MAX)(genuine)
-        setattr(module, name, _at_any_time(once) if name == "open_envelope" else once)
+        once = _opened_once if name == "open_envelope" else lru_cache(maxsize=STATEMENTS_MAX)
+        setattr(module, name, once(genuine))
+    thresholds = gc.get_threshold()
+    gc.set_threshold(GARBAGE_AT)
     try:
         yield
     finally:
+        gc.set_threshold(*thresholds)
         for module, name, genuine in places:
             setattr(module, name, genuine)

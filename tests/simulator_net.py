@@ -12,9 +12,9 @@ import heapq
 import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from crypto.identity import PeerId
 
@@ -34,11 +34,14 @@ class Timer:
         self.cancelled = True
 
 
+Waiting = tuple[Timer | None, Callable[..., None], tuple[Any, ...]]  # an event of a paused process
+
+
 class Owner(Protocol):
     """What an event belongs to."""
 
     alive: bool
-    backlog: list[tuple[Timer, Callable[[], None]]] | None  # a list while it is paused
+    backlog: list[Waiting] | None  # a list while it is paused
 
 
 class Loop:
@@ -47,7 +50,7 @@ class Loop:
     def __init__(self) -> None:
         self.now = 0.0
         self.done = 0
-        self._heap: list[tuple[float, int, Timer, Callable[[], None], Owner | None]] = []
+        self._heap: list[tuple[float, int, Timer | None, Owner | None, Callable[..., None], tuple[Any, ...]]] = []
         self._count = 0
 
     def after(self, seconds: float, call: Callable[[], None], owner: Owner | None = None) -> Timer:
@@ -56,20 +59,26 @@ class Loop:
     def at(self, when: float, call: Callable[[], None], owner: Owner | None = None) -> Timer:
         timer = Timer()
         self._count += 1
-        heapq.heappush(self._heap, (max(when, self.now), self._count, timer, call, owner))
+        heapq.heappush(self._heap, (max(when, self.now), self._count, timer, owner, call, ()))
         return timer
+
+    def post(self, when: float, owner: Owner, call: Callable[..., None], *about: Any) -> None:
+        """As `at`, for what is never cancelled; `when` is not in the past."""
+        self._count += 1
+        heapq.heappush(self._heap, (when, self._count, None, owner, call, about))
 
     def run_until(self, end: float) -> None:
         """Everything up to `end`, and the time is `end` then."""
-        while self._heap and self._heap[0][0] <= end:
-            self.now, _, timer, call, owner = heapq.heappop(self._heap)
-            if timer.cancelled or (owner is not None and not owner.alive):
+        heap, pop = self._heap, heapq.heappop
+        while heap and heap[0][0] <= end:
+            self.now, _, timer, owner, call, about = pop(heap)
+            if (timer is not None and timer.cancelled) or (owner is not None and not owner.alive):
                 continue
             self.done += 1
             if owner is not None and owner.backlog is not None:
-                owner.backlog.append((timer, call))
+                owner.backlog.append((timer, call, about))
             else:
-                call()
+                call(*about)
         self.now = end
 
 
@@ -107,18 +116,19 @@ class End(Protocol):
     """One end of a link: a process."""
 
     alive: bool
-    backlog: list[tuple[Timer, Callable[[], None]]] | None
+    backlog: list[Waiting] | None
     links: dict[PeerId, Link]
     expected: dict[bytes, float]  # gossip on its way here -> when the first copy comes
+    seen: dict[bytes, None]  # gossip that came: of another copy it is counted only that it was sent
     is_silent: bool  # its machine lost power: nobody is told
 
     @property
     def peer_id(self) -> PeerId: ...
     def accepts(self, peer: PeerId) -> bool: ...
-    def has_seen(self, raw: bytes) -> bool: ...
     def connected(self, link: Link) -> None: ...
     def lost(self, link: Link) -> None: ...
     def take(self, link: Link, kind: str, raw: bytes, about: object) -> None: ...
+    def heard(self, link: Link, raw: bytes, publisher: PeerId) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -127,6 +137,7 @@ class Link:
 
     ends: tuple[End, End]
     made_at: float
+    delay_s: float  # one way
     alive: bool = True
     misses: int = 0
     lent_to: PeerId | None = None  # who made it for a request, and not to have company
@@ -137,6 +148,16 @@ class Link:
     def other(self, end: End) -> End:
         return self.ends[1] if self.ends[0] is end else self.ends[0]
 
+    def deliver(self, receiver: End, kind: str, raw: bytes, about: object) -> None:
+        """What was sent arrives, if the link still lives."""
+        if self.alive:
+            receiver.take(self, kind, raw, about)
+
+    def deliver_gossip(self, receiver: End, raw: bytes, publisher: PeerId) -> None:
+        receiver.expected.pop(raw, None)
+        if self.alive:
+            receiver.heard(self, raw, publisher)
+
 
 class Net:
     """All wires."""
@@ -146,7 +167,7 @@ class Net:
         self.processes: dict[PeerId, End] = {}
         self.addresses: dict[PeerId, str] = {}
         self.cut: set[tuple[PeerId, PeerId]] = set()
-        self.links: list[Link] = []
+        self.links: dict[Link, None] = {}
         self.bytes = 0
         self.sent: Counter[PeerId] = Counter()  # bytes by sender
         self.asked_of_holes: Counter[tuple[PeerId, PeerId]] = Counter()  # (door, black hole) -> calls
@@ -155,17 +176,21 @@ class Net:
         self._delays: dict[tuple[PeerId, PeerId], float] = {}
         self._uplinks: dict[PeerId, float] = {}  # when what a machine has sent so far is on the wire
 
-    def flight_s(self, here: PeerId, there: PeerId, size: int) -> float:
-        """How long some bytes are on their way, behind what `here` sent before, with the retransmissions they need."""
+    def delay_s(self, here: PeerId, there: PeerId) -> float:
+        """One way between two machines, drawn once."""
         pair = (here, there) if here < there else (there, here)
         if pair not in self._delays:
             self._delays[pair] = self.rng.uniform(*self.weather.delay_s)
-        now = self.loop.now
-        sent = max(now, self._uplinks.get(here, 0.0)) + size / self.weather.bytes_per_s
+        return self._delays[pair]
+
+    def flight_s(self, here: PeerId, delay_s: float, size: int) -> float:
+        """How long some bytes are on their way, behind what `here` sent before, with the retransmissions they need."""
+        now, weather, chance = self.loop.now, self.weather, self.rng.random
+        sent = max(now, self._uplinks.get(here, 0.0)) + size / weather.bytes_per_s
         self._uplinks[here] = sent
-        seconds = sent - now + self._delays[pair] + self.rng.random() * self.weather.jitter_s
+        seconds = sent - now + delay_s + chance() * weather.jitter_s
         wait_s = RETRANSMIT_S
-        while self.rng.random() < self.weather.loss:
+        while chance() < weather.loss:
             seconds, wait_s = seconds + wait_s, 2 * wait_s
         return seconds
 
@@ -177,58 +202,47 @@ class Net:
         if not link.alive:
             return
         side = 0 if link.ends[0] is sender else 1
-        receiver = link.ends[1 - side]
-        if self.blocked(sender.peer_id, receiver.peer_id):
+        receiver, here, size = link.ends[1 - side], sender.peer_id, len(raw)
+        if self.cut and self.blocked(here, receiver.peer_id):
             link.held[side].append((kind, raw, about))
             return
-        self._count(sender, raw)
-        when = max(link.busy_until[side], self.loop.now + self.flight_s(sender.peer_id, receiver.peer_id, len(raw)))
+        self.bytes += size
+        self.sent[here] += size
+        when = max(link.busy_until[side], self.loop.now + self.flight_s(here, link.delay_s, size))
         link.busy_until[side] = when
+        self.loop.post(when, receiver, link.deliver, receiver, kind, raw, about)
 
-        def arrive() -> None:
-            if link.alive:
-                receiver.take(link, kind, raw, about)
-
-        self.loop.at(when, arrive, receiver)
-
-    def gossip(self, link: Link, sender: End, raw: bytes, publisher: PeerId) -> None:
-        """A message that may be lost, doubled and overtaken."""
-        ends = link.ends
-        receiver = ends[1] if ends[0] is sender else ends[0]
-        if not link.alive or (self.cut and self.blocked(sender.peer_id, receiver.peer_id)):
-            return
-        if receiver.has_seen(raw):  # it would be dropped when it comes: no event for that
-            self._count(sender, raw)
-            return
-        weather, chance = self.weather, self.rng.random
-        copies = 1 + (chance() < weather.duplicate) - (chance() < weather.loss)
-        for _ in range(copies):
-            self._count(sender, raw)
-            seconds = self.flight_s(sender.peer_id, receiver.peer_id, len(raw))
-            if chance() < weather.reorder:
-                seconds += chance() * weather.late_s
-            when = self.loop.now + seconds
-            if when >= receiver.expected.get(raw, math.inf):
-                continue  # another copy will be there before it
-
-            def arrive() -> None:
-                receiver.expected.pop(raw, None)
-                if link.alive:
-                    receiver.take(link, "gossip", raw, publisher)
-
-            receiver.expected[raw] = when
-            self.loop.at(when, arrive, receiver)
-
-    def _count(self, sender: End, raw: bytes) -> None:
-        self.bytes += len(raw)
-        self.sent[sender.peer_id] += len(raw)
+    def gossip(self, links: Iterable[Link], sender: End, raw: bytes, publisher: PeerId) -> None:
+        """A message to several, that may be lost, doubled and overtaken on its way to each."""
+        weather, chance, now, size, here = self.weather, self.rng.random, self.loop.now, len(raw), sender.peer_id
+        sent = 0
+        for link in links:
+            ends = link.ends
+            receiver = ends[1] if ends[0] is sender else ends[0]
+            if not link.alive or (self.cut and self.blocked(here, receiver.peer_id)):
+                continue
+            if raw in receiver.seen:  # it would be dropped when it comes: no event for that
+                sent += 1
+                continue
+            for _ in range(1 + (chance() < weather.duplicate) - (chance() < weather.loss)):
+                sent += 1
+                seconds = self.flight_s(here, link.delay_s, size)
+                if chance() < weather.reorder:
+                    seconds += chance() * weather.late_s
+                when = now + seconds
+                if when < receiver.expected.get(raw, math.inf):  # else another copy will be there before it
+                    receiver.expected[raw] = when
+                    self.loop.post(when, receiver, link.deliver_gossip, receiver, raw, publisher)
+        self.bytes += sent * size
+        self.sent[here] += sent * size
 
     def dial(self, here: End, there: PeerId, done: Callable[[Link | None], None]) -> None:
         """A connection, the one that is there if there is one; None when it cannot be had within DIAL_S_MAX."""
         if there in here.links:
             done(here.links[there])
             return
-        round_trip_s = self.flight_s(here.peer_id, there, 200) + self.flight_s(there, here.peer_id, 200)
+        delay_s = self.delay_s(here.peer_id, there)
+        round_trip_s = self.flight_s(here.peer_id, delay_s, 200) + self.flight_s(there, delay_s, 200)
         target = self.processes.get(there)
         cut = self.blocked(here.peer_id, there) or self.blocked(there, here.peer_id)
         if cut or (target is not None and (target.backlog is not None or (not target.alive and target.is_silent))):
@@ -246,8 +260,8 @@ class Net:
         self.loop.after(1.5 * round_trip_s, arrive, here)
 
     def _connect(self, here: End, there: End) -> Link:
-        link = Link((here, there), self.loop.now)
-        self.links.append(link)
+        link = Link((here, there), self.loop.now, self.delay_s(here.peer_id, there.peer_id))
+        self.links[link] = None
         here.links[there.peer_id] = link
         there.links[here.peer_id] = link
         self.loop.after(0.0, lambda: there.connected(link), there)
@@ -273,7 +287,7 @@ class Net:
         if not link.alive:
             return
         link.alive = False
-        self.links.remove(link)
+        del self.links[link]
         self.on_drop(link)
         for end in link.ends:
             other = link.other(end).peer_id

@@ -8,7 +8,7 @@ process dies with all it has in memory; its disk keeps what was saved last.
 from __future__ import annotations
 
 import random
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,12 +39,13 @@ from p2p.rpc import CALLS_MAX, Call, CallId, Cancel, Credit, End, Error, Item, R
 from tests.simulator_blob import Conversation, Fetch, serve_blob
 from tests.simulator_engine import REVISION, Engine, Job
 from tests.simulator_finder import Finder
-from tests.simulator_net import Link, Loop, Net, Timer
+from tests.simulator_net import Link, Loop, Net, Timer, Waiting
 from tests.simulator_request import Ask, RemoteAsk
 
 START_MS = 1_800_000_000_000
 MODEL, CONTEXT = "tale", 2_000
-DEGREE, DEGREE_MAX, MESH = 5, 16, 6
+DEGREE, MESH = 5, 6
+PLACES = 64  # connections of one peer
 SEEN_MAX = 8_192
 
 
@@ -78,8 +79,10 @@ class Process:
     def __init__(self, peer: Peer, net: Net, rng: random.Random, everybody: tuple[PeerId, ...]) -> None:
         self.peer, self.net, self.rng, self._everybody = peer, net, rng, everybody
         self.peer_id: PeerId = peer.identity.peer_id
+        self.loop: Loop = net.loop
+        self._zero_ms = START_MS + peer.skew_ms
         self.alive, self.is_silent = True, False
-        self.backlog: list[tuple[Timer, Callable[[], None]]] | None = None
+        self.backlog: list[Waiting] | None = None
         self.links: dict[PeerId, Link] = {}
         self.expected: dict[bytes, float] = {}
         self.asks: dict[int, Ask] = {}
@@ -110,7 +113,7 @@ class Process:
         )
         self.finder = Finder(self)
         self.hosting: Engine | None = Engine(self, peer.model) if peer.serves else None
-        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self.seen: dict[bytes, None] = {}  # oldest first
         self._callers: dict[Link, tuple[Rpc, dict[int, RemoteAsk]]] = {}
         self._callees: dict[Link, tuple[Rpc, dict[int, Serving]]] = {}
         self._speech: Timer | None = None
@@ -119,16 +122,12 @@ class Process:
     # --- time ---
 
     @property
-    def loop(self) -> Loop:
-        return self.net.loop
-
-    @property
     def now(self) -> float:
-        return self.net.loop.now
+        return self.loop.now
 
     @property
     def now_ms(self) -> int:
-        return START_MS + int(self.now * 1000) + self.peer.skew_ms
+        return self._zero_ms + int(self.loop.now * 1000)
 
     def after(self, seconds: float, call: Callable[[], None]) -> Timer:
         return self.loop.after(seconds, call, self)
@@ -161,9 +160,9 @@ class Process:
     def resume(self) -> None:
         """After a pause: what waited happens now, in order."""
         backlog, self.backlog = self.backlog or [], None
-        for timer, call in backlog:
-            if self.alive and not timer.cancelled:
-                call()
+        for timer, call, about in backlog:
+            if self.alive and not (timer is not None and timer.cancelled):
+                call(*about)
 
     def _keep_house(self) -> None:
         self.directory.tick(self.now)
@@ -181,7 +180,7 @@ class Process:
 
     def _idle(self) -> list[Link]:
         """p2p/roster.py's choice of whom to let go."""
-        surplus = len(self.links) - DEGREE_MAX
+        surplus = len(self.links) - DEGREE
         if surplus <= 0:
             return []
         idle = [
@@ -200,14 +199,14 @@ class Process:
         self._saved_at = self.now
         self.peer.disk = SavedState(
             sequence=self.own_advert.sequence + RESERVED,
-            floors={str(each): floor for each, floor in self.directory.floors().items()},
+            floors=dict[str, int](self.directory.floors()),  # type: ignore[arg-type]  # a PeerId is a str
             bans=self.standing.saved_bans(self.now, self.now_ms),
         )
 
     # --- links ---
 
     def accepts(self, peer: PeerId) -> bool:
-        return self.standing.verdict(peer, self.now) is Verdict.FINE and len(self.links) < DEGREE_MAX * 4
+        return self.standing.verdict(peer, self.now) is Verdict.FINE and len(self.links) < PLACES
 
     def connected(self, link: Link) -> None:
         peer = link.other(self).peer_id
@@ -230,8 +229,6 @@ class Process:
 
     def take(self, link: Link, kind: str, raw: bytes, about: object) -> None:
         match kind:
-            case "gossip":
-                self._heard(link, raw, PeerId(str(about)))
             case "pull":
                 if self.peer.actor == "sybil":
                     for each in self.net.told_by_sybils[:256]:
@@ -310,11 +307,11 @@ class Process:
         if self.peer.actor == "sybil":
             self.net.told_by_sybils = [raw, *self.net.told_by_sybils[:255]]
         links = list(self.links.values())
-        other = raw
-        if self.peer.actor == "equivocator":  # a second statement under the same sequence
-            other = self.sealed(Capacity(models=capacity.models, accepting=True, slots_total=99), sequence)
-        for number, link in enumerate(links):
-            self.net.gossip(link, self, raw if number % 2 else other, self.peer_id)
+        if self.peer.actor != "equivocator":
+            return self.net.gossip(links, self, raw, self.peer_id)
+        other = self.sealed(Capacity(models=capacity.models, accepting=True, slots_total=99), sequence)
+        for number, link in enumerate(links):  # a second statement under the same sequence
+            self.net.gossip((link,), self, raw if number % 2 else other, self.peer_id)
 
     def sealed(self, capacity: Capacity, sequence: int) -> bytes:
         advert = Advert(
@@ -333,22 +330,20 @@ class Process:
             life_ms=self.hearing.flow.life_ms,
         )
 
-    def has_seen(self, raw: bytes) -> bool:
-        return raw in self._seen
-
-    def _heard(self, link: Link, raw: bytes, publisher: PeerId) -> None:
-        if raw in self._seen:
+    def heard(self, link: Link, raw: bytes, publisher: PeerId) -> None:
+        """Gossip came."""
+        seen = self.seen
+        if raw in seen:
             return
-        self._seen[raw] = None
-        if len(self._seen) > SEEN_MAX:
-            self._seen.popitem(last=False)
+        seen[raw] = None
+        if len(seen) > SEEN_MAX:
+            del seen[next(iter(seen))]
         if publisher == self.peer_id or not self.hearing.heard(publisher, raw, self.now, self.now_ms):
             return
         links = list(self.links.values())
         begin = int(self.rng.random() * len(links))
-        for each in (links[begin:] + links[:begin])[: MESH + 1]:
-            if each is not link:
-                self.net.gossip(each, self, raw, publisher)
+        chosen = (links[begin:] + links[:begin])[: MESH + 1]
+        self.net.gossip([each for each in chosen if each is not link], self, raw, publisher)
 
     # --- calls ---
 

@@ -22,9 +22,9 @@ from tests.peering_swarm import Node, Swarm, until
 TARGET = 4
 
 
-def roster_of(company: int, lent: int) -> Roster:
+def roster_of(company: int, lent: int, *, target: int = TARGET) -> Roster:
     """So many peers for company, and so many dialled for requests, the first of these used last."""
-    roster = Roster(random.Random(0), target=TARGET)
+    roster = Roster(random.Random(0), target=target, outbound_min=TARGET)
     for number in range(company + lent):
         peer = PeerId(f"p{number}")
         roster.connected(peer, 0.0, address(number))
@@ -53,6 +53,16 @@ def test_company_is_kept_and_so_is_what_fits() -> None:
     assert gone(roster_of(9, 0), 1e6) == []
     assert gone(roster_of(2, 2), 1e6) == []
     assert gone(roster_of(0, 3), 1e6) == []
+
+
+def test_who_was_dialled_for_a_request_does_not_fill_the_places_of_company() -> None:
+    """Else whoever asked once for what one peer serves stays connected to it for ever."""
+    roster = roster_of(3, 4, target=16)
+    assert gone(roster, IDLE_S + 10) == ["p6", "p5", "p4"]
+    for peer in ("p6", "p5", "p4"):
+        roster.lost(PeerId(peer))
+    assert roster.wanted() == 12
+    assert gone(roster, 1e6) == []
 
 
 def test_what_was_needed_lately_is_kept() -> None:
@@ -92,7 +102,7 @@ async def connected(door: Node, servers: list[Node]) -> None:
 
 async def test_a_node_lets_go_and_can_come_back(autojump_clock: MockClock, swarm: Swarm) -> None:
     servers = [await swarm.start(peers_target=0, outbound_min=0) for _ in range(3)]
-    door = await swarm.start(peers_target=1, outbound_min=0)
+    door = await swarm.start(peers_target=1, outbound_min=1)
     await connected(door, servers)
     assert len(door.peering.peers() | door.transport.peers()) == 3
     await until(lambda: len(door.transport.peers()) == 1, 2 * IDLE_S)
@@ -107,7 +117,7 @@ async def test_a_node_lets_go_and_can_come_back(autojump_clock: MockClock, swarm
 
 async def test_a_node_keeps_what_works(autojump_clock: MockClock, swarm: Swarm) -> None:
     servers = [await swarm.start(peers_target=0, outbound_min=0) for _ in range(3)]
-    door = await swarm.start(peers_target=1, outbound_min=0)
+    door = await swarm.start(peers_target=1, outbound_min=1)
     door.peering.keep_while(lambda peer: peer == servers[0].id)
     await connected(door, servers)
     await trio.sleep(3 * IDLE_S)
