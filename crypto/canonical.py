@@ -40,6 +40,7 @@ class Limits:
     array_max: int = 4_096
     map_max: int = 256
     str_max: int = 65_536
+    key_max: int = 256  # of a map's key: errors name the field that is not known
     bin_max: int = 65_536
     items_max: int = 8_192  # all elements of all arrays, plus keys and values of all maps
     maps_max: int = 8_192  # maps in all: each costs a call back into Python, ten times what an array does
@@ -224,7 +225,8 @@ def _scan(raw: bytes, limits: Limits) -> None:
         if pos >= size:
             raise BadEncoding(f"cut off: {size} bytes came and {left} elements are missing")
         tag = raw[pos]
-        if in_map and not left & 1 and tag not in _STR_TAGS:
+        is_key = in_map and not left & 1
+        if is_key and tag not in _STR_TAGS:
             raise BadEncoding(f"a map has a key that is not a str, at byte {pos}")
         left -= 1
         if _FIXED[tag]:
@@ -235,8 +237,9 @@ def _scan(raw: bytes, limits: Limits) -> None:
             _check_float(raw, pos, count)
             pos += count
         elif what in length_max:
-            if count > length_max[what]:
-                raise BadEncoding(f"a text or blob of {count} bytes, at most {length_max[what]} are allowed")
+            most = min(limits.key_max, limits.str_max) if is_key else length_max[what]
+            if count > most:
+                raise BadEncoding(f"a text or blob of {count} bytes, at most {most} are allowed there")
             pos += count
         else:
             if count > count_max[what]:

@@ -27,7 +27,7 @@ from crypto.identity import Identity
 from gossip.messages import ADVERT_DOMAIN, Advert, Capacity, ModelKind, ModelOffer
 from gossip.service import ADVERTS_PROTOCOL
 from node.inference import INFER_PROTOCOL
-from node.work import EmbedWork, GenerateWork, Message, Sampling, to_wire
+from node.work import WORK_LIMITS, EmbedWork, GenerateWork, Message, Sampling, to_wire
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.frame import encode_frame
 from p2p.hello import RPC_PROTOCOL
@@ -154,7 +154,7 @@ class Attacker:
 
         `model` is the host's own automaton, here to know which frame ends the stream.
         """
-        rng, raw, model = self.rng, bytearray(), Rpc(Role.CALLEE)
+        rng, raw, model = self.rng, bytearray(), Rpc(Role.CALLEE, _LIMITS[protocol])
         count, last_id = 0, 0
         for count in range(1, rng.randint(1, FRAMES_PER_STREAM) + 1):
             kind = rng.random()
@@ -373,6 +373,7 @@ def _answer_of(rng: random.Random) -> Any:
     )(rng)
 
 
+_LIMITS = {RPC_PROTOCOL: canonical.CONTROL, INFER_PROTOCOL: WORK_LIMITS}
 _BODIES: dict[str, dict[str, Callable[[random.Random], Any]]] = {
     RPC_PROTOCOL: {"hello": _hello, "ping": _ping, "peers": lambda _rng: {}, "reach": _reach},
     INFER_PROTOCOL: {"generate": lambda rng: to_wire(_generate(rng)), "embed": _embed},

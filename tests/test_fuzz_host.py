@@ -27,7 +27,7 @@ from gossip.blob_wire import BLOB_PROTOCOL
 from gossip.finding import FIND_PROTOCOL
 from gossip.service import ADVERTS_PROTOCOL
 from node.inference import INFER_PROTOCOL
-from node.work import Finished, from_wire, to_wire
+from node.work import WORK_LIMITS, Finished, from_wire, to_wire
 from p2p.calls import Calls
 from p2p.errors import RemoteError
 from p2p.guard_relay import HOP, STOP
@@ -105,7 +105,7 @@ async def serves(control: Calls, infer: Calls, peer: Any) -> None:
 async def client(remote: Any) -> AsyncIterator[Callable[[], Any]]:
     """Somebody who behaves, connected for the whole time: a check that the host serves it."""
     async with node(Identity.make()) as honest, trio.open_nursery() as nursery:
-        control, infer = Calls(honest, RPC_PROTOCOL, {}), Calls(honest, INFER_PROTOCOL, {})
+        control, infer = Calls(honest, RPC_PROTOCOL, {}), Calls(honest, INFER_PROTOCOL, {}, limits=WORK_LIMITS)
         await nursery.start(control.run)
         await nursery.start(infer.run)
         peer = await honest.dial(remote.addresses()[0])
@@ -125,14 +125,18 @@ async def fuzz(frames: int) -> None:
     total = attack.left.total()
     async with victim() as (memory, process, remote), client(remote) as serves_others:
         readings = []
-        for left in (int(total * (1 - WARM_UP)), total // 2, 0):
+        for done in (WARM_UP, *(step / 10 for step in range(2, 11))):
             async with trio.open_nursery() as nursery:
                 for _ in range(ATTACKERS):
-                    nursery.start_soon(attack.run, remote, left)
+                    nursery.start_soon(attack.run, remote, int(total * (1 - done)))
             await serves_others()
             await trio.sleep(1)
             readings.append(rss(memory))
-        print({**attack.sent}, "total", attack.sent.total(), "MB", [round(each / 1e6, 1) for each in readings])
+            print(
+                f"{attack.sent.total()} frames, {attack.connections} connections, {readings[-1] / 1e6:.1f} MB",
+                flush=True,
+            )
+        print({**attack.sent}, "total", attack.sent.total())
         print("answered", {**attack.answered}, "connections", attack.connections)
         assert process.returncode is None
         assert attack.sent.total() >= total
