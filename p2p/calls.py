@@ -59,6 +59,7 @@ class Incoming:
 
 # The return value ends the call; RemoteError ends it with that error, any other Exception with code "internal".
 Handler = Callable[[Incoming], Awaitable[Value]]
+HandlerFor = Callable[[Call, PeerId], Handler]
 
 
 class Outgoing:
@@ -324,13 +325,7 @@ class _CallerStream(CallStream):
 class _CalleeStream(CallStream):
     """Our end of a stream that a peer opened."""
 
-    def __init__(
-        self,
-        peer: PeerId,
-        limits: Limits,
-        handler_for: Callable[[Call, PeerId], Handler],
-        drops: Counter[str],
-    ) -> None:
+    def __init__(self, peer: PeerId, limits: Limits, handler_for: HandlerFor, drops: Counter[str]) -> None:
         """`drops` counts calls that end in an error, by its code."""
         super().__init__(peer, Role.CALLEE, limits)
         self._drops = drops
