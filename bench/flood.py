@@ -8,12 +8,13 @@ RSS, against what it was before the attack.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 MESH_S = 3.0  # until the two honest peers are in the victim's mesh
 LATE_S = 10.0  # what has not come by then is lost
 JOIN_EVERY_S = 1.0
+LOOK_S = 0.2  # between looks at the memory
 
 
 @dataclass
@@ -46,7 +48,8 @@ class Honest:
     network: str
     sent_s: dict[bytes, float] = field(default_factory=dict)
     delays_s: list[float] = field(default_factory=list)
-    joins_s: list[float] = field(default_factory=list)
+    joins_s: list[float] = field(default_factory=list)  # LATE_S for one that was refused
+    refused: int = 0
 
     def heard(self, _peer: PeerId, raw: bytes) -> bool:
         """A gossip message came through."""
@@ -61,7 +64,8 @@ class Honest:
             advert = Advert(instance="cd" * 16, started_ms=1, agent="honest", capacity=Capacity(accepting=True))
             raw = seal_advert(self.identity, advert, network=self.network, sequence=now_ms, time_ms=now_ms)
             self.sent_s[raw] = time.monotonic()
-            await self.speaker.publish(advert_topic(self.network), raw)
+            with trio.CancelScope(shield=True):  # what is counted as sent is sent
+                await self.speaker.publish(advert_topic(self.network), raw)
             await trio.sleep(1.0)
 
     async def join(self, address: str) -> None:
@@ -74,6 +78,7 @@ class Honest:
                     await newcomer.dial(address)
                     self.joins_s.append(time.monotonic() - began)
                 except P2PError:
+                    self.refused += 1
                     self.joins_s.append(LATE_S)
             await trio.sleep(JOIN_EVERY_S)
 
@@ -125,36 +130,75 @@ class Outcome:
     told: dict[str, Any]
 
 
-async def attacked(victim: NodeProcess, network: str, seconds: float, *words: str) -> Outcome:
-    """Run an attack of `seconds` on a node, with honest peers beside it. words: of bench.flood_end; none: no attack."""
-    process = psutil.Process(victim.process.pid)
+@dataclass
+class Siege:
+    """An attack under way. `pair`: the honest peers beside it; `grown_bytes`: of the victim, at most so far."""
+
+    pair: Honest
+    attack: subprocess.Popen[str]
+    grown_bytes: int = 0
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)  # of what happens beside
+
+    async def end(self) -> dict[str, Any]:
+        """End the attack, and no more is sent by the honest; what the attacker says of itself."""
+        assert self.attack.stdin is not None
+        assert self.attack.stdout is not None
+        with suppress(OSError):  # it has ended by itself
+            os.write(self.attack.stdin.fileno(), b"end\n")  # past Python's buffer, which would try again at its end
+        told: dict[str, Any] = json.loads(await trio.to_thread.run_sync(self.attack.stdout.readline))
+        self.scope.cancel()
+        return told
+
+    async def beside(self, victim: NodeProcess) -> None:
+        """The honest peers' doings, until the siege ends."""
+        with self.scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.watch, psutil.Process(victim.process.pid))
+                nursery.start_soon(self.pair.speak)
+                nursery.start_soon(self.pair.join, victim.address)
+
+    async def watch(self, process: psutil.Process) -> None:
+        """Take note of the victim's memory, until cancelled."""
+        before = process.memory_info().rss
+        while True:
+            self.grown_bytes = max(self.grown_bytes, process.memory_info().rss - before)
+            await trio.sleep(LOOK_S)
+
+
+@asynccontextmanager
+async def besieged(victim: NodeProcess, seconds: float, network: str, *words: str) -> AsyncIterator[Siege]:
+    """An attack on a node with honest peers beside it, until it is ended, at most `seconds`.
+
+    words: of bench.flood_end; none: no attack.
+    """
     more = [words[0], victim.address, str(seconds), *words[1:]] if words else []
     with attacker(*more) as attack:  # its start blocks this thread, so the honest come after it
         async with honest(victim.address, network) as pair:
-            before = most = process.memory_info().rss
-            told: dict[str, Any] = {}
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(pair.speak)
-                nursery.start_soon(pair.join, victim.address)
-                if attack.stdin is not None:
-                    attack.stdin.write("go\n")
-                    attack.stdin.flush()
-                until = trio.current_time() + seconds
-                while trio.current_time() < until:
-                    await trio.sleep(0.2)
-                    most = max(most, process.memory_info().rss)
-                assert attack.stdout is not None
-                told = json.loads(await trio.to_thread.run_sync(attack.stdout.readline))
-                await trio.sleep(1.0)
+                siege = Siege(pair, attack)
+                nursery.start_soon(siege.beside, victim)
+                assert attack.stdin is not None
+                attack.stdin.write("go\n")
+                attack.stdin.flush()
+                yield siege
                 nursery.cancel_scope.cancel()
-            fresh = sum(time.monotonic() - sent < LATE_S for sent in pair.sent_s.values())
-            return Outcome(
-                delays_s=tuple(pair.delays_s),
-                joins_s=tuple(pair.joins_s),
-                lost=pair.lost - min(fresh, 1),
-                grown_mib=(most - before) / MIB,
-                told=told,
-            )
+
+
+async def attacked(victim: NodeProcess, network: str, seconds: float, *words: str) -> Outcome:
+    """Run an attack of `seconds` on a node, with honest peers beside it. words: of bench.flood_end; none: no attack."""
+    async with besieged(victim, seconds, network, *words) as siege:
+        await trio.sleep(seconds)
+        told = await siege.end()
+        await trio.sleep(1.0)
+        pair = siege.pair
+        fresh = sum(time.monotonic() - sent < LATE_S for sent in pair.sent_s.values())
+        return Outcome(
+            delays_s=tuple(pair.delays_s),
+            joins_s=tuple(pair.joins_s),
+            lost=pair.lost - min(fresh, 1),
+            grown_mib=siege.grown_bytes / MIB,
+            told=told,
+        )
 
 
 def main() -> None:

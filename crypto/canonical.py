@@ -40,6 +40,7 @@ class Limits:
     array_max: int = 4_096
     map_max: int = 256
     str_max: int = 65_536
+    key_max: int = 256  # of a map's key: errors name the field that is not known
     bin_max: int = 65_536
     items_max: int = 8_192  # all elements of all arrays, plus keys and values of all maps
     maps_max: int = 8_192  # maps in all: each costs a call back into Python, ten times what an array does
@@ -253,8 +254,8 @@ def _scan(raw: bytes, limits: Limits, *, strict: bool) -> None:
         if pos >= size:
             raise BadEncoding(f"cut off: {size} bytes came and {left} elements are missing")
         tag = raw[pos]
-        at_key = in_map and not left & 1
-        if at_key and tag not in _STR_TAGS:
+        is_key = in_map and not left & 1
+        if is_key and tag not in _STR_TAGS:
             raise BadEncoding(f"a map has a key that is not a str, at byte {pos}")
         if strict and tag in _LONG:
             _check_shortest(raw, pos, tag)
@@ -267,9 +268,10 @@ def _scan(raw: bytes, limits: Limits, *, strict: bool) -> None:
             _check_float(raw, pos, count)
             pos += count
         elif what in length_max:
-            if count > length_max[what]:
-                raise BadEncoding(f"a text or blob of {count} bytes, at most {length_max[what]} are allowed")
-            if strict and at_key:
+            most = min(limits.key_max, limits.str_max) if is_key else length_max[what]
+            if count > most:
+                raise BadEncoding(f"a text or blob of {count} bytes, at most {most} are allowed there")
+            if strict and is_key:
                 key, before = raw[pos : pos + count], key
                 if before is not None and key <= before:
                     raise BadEncoding(f"not canonical: the key at byte {pos} does not come after the one before it")

@@ -14,7 +14,7 @@ from typing import Annotated, Final, TypeVar
 
 from msgspec import Meta, Struct
 
-from crypto.canonical import decode_struct, encode_struct
+from crypto.canonical import Limits, decode_struct, encode_struct
 from crypto.digest import DIGEST_BYTES
 from crypto.errors import BadEncoding
 from gossip.errors import RemoteProtocolError
@@ -25,6 +25,7 @@ KIND_MANIFEST: Final = 0
 KIND_PIECE: Final = 1
 KIND_REFUSAL: Final = 2
 HEAD_BYTES: Final = 9  # of a piece: its kind, then where it begins in the blob in 8 bytes, big endian
+_LIMITS: Final = Limits(bytes_max=256, items_max=8, array_max=0, depth_max=1)  # of an ask
 _Message = TypeVar("_Message", bound=Struct)
 
 
@@ -93,7 +94,7 @@ def ask_frame(ask: BlobAsk | RangeAsk) -> bytes:
 def decode_ask(raw: bytes, kind: type[_Message]) -> _Message:
     """An opener's frame. Raises RemoteProtocolError."""
     try:
-        return decode_struct(raw, kind)
+        return decode_struct(raw, kind, _LIMITS)
     except BadEncoding as exc:
         raise RemoteProtocolError(f"not an ask of {BLOB_PROTOCOL}: {exc}") from exc
 

@@ -14,7 +14,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from crypto.canonical import decode_struct, encode_struct
+from crypto.canonical import Limits, decode_struct, encode_struct
 from crypto.errors import BadEncoding
 from crypto.identity import PeerId
 from gossip.errors import RemoteProtocolError
@@ -24,6 +24,7 @@ from p2p.allowance import Buckets
 FIND_PROTOCOL = "/openagi/find/1"  # one question, then adverts, one a frame, then the end
 FIND_ADVERTS_MAX = 32  # in one answer
 FOUND_ADVERTS = 8  # that are asked for when a model is wanted
+_LIMITS = Limits(bytes_max=1024, items_max=16, array_max=0, depth_max=1)  # of a question
 ASKED_AT_ONCE = 4
 ASKED_MAX = 16  # neighbours of ours in one search
 ONWARD_MAX = 8  # neighbours that a peer asks on our behalf
@@ -53,7 +54,7 @@ def find_to_wire(find: Find) -> bytes:
 def find_of(raw: bytes) -> Find:
     """The question of a frame. Raises: RemoteProtocolError, and nothing else, for any bytes."""
     try:
-        return decode_struct(raw, Find)
+        return decode_struct(raw, Find, _LIMITS)
     except BadEncoding as exc:
         raise RemoteProtocolError(f"a question that cannot be read: {exc}") from exc
 

@@ -31,7 +31,9 @@ DROPPED_MAX = 1024  # donors dropped in one transfer; after so many nobody new i
 LOOK_MAX = 1024  # missing chunks looked at for one decision
 BLOB_BYTES_MAX = CHUNKS_MAX * CHUNK_BYTES_MAX
 MANIFEST_BYTES_MAX = CHUNKS_MAX * DIGEST_BYTES + 256
-_MANIFEST = Limits(bytes_max=MANIFEST_BYTES_MAX, bin_max=CHUNKS_MAX * DIGEST_BYTES)
+_MANIFEST = Limits(
+    bytes_max=MANIFEST_BYTES_MAX, bin_max=CHUNKS_MAX * DIGEST_BYTES, items_max=8, array_max=0, depth_max=1
+)
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -80,7 +82,7 @@ def manifest_of(content: bytes, chunk_bytes: int = CHUNK_BYTES) -> Manifest:
 
 def decode_manifest(raw: bytes, blob: Digest) -> Manifest:
     """The manifest of a blob that was asked for by its id. Raises RemoteProtocolError for anything else."""
-    if digest(raw) != blob:
+    if len(raw) > MANIFEST_BYTES_MAX or digest(raw) != blob:
         raise RemoteProtocolError("these bytes are not the manifest of that blob: their digest is another")
     try:
         manifest = convert(decode_canonical(raw, _MANIFEST), Manifest)

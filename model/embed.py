@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from model import lengths
 from model.checkpoint import CONFIG_BYTES_MAX, read_json
 from model.errors import FOREIGN, BadInput, BadModel, ComputeFailed, first_line
 from model.load import Loaded
@@ -29,6 +30,7 @@ class Embedder:
         self._loaded = loaded
         self._body = loaded.model if loaded.facts.kind == "encoder" else loaded.model.base_model
         self._length_max = min(loaded.facts.context_tokens, _stated_length(loaded))
+        self._compiles = lengths.compiles(loaded.device.type, loaded.facts.dtype)
         self._first = _pools_first_token(loaded)
         self._takes_types = "token_type_ids" in self._body.forward.__code__.co_varnames
 
@@ -44,8 +46,7 @@ class Embedder:
                 self._fill(vectors, batch, cut)
                 batch = []
             batch.append(at)
-        if batch:
-            self._fill(vectors, batch, cut)
+        self._fill(vectors, batch, cut)
         return Embeddings(
             facts=self._loaded.facts,
             dimensions=len(vectors[0]) // 4 if vectors else 0,
@@ -69,6 +70,13 @@ class Embedder:
         return row[: self._length_max]
 
     def _fill(self, vectors: list[bytes], batch: list[int], rows: list[tuple[int, ...]]) -> None:
+        """The vectors of one batch, in as many passes as its number of texts asks for."""
+        while batch:
+            count = lengths.share(len(batch)) if self._compiles else len(batch)
+            self._fill_at_once(vectors, batch[:count], rows)
+            batch = batch[count:]
+
+    def _fill_at_once(self, vectors: list[bytes], batch: list[int], rows: list[tuple[int, ...]]) -> None:
         try:
             mean_ND = self._vectors([rows[at] for at in batch])
         except FOREIGN as exc:
@@ -81,6 +89,8 @@ class Embedder:
     @torch.inference_mode()
     def _vectors(self, rows: list[tuple[int, ...]]) -> torch.Tensor:
         length = max(len(row) for row in rows)
+        if self._compiles:
+            length = max(length, min(lengths.at_least(length), self._length_max))
         device = self._loaded.device
         ids_NT = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
         mask_NT = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)

@@ -210,7 +210,7 @@ class Engine:
             if sequence.replayed < len(sequence.request.delivered):
                 made = self._guarded(request_id, partial(self._replay, sequence))
             elif room > 0:
-                count = min(room, sequence.pending)
+                count = self._forward.piece(min(room, sequence.pending))
                 made = self._guarded(request_id, partial(self._advance, sequence, count))
                 room -= count
             else:

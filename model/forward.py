@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from model import lengths
 from model.load import Loaded
 
 
@@ -32,11 +33,16 @@ class Forward:
         self._device = loaded.device
         parameters = inspect.signature(loaded.model.forward).parameters
         self._cached = "past_key_values" in parameters and not loaded.model._is_stateful
+        self._compiles = lengths.compiles(loaded.device.type, loaded.facts.dtype)
         self._extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
     def new_kv(self) -> KV:
         """An empty cache; it takes memory as it grows."""
         return KV(DynamicCache(config=self._model.config) if self._cached else None)
+
+    def piece(self, tokens: int) -> int:
+        """How many of so many waiting tokens to take in at once; less than all where lengths are few."""
+        return lengths.at_most(tokens) if self._compiles and self._cached else tokens
 
     @torch.inference_mode()
     def logits(self, kv: KV, tokens: list[int], begin: int, end: int) -> torch.Tensor | None:

@@ -36,6 +36,7 @@ from node.inference import INFER_PROTOCOL, Inference
 from node.remote import Network
 from node.serving import Serving
 from node.state import AGENT, NodeState, Parts
+from node.work import WORK_LIMITS
 from p2p.book import Book
 from p2p.bootstrap import BootstrapPeer, bootstrap_peer, read_bootstrap_file
 from p2p.calls import Calls
@@ -125,7 +126,7 @@ class Node:
         blobs_config = BlobsConfig(folder=config.data_dir / "blobs", serving=upload)
         self.blobs = Blobs(transport, self._direct, blobs_config, on_fault=self._bad_donor)  # training's, for bulk
         serving = Serving()
-        infer = Calls(transport, INFER_PROTOCOL, serving.handlers(), self._breach)
+        infer = Calls(transport, INFER_PROTOCOL, serving.handlers(), self._breach, WORK_LIMITS)
         network = Network(transport=transport, peering=self._peering, calls=infer, gossip=self._gossip)
         self._inference = serving.inference = Inference(network)
         self._infer = infer

@@ -1,23 +1,29 @@
 """One request for inference and its answer, as they travel between web, engine and peers: the wire form is here.
 
-Rules: core. Everything has a bound with a name; unknown fields are refused; a number is finite. An answer is
-Started, then Progress and Piece in any order, then exactly one Finished; every other end is an exception.
+Rules: core. Everything has a bound with a name; unknown fields are refused; a number is finite. Token ids of a request
+travel as bytes, four an id, little-endian: a prompt of 100,000 is one element of its frame, and WORK_LIMITS lets few
+elements in, for each costs the loop its look. An answer is Started, then Progress and Piece in any order, then exactly
+one Finished; every other end is an exception.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+import struct as packing
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
-from crypto.canonical import convert
+from crypto.canonical import Limits, convert
 from crypto.errors import BadEncoding
 from p2p.errors import RemoteProtocolError
+from p2p.transport import FRAME_BYTES_MAX
 
 PROMPT_CHARS_MAX = 200_000
 MESSAGES_MAX = 1_000
-TOKENS_MAX = 131_072
+TOKENS_MAX = 131_072  # of a request, its prompt and what is delivered together
+PIECE_TOKENS_MAX = 4_096
 STOPS_MAX = 8
 TEXTS_MAX = 256
 LOGPROBS_MAX = 20
@@ -29,6 +35,12 @@ TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 TokenIds = Annotated[tuple[TokenId, ...], Meta(max_length=TOKENS_MAX)]
 Text = Annotated[str, Meta(max_length=PROMPT_CHARS_MAX)]
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+
+
+# What a frame of the inference protocol may hold. The most elements that are needed: 1,000 messages, 5,000.
+WORK_LIMITS: Final = Limits(bytes_max=FRAME_BYTES_MAX, str_max=4 * PROMPT_CHARS_MAX, bin_max=FRAME_BYTES_MAX)
+ID_BYTES: Final = 4
+TAG_CHARS_MAX: Final = 32
 
 
 class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -110,7 +122,7 @@ class TokenLogprob(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Piece(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="piece"):
     """New tokens and the text that became certain with them (may be empty inside a character or a stop string)."""
 
-    tokens: TokenIds
+    tokens: Annotated[tuple[TokenId, ...], Meta(max_length=PIECE_TOKENS_MAX)]
     text: Text
     logprobs: Annotated[tuple[TokenLogprob, ...], Meta(max_length=4096)] = ()
 
@@ -148,18 +160,71 @@ _T = TypeVar("_T")
 
 
 def to_wire(struct: Struct) -> Any:
-    """A struct as the plain values that an rpc body carries; bytes stay bytes."""
-    return msgspec.to_builtins(struct, builtin_types=(bytes,))
+    """A struct as the plain values that an rpc body carries; bytes stay bytes, token ids of a request become bytes."""
+    plain = msgspec.to_builtins(struct, builtin_types=(bytes,))
+    if isinstance(struct, GenerateWork):
+        for field in _TOKEN_FIELDS:
+            if plain[field] is not None:
+                plain[field] = _packed(plain[field])
+    elif isinstance(struct, EmbedWork):
+        plain["texts"] = [text if isinstance(text, str) else _packed(text) for text in plain["texts"]]
+    return plain
 
 
 def from_wire(value: object, kind: type[_T]) -> _T:
     """Plain values as a struct of `kind`. Raises RemoteProtocolError that names the field at fault."""
     try:
-        return convert(value, kind)
+        _check_tag(value)
+        return convert(_unpacked(value) if kind in (GenerateWork, EmbedWork) else value, kind)
     except BadEncoding as exc:
         raise RemoteProtocolError(f"the peer's message does not fit: {exc}") from exc
 
 
 def item_from_wire(value: object) -> AnswerItem:
     """Plain values as one item of an answer. Raises RemoteProtocolError that names the field at fault."""
-    return from_wire((value,), _Boxed).item
+    try:
+        _check_tag(value)
+        return convert((value,), _Boxed).item
+    except BadEncoding as exc:
+        raise RemoteProtocolError(f"the peer's message does not fit: {exc}") from exc
+
+
+def _check_tag(value: object) -> None:
+    """Raises BadEncoding for a `type` that is none: msgspec would write all of it into its error, thrice."""
+    if isinstance(value, dict) and isinstance(tag := value.get("type"), str) and len(tag) > TAG_CHARS_MAX:
+        raise BadEncoding(f"type: a text of {len(tag)} characters, at most {TAG_CHARS_MAX} are allowed")
+
+
+_TOKEN_FIELDS: Final = ("tokens", "delivered")
+
+
+def _packed(ids: Sequence[int]) -> bytes:
+    return packing.pack(f"<{len(ids)}I", *ids)
+
+
+def _unpacked(value: object) -> object:
+    """A request's plain values with ids in the place of their bytes. Raises BadEncoding."""
+    if not isinstance(value, dict):
+        return value
+    plain, left = dict(value), TOKENS_MAX
+    for field in _TOKEN_FIELDS:
+        if field in plain:
+            plain[field], left = _ids(plain[field], field, left)
+    if isinstance(texts := plain.get("texts"), list):
+        plain["texts"] = ids = []
+        for text in texts:
+            each, left = (text, left) if isinstance(text, str) else _ids(text, "texts", left)
+            ids.append(each)
+    return plain
+
+
+def _ids(packed: object, field: str, left: int) -> tuple[tuple[int, ...] | None, int]:
+    """The ids of these bytes, of which there may be `left`, and how many may follow. Raises BadEncoding."""
+    if packed is None:
+        return None, left
+    if not isinstance(packed, bytes) or len(packed) % ID_BYTES:
+        raise BadEncoding(f"{field}: token ids come as bytes, {ID_BYTES} an id, not as {type(packed).__name__}")
+    count = len(packed) // ID_BYTES
+    if count > left:
+        raise BadEncoding(f"{field}: over {TOKENS_MAX} token ids in all")
+    return packing.unpack(f"<{count}I", packed), left - count

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from crypto.canonical import Limits
 from crypto.identity import PeerId
 from p2p.errors import P2PError, RemoteProtocolError, StreamBreach, StreamClosed, Unreachable
 from p2p.rpc import Frame, Role, Rpc
@@ -81,9 +82,9 @@ class Outbox:
 class CallStream(ABC):
     """What the caller's and the callee's end have in common."""
 
-    def __init__(self, peer: PeerId, role: Role) -> None:
+    def __init__(self, peer: PeerId, role: Role, limits: Limits) -> None:
         self.peer = peer
-        self.rpc = Rpc(role)
+        self.rpc = Rpc(role, limits)
         self.failure: P2PError | None = None
         self.outbox = Outbox()
         self.scope = trio.CancelScope()  # of all that happens on the stream

@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from crypto.canonical import Value
+from crypto.canonical import CONTROL, Limits, Value
 from crypto.identity import PeerId
 from p2p.call_stream import CallsStatistics, CallStream, again
 from p2p.errors import LocalProtocolError, P2PError, Refused, RemoteError, RemoteProtocolError, Unreachable
@@ -59,6 +59,7 @@ class Incoming:
 
 # The return value ends the call; RemoteError ends it with that error, any other Exception with code "internal".
 Handler = Callable[[Incoming], Awaitable[Value]]
+HandlerFor = Callable[[Call, PeerId], Handler]
 
 
 class Outgoing:
@@ -117,10 +118,15 @@ class Calls:
         protocol: str,
         handlers: Mapping[str, Handler],
         on_breach: Callable[[PeerId, str], None] = lambda _peer, _what: None,
+        limits: Limits = CONTROL,
     ) -> None:
-        """`handlers`: by method; a call of any other is answered "unknown_method". on_breach: told who broke a rule."""
+        """`handlers`: by method; a call of any other is answered "unknown_method". on_breach: told who broke a rule.
+
+        limits: of a frame, the same at every peer; over them we raise LocalProtocolError, and a peer breaks a rule.
+        """
         self._transport = transport
         self._protocol = protocol
+        self._limits = limits
         self._handlers = dict(handlers)
         self._on_breach = on_breach
         self._nursery: trio.Nursery | None = None
@@ -193,7 +199,7 @@ class Calls:
         if stream is None or stream.failure is not None:
             if self._nursery is None:
                 raise Unreachable(f"calls on {self._protocol} are not running on this node")
-            stream = self._out[peer] = _CallerStream(peer)
+            stream = self._out[peer] = _CallerStream(peer, self._limits)
             self._nursery.start_soon(self._keep, stream)
         return stream
 
@@ -216,7 +222,7 @@ class Calls:
         while len(streams) >= STREAMS_IN_MAX:
             self._drops["streams_over_bound"] += 1
             streams.pop(0).fail(Unreachable(f"{raw_stream.peer} has opened {STREAMS_IN_MAX} streams since"))
-        stream = _CalleeStream(raw_stream.peer, self.handler_for, self._drops)
+        stream = _CalleeStream(raw_stream.peer, self._limits, self.handler_for, self._drops)
         streams.append(stream)
         try:
             await stream.run(raw_stream)
@@ -248,8 +254,8 @@ class Calls:
 class _CallerStream(CallStream):
     """Our end of the stream that we open to a peer."""
 
-    def __init__(self, peer: PeerId) -> None:
-        super().__init__(peer, Role.CALLER)
+    def __init__(self, peer: PeerId, limits: Limits) -> None:
+        super().__init__(peer, Role.CALLER, limits)
         self._opened = trio.Event()
         self._calls: dict[int, Outgoing] = {}
 
@@ -319,9 +325,9 @@ class _CallerStream(CallStream):
 class _CalleeStream(CallStream):
     """Our end of a stream that a peer opened."""
 
-    def __init__(self, peer: PeerId, handler_for: Callable[[Call, PeerId], Handler], drops: Counter[str]) -> None:
+    def __init__(self, peer: PeerId, limits: Limits, handler_for: HandlerFor, drops: Counter[str]) -> None:
         """`drops` counts calls that end in an error, by its code."""
-        super().__init__(peer, Role.CALLEE)
+        super().__init__(peer, Role.CALLEE, limits)
         self._drops = drops
         self.answering: dict[int, Incoming] = {}
         self._handler_for = handler_for

@@ -22,7 +22,7 @@ import msgspec
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from crypto.canonical import decode_struct, encode_struct
+from crypto.canonical import Limits, decode_struct, encode_struct
 from crypto.errors import BadEncoding
 from crypto.identity import PeerId
 from p2p.address import is_relayed
@@ -37,6 +37,7 @@ DIRECT_PROTOCOL = "/openagi/direct/1"
 AVOIDED_MAX = 1024  # peers whose port did not answer, remembered until they leave
 LISTEN_BACKLOG = 64
 
+_LIMITS = Limits(bytes_max=512, items_max=8, array_max=0, depth_max=1)  # of a word of the agreement
 _Message = TypeVar("_Message", bound=msgspec.Struct)
 
 
@@ -369,7 +370,7 @@ class Direct:
 def _decode(raw: bytes, kind: type[_Message]) -> _Message:
     """A message of the agreement. Raises RemoteProtocolError."""
     try:
-        return decode_struct(raw, kind)
+        return decode_struct(raw, kind, _LIMITS)
     except BadEncoding as exc:
         raise RemoteProtocolError(f"not a message of {DIRECT_PROTOCOL}: {exc}") from exc
 

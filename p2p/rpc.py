@@ -6,7 +6,8 @@ counts against CALLS_MAX. Items are held by credit: a call starts with WINDOW un
 begun UNIT_BYTES of its frame, and the caller gives units back as its program takes items. Two frames can cross on the
 way; CROSSED names those that are received and ignored. Everything else that the table does not name is a breach: ours
 is a LocalProtocolError, theirs a RemoteProtocolError, after which the stream is of no more use.
-Wire: each frame is canonical msgpack, an array [kind, id, ...].
+Wire: each frame is canonical msgpack, an array [kind, id, ...], within the limits of its protocol, which are small
+(CONTROL) unless the protocol has its own: a frame is decoded on the loop, so its limits are what a peer can cost it.
 
 Source: RFC 9113 section 5.1 (states, crossing frames) and 5.2 (credit); python-hyper/h11 h11/_state.py for the form.
 """
@@ -21,10 +22,9 @@ from typing import Annotated, Any, NewType
 import msgspec
 from msgspec import Meta, Struct
 
-from crypto.canonical import Limits, Value, decode, encode
+from crypto.canonical import CONTROL, Limits, Value, decode, encode
 from crypto.errors import BadEncoding
 from p2p.errors import LocalProtocolError, RemoteError, RemoteProtocolError
-from p2p.transport import FRAME_BYTES_MAX
 
 CALLS_MAX = 256  # unfinished calls on one stream, cancelled ones that the callee has not ended yet included
 UNIT_BYTES = 1024  # of an item's frame for one unit of credit: a token's piece costs one
@@ -33,17 +33,6 @@ ITEM_UNITS_MAX = WINDOW // 2  # credit comes back by half windows, so more could
 METHOD_CHARS_MAX = 64
 CODE_CHARS_MAX = 64
 MESSAGE_CHARS_MAX = 1024
-
-# A prompt of 131,072 token ids is one array; the frame's own size bounds strings and bytes.
-FRAME_LIMITS = Limits(
-    bytes_max=FRAME_BYTES_MAX,
-    depth_max=16,
-    array_max=131_072,
-    map_max=256,
-    str_max=FRAME_BYTES_MAX,
-    bin_max=FRAME_BYTES_MAX,
-    items_max=262_144,
-)
 
 CallId = NewType("CallId", int)
 _Id = Annotated[int, Meta(ge=1, le=1 << 53)]
@@ -95,6 +84,9 @@ class Error(Struct, frozen=True, array_like=True, tag="error", forbid_unknown_fi
 
 Frame = Call | Cancel | Credit | Item | End | Error
 Kind = type[Call] | type[Cancel] | type[Credit] | type[Item] | type[End] | type[Error]
+
+
+_TAGS = frozenset(("call", "cancel", "credit", "item", "end", "error"))
 
 
 class _Boxed(Struct, frozen=True, array_like=True):
@@ -155,26 +147,29 @@ def units_of(raw: bytes) -> int:
     return (len(raw) + UNIT_BYTES - 1) // UNIT_BYTES
 
 
-def encode_frame(frame: Frame) -> bytes:
+def encode_frame(frame: Frame, limits: Limits = CONTROL) -> bytes:
     """The bytes of a frame. Raises LocalProtocolError: the body is not plain values, or the frame is too large."""
     fields = msgspec.structs.astuple(frame)
     try:
         raw = encode([frame.__struct_config__.tag, *fields])
     except BadEncoding as exc:
         raise LocalProtocolError(f"the body of {_name(frame)} is not made of plain values: {exc}") from exc
-    if len(raw) > FRAME_BYTES_MAX:
+    if len(raw) > limits.bytes_max:
         raise LocalProtocolError(
-            f"{_name(frame)} has {len(raw)} bytes; a frame holds at most {FRAME_BYTES_MAX}: send it in several items"
+            f"{_name(frame)} has {len(raw)} bytes; a frame here holds at most {limits.bytes_max}: send it in pieces"
         )
     return raw
 
 
-def decode_frame(raw: bytes) -> Frame:
+def decode_frame(raw: bytes, limits: Limits = CONTROL) -> Frame:
     """The frame in these bytes. Raises RemoteProtocolError for any others, and nothing else."""
     try:
-        return msgspec.convert((decode(raw, FRAME_LIMITS),), _Boxed, strict=True).frame
+        value = decode(raw, limits)
+        if not isinstance(value, list) or not value or not isinstance(value[0], str) or value[0] not in _TAGS:
+            raise BadEncoding("its first element is no kind of frame")  # msgspec would repeat it, however long it is
+        return msgspec.convert((value,), _Boxed, strict=True).frame
     except (BadEncoding, msgspec.ValidationError) as exc:
-        raise RemoteProtocolError(f"a frame of {len(raw)} bytes is not an rpc frame: {exc}") from exc
+        raise RemoteProtocolError(f"a frame of {len(raw)} bytes is not an rpc frame: {str(exc)[:200]}") from exc
 
 
 def _sendable(text: str) -> str:
@@ -198,8 +193,10 @@ class _Call:
 class Rpc:
     """One end of one stream. The methods give frames to send, in that order, or None where there is nothing to send."""
 
-    def __init__(self, role: Role) -> None:
+    def __init__(self, role: Role, limits: Limits = CONTROL) -> None:
+        """limits: of every frame of the protocol, in both directions."""
         self.role = role
+        self._limits = limits
         self._calls: dict[int, _Call] = {}
         self._last_id = 0
 
@@ -251,7 +248,7 @@ class Rpc:
     def item(self, call_id: CallId, body: Value) -> bytes | None:
         """Send an item; None when there is too little credit now. Raises LocalProtocolError."""
         frame = Item(call_id, body)
-        raw = encode_frame(frame)
+        raw = encode_frame(frame, self._limits)
         units = units_of(raw)
         if units > ITEM_UNITS_MAX:
             raise LocalProtocolError(
@@ -276,7 +273,7 @@ class Rpc:
 
     def receive(self, raw: bytes) -> Frame | None:
         """Take a frame from the other side; None for one that crossed. Raises RemoteProtocolError."""
-        frame = decode_frame(raw)
+        frame = decode_frame(raw, self._limits)
         kind, state = type(frame), self.state(frame.id)
         if SENDER[kind] is self.role:
             raise RemoteProtocolError(f"{_name(frame)} is for the {self.role.name.lower()} alone to send")
@@ -295,7 +292,7 @@ class Rpc:
         if SENDER[type(frame)] is not self.role or type(frame) not in TRANSITIONS[state]:
             raise LocalProtocolError(f"the {self.role.name.lower()} cannot send {_name(frame)}: it is {state.name}")
         if raw is None:
-            raw = encode_frame(frame)
+            raw = encode_frame(frame, self._limits)
         self._account(frame, units_of(raw))
         self._step(frame)
         return raw

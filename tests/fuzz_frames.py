@@ -27,12 +27,13 @@ from crypto.identity import Identity
 from gossip.messages import ADVERT_DOMAIN, Advert, Capacity, ModelKind, ModelOffer
 from gossip.service import ADVERTS_PROTOCOL
 from node.inference import INFER_PROTOCOL
-from node.work import EmbedWork, GenerateWork, Message, Sampling, to_wire
+from node.work import WORK_LIMITS, EmbedWork, GenerateWork, Message, Sampling, to_wire
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.frame import encode_frame
 from p2p.hello import RPC_PROTOCOL
 from p2p.rpc import CALLS_MAX, Call, Cancel, Credit, Role, Rpc
 from p2p.rpc import encode_frame as encode_rpc
+from tests import fuzz_bulk, fuzz_relay
 from tests.fuzz.damage import damaged, odd_value
 
 MESHSUB = "/meshsub/1.1.0"
@@ -57,6 +58,7 @@ class Attacker:
         self.rng = rng
         self.identity = Identity(rng.randbytes(32))
         self.key_pair: KeyPair = create_new_key_pair(self.identity.seed)
+        self.others: list[bytes] = []  # ids of other attackers
         self._network = network
         self._topic = topic
         self._sequence = time.time_ns() // 1_000_000
@@ -80,8 +82,40 @@ class Attacker:
                 return self.identify()
             case "/openagi/adverts/1":
                 return self.adverts()
+            case "/openagi/find/1":
+                return _joined(fuzz_bulk.find(rng))
+            case "/openagi/blob/1":
+                frames = fuzz_bulk.asks(rng)
+                return Frames(b"".join(frames), fuzz_bulk.taken(frames))
+            case "/openagi/direct/1":
+                return Frames(b"".join(fuzz_bulk.agreement(rng)), 2)
+            case "/libp2p/circuit/relay/0.2.0/hop":
+                return Frames(fuzz_relay.hop(rng, self.others), 1)
+            case "/libp2p/circuit/relay/0.2.0/stop":
+                return Frames(fuzz_relay.stop(rng, rng.choice(self.others)), 1)
+            case "/libp2p/dcutr":
+                return Frames(*fuzz_relay.punch(rng))
             case _:
                 return self._calls(protocol)
+
+    def answer(self, protocol: str) -> Frames:
+        """For a stream that the host opens to us."""
+        rng = self.rng
+        match protocol:
+            case "/ipfs/id/1.0.0":
+                return self.identify()
+            case "/openagi/adverts/1" | "/openagi/find/1":
+                return self.adverts()
+            case "/openagi/direct/1":
+                return Frames(fuzz_bulk.offer(rng), 1)
+            case "/libp2p/circuit/relay/0.2.0/hop":
+                return Frames(fuzz_relay.place(rng), 1)
+            case "/libp2p/circuit/relay/0.2.0/stop":
+                return Frames(fuzz_relay.taken(rng), 1)
+            case "/libp2p/dcutr":
+                return Frames(*fuzz_relay.punch(rng))
+            case _:
+                return self.answers()
 
     def identify(self) -> Frames:
         """An identify message with anything in its fields."""
@@ -120,7 +154,7 @@ class Attacker:
 
         `model` is the host's own automaton, here to know which frame ends the stream.
         """
-        rng, raw, model = self.rng, bytearray(), Rpc(Role.CALLEE)
+        rng, raw, model = self.rng, bytearray(), Rpc(Role.CALLEE, _LIMITS[protocol])
         count, last_id = 0, 0
         for count in range(1, rng.randint(1, FRAMES_PER_STREAM) + 1):
             kind = rng.random()
@@ -250,6 +284,10 @@ class Attacker:
         return [self.rng.randbytes(self.rng.randint(0, 42)) for _ in range(self.rng.randint(0, 4))]
 
 
+def _joined(frames: list[bytes]) -> Frames:
+    return Frames(b"".join(frames), len(frames))
+
+
 def _peer_bytes(key_pair: KeyPair) -> bytes:
     return b"\0\x24" + key_pair.public_key.serialize()
 
@@ -335,6 +373,7 @@ def _answer_of(rng: random.Random) -> Any:
     )(rng)
 
 
+_LIMITS = {RPC_PROTOCOL: canonical.CONTROL, INFER_PROTOCOL: WORK_LIMITS}
 _BODIES: dict[str, dict[str, Callable[[random.Random], Any]]] = {
     RPC_PROTOCOL: {"hello": _hello, "ping": _ping, "peers": lambda _rng: {}, "reach": _reach},
     INFER_PROTOCOL: {"generate": lambda rng: to_wire(_generate(rng)), "embed": _embed},

@@ -1,7 +1,9 @@
 """A whole node in a process of its own, for tests/test_fuzz_host.py: the real host, handlers, gossip and engine.
 
-Rules: prints its address once the model is served; lives until its standard input ends, then stops in order and prints
-what it counted. FAILED counts log records with a traceback: an exception that a handler did not foresee.
+Rules: it offers a blob, and of whoever connects it wants another, and a place as at a relay. It thinks that routers
+show it at an address from which no socket can be bound: hole punching goes its whole way, and no packet leaves. Prints
+its address once the model is served; lives until its standard input ends, then stops in order and prints what it
+counted. FAILED counts log records with a traceback: an exception that a handler did not foresee.
 """
 
 from __future__ import annotations
@@ -10,20 +12,81 @@ import json
 import logging
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import trio
+from multiaddr import Multiaddr
 
-from crypto.identity import Identity
+from crypto.identity import Identity, PeerId
+from gossip.blobs import Blobs
+from gossip.errors import Unavailable
 from gossip.messages import advert_topic
 from node.config import NodeConfig
 from node.run import Node
+from p2p.errors import P2PError
+from p2p.host import Libp2pTransport
+from p2p.transport import PeerChange
+from tests.fuzz_bulk import OFFERED, WANTED_ID
 from tests.libp2p_peers import node
 from tests.tiny_models import save_causal
 
 NETWORK = "fuzz"
+UNBINDABLE = "192.0.2.1"  # of no machine (RFC 5737): a socket that is bound to it fails
+WANTED_S = 2.0
 failed: list[str] = []
+
+
+class Doors:
+    """Counts the streams that reach each protocol that the host serves."""
+
+    def __init__(self, host: Any) -> None:
+        self.reached: Counter[str] = Counter()
+        handlers = host.get_mux().handlers
+        self.registered = sorted(map(str, handlers))
+        for protocol, handler in tuple(handlers.items()):
+            handlers[protocol] = self._counting(str(protocol), handler)
+
+    def _counting(self, protocol: str, handler: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+        async def counted(stream: Any) -> None:
+            self.reached[protocol] += 1
+            await handler(stream)
+
+        return counted
+
+
+class Wants:
+    """What this node asks of whoever connects: a place at a relay, and a blob."""
+
+    def __init__(self, transport: Libp2pTransport, blobs: Blobs, nursery: trio.Nursery) -> None:
+        self.came: Counter[str] = Counter()
+        self._transport, self._blobs, self._nursery = transport, blobs, nursery
+        transport.watch(self._watch)
+
+    def _watch(self, change: PeerChange) -> None:
+        if change.connected:
+            self._nursery.start_soon(self._place, change.peer)
+            if change.peer[-1] in "abcdefghijklmnop":  # not all: a donor that lies is banned, and says no more
+                self._nursery.start_soon(self._blob, change.peer)
+
+    async def _place(self, peer: PeerId) -> None:
+        try:
+            await self._transport.relay.reserve(peer, "/ip4/127.0.0.1/tcp/4001")
+            self.came["places"] += 1
+        except P2PError:
+            self.came["no_place"] += 1
+
+    async def _blob(self, peer: PeerId) -> None:
+        with trio.move_on_after(WANTED_S):
+            try:
+                await self._blobs.fetch(WANTED_ID, [peer])
+                self.came["blobs"] += 1
+                await self._blobs.forget(WANTED_ID)
+            except Unavailable:
+                self.came["no_blob"] += 1
 
 
 class Tracebacks(logging.Handler):
@@ -48,11 +111,23 @@ async def main(path: Path) -> None:
         nursery.start_soon(here.run)
         while not (path / "ready.json").exists():  # noqa: ASYNC110  # a file
             await trio.sleep(0.05)
-        print(transport.addresses()[0], flush=True)
+        here.blobs.offer_bytes(OFFERED)
+        address = transport.addresses()[0]
+        puncher: Any = transport._puncher
+        puncher._own = lambda: [Multiaddr(f"/ip4/{UNBINDABLE}/tcp/4001").to_bytes()]
+        puncher._bound = lambda: [(UNBINDABLE, 4001)]
+        doors, wants = Doors(transport._host), Wants(transport, here.blobs, nursery)
+        print(address, flush=True)
         await trio.to_thread.run_sync(sys.stdin.read)
         host, gossip, calls = transport.statistics(), here._gossip.statistics(), here._infer.statistics()
         counted = {
             "failed": failed,
+            "registered": doors.registered,
+            "reached": dict(doors.reached),
+            "wants": dict(wants.came),
+            "blobs": asdict(here.blobs.statistics()),
+            "direct": here._direct.statistics().counts,
+            "relay": asdict(transport.relay.desk.statistics(trio.current_time())),
             "frames_in": host.frames_in,
             "host": host.drops,
             "gossip": gossip.drops,

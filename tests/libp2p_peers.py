@@ -72,18 +72,37 @@ async def stranger(
 ) -> AsyncIterator[Stranger]:
     """A stranger connected to `target`, who answers by `handlers`."""
     key_pair = key_pair or create_new_key_pair()
-    security = {NOISE_ID: NoiseTransport(key_pair, noise_privkey=create_new_noise_pair().private_key)}
+    security: Any = None
     if plaintext:
         from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTransport
 
         security = {TProtocol(PLAINTEXT_PROTOCOL_ID): InsecureTransport(key_pair)}
-    host = new_host(key_pair=key_pair, sec_opt=security, muxer_preference="YAMUX")
-    for protocol, handler in (handlers or {}).items():
-        host.set_stream_handler(TProtocol(protocol), handler)
+    host = _host(key_pair, handlers or {}, security)
     async with host.run([]):
         await host.connect(info_from_p2p_addr(Multiaddr(target.addresses()[0])))
         yield Stranger(host, ID.from_base58(target.peer_id))
         await host.disconnect(ID.from_base58(target.peer_id))
+
+
+@asynccontextmanager
+async def over_a_circuit(
+    stream: Any, peer: ID, key_pair: KeyPair, handlers: Mapping[str, StreamHandlerFn]
+) -> AsyncIterator[Stranger]:
+    """A stranger connected to a peer over a stream that a relay has to it; the relay has taken the circuit already."""
+    host = _host(key_pair, handlers)
+    async with host.run([]):
+        await host.get_network().upgrade_outbound_raw_conn(RawConnection(stream, True), peer)
+        yield Stranger(host, peer)
+        await host.disconnect(peer)
+
+
+def _host(key_pair: KeyPair, handlers: Mapping[str, StreamHandlerFn], security: Any = None) -> IHost:
+    """libp2p as it comes, with Noise unless told otherwise."""
+    security = security or {NOISE_ID: NoiseTransport(key_pair, noise_privkey=create_new_noise_pair().private_key)}
+    host = new_host(key_pair=key_pair, sec_opt=security, muxer_preference="YAMUX")
+    for protocol, handler in handlers.items():
+        host.set_stream_handler(TProtocol(protocol), handler)
+    return host
 
 
 @asynccontextmanager

@@ -23,7 +23,7 @@ from node.inference import INFER_PROTOCOL, Inference
 from node.remote import Network
 from node.serving import Serving
 from node.state import AGENT, NodeState, Parts
-from node.work import AnswerItem, Finished, GenerateWork, Piece, Sampling, Started
+from node.work import WORK_LIMITS, AnswerItem, Finished, GenerateWork, Piece, Sampling, Started
 from p2p.book import Book
 from p2p.calls import Calls, Handler
 from p2p.hello import RPC_PROTOCOL
@@ -147,7 +147,7 @@ def _assembled(identity: Identity, transport: LoopbackTransport, rng: random.Ran
     gossip_config = GossipConfig(network="main", agent=AGENT, instance=instance, wall_clock_ms=wall_clock_ms)
     gossip = GossipService(transport, identity, gossip_config, rng)
     serving = Serving()
-    infer = Calls(transport, INFER_PROTOCOL, {**serving.handlers(), **lies})
+    infer = Calls(transport, INFER_PROTOCOL, {**serving.handlers(), **lies}, limits=WORK_LIMITS)
     network = Network(
         transport=transport, peering=Peering(transport, book, peering_config, rng), calls=infer, gossip=gossip
     )

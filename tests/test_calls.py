@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from crypto import canonical
-from crypto.canonical import Value
+from crypto.canonical import Limits, Value
 from crypto.identity import Identity, PeerId
 from p2p import call_stream, calls, rpc
 from p2p.calls import Calls, Handler, Incoming
@@ -22,6 +22,7 @@ from p2p.loopback_wire import Faults
 from p2p.transport import Stream
 
 PROTOCOL = "/test/rpc/1"
+WIDE = Limits(bytes_max=1 << 20, str_max=1 << 20, bin_max=1 << 20)
 HANG_S = 10_000.0  # of the mock clock, which jumps there at once when nothing else can happen
 
 
@@ -54,8 +55,8 @@ class Net:
     async def peer(self, handlers: Mapping[str, Handler] | None = None) -> AsyncIterator[Peer]:
         with trio.fail_after(HANG_S):
             async with self.network.join(Identity.make()) as node, trio.open_nursery() as nursery:
-                peer = Peer(node, Calls(node, PROTOCOL, {}))
-                peer.calls = Calls(node, PROTOCOL, handlers if handlers is not None else methods(peer))
+                peer = Peer(node, Calls(node, PROTOCOL, {}, limits=WIDE))
+                peer.calls = Calls(node, PROTOCOL, handlers if handlers is not None else methods(peer), limits=WIDE)
                 await nursery.start(peer.calls.run)
                 yield peer
                 nursery.cancel_scope.cancel()
@@ -249,7 +250,7 @@ async def test_calls_need_to_run(clock: trio.abc.Clock) -> None:
     net = Net()
     async with net.peer() as caller, net.network.join(Identity.make()) as bare:
         await caller.node.dial(bare.addresses()[0])
-        idle = Calls(bare, PROTOCOL, {})
+        idle = Calls(bare, PROTOCOL, {}, limits=WIDE)
         with pytest.raises(Unreachable, match="not running"):
             await idle.call(caller.id, "echo", None)
 
@@ -569,7 +570,7 @@ async def test_stopping_the_callee_ends_calls_and_handlers(clock: trio.abc.Clock
 async def test_stopping_the_caller_ends_its_calls_and_their_handlers(clock: trio.abc.Clock) -> None:
     net = Net()
     async with net.peer() as callee, net.network.join(Identity.make()) as node, trio.open_nursery() as nursery:
-        caller = Peer(node, Calls(node, PROTOCOL, {}))
+        caller = Peer(node, Calls(node, PROTOCOL, {}, limits=WIDE))
         async with trio.open_nursery() as running:
             await running.start(caller.calls.run)
             await node.dial(callee.node.addresses()[0])
@@ -585,8 +586,8 @@ async def test_stopping_the_caller_ends_its_calls_and_their_handlers(clock: trio
 async def test_stopping_the_callees_calls_alone_ends_calls_and_handlers(clock: trio.abc.Clock) -> None:
     net = Net()
     async with net.peer() as caller, net.network.join(Identity.make()) as node, trio.open_nursery() as nursery:
-        callee = Peer(node, Calls(node, PROTOCOL, {}))
-        callee.calls = Calls(node, PROTOCOL, methods(callee))
+        callee = Peer(node, Calls(node, PROTOCOL, {}, limits=WIDE))
+        callee.calls = Calls(node, PROTOCOL, methods(callee), limits=WIDE)
         async with trio.open_nursery() as running:
             await running.start(callee.calls.run)
             await caller.node.dial(node.addresses()[0])
@@ -631,7 +632,7 @@ class SlowToReset:
 @pytest.mark.parametrize(("reset_s", "is_done"), [(0.5, True), (3600.0, False)])
 async def test_stopping_resets_streams_within_a_bound(reset_s: float, is_done: bool, clock: trio.abc.Clock) -> None:
     slow = SlowToReset(reset_s)
-    stopped = Calls(slow, PROTOCOL, {})  # type: ignore[arg-type]  # as much of a transport as this needs
+    stopped = Calls(slow, PROTOCOL, {}, limits=WIDE)  # type: ignore[arg-type]  # as much of a transport as this needs
     began = trio.current_time()
     async with trio.open_nursery() as nursery:
         await nursery.start(stopped.run)
@@ -705,7 +706,7 @@ async def test_a_caller_that_breaks_the_rules_is_dropped(name: str, clock: trio.
         b"\xc1",
         rpc.encode_frame(rpc.Call(1, "echo", None)),
         rpc.encode_frame(rpc.End(2, None)),
-        rpc.encode_frame(rpc.Item(1, bytes(rpc.WINDOW * rpc.UNIT_BYTES))),
+        rpc.encode_frame(rpc.Item(1, bytes(rpc.WINDOW * rpc.UNIT_BYTES)), WIDE),
     ],
 )
 async def test_a_callee_that_breaks_the_rules_ends_its_calls_so(answer: bytes, clock: trio.abc.Clock) -> None:

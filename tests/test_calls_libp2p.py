@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from crypto.canonical import Value
+from crypto.canonical import Limits, Value
 from crypto.identity import Identity
 from p2p import rpc
 from p2p.calls import Calls, Handler, Incoming
@@ -20,6 +20,7 @@ from p2p.transport import Transport
 pytestmark = pytest.mark.slow
 
 PROTOCOL = "/test/rpc/1"
+WIDE = Limits(bytes_max=1 << 20, str_max=1 << 20, bin_max=1 << 20)
 HANG_S = 120.0  # a guard against hanging, not a measure
 
 
@@ -60,7 +61,7 @@ async def running(handlers: Mapping[str, Handler]) -> AsyncIterator[tuple[Transp
 
     async with open_host(Identity.make(), HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))) as transport:
         async with trio.open_nursery() as nursery:
-            calls = Calls(transport, PROTOCOL, handlers)
+            calls = Calls(transport, PROTOCOL, handlers, limits=WIDE)
             await nursery.start(calls.run)
             yield transport, calls
             nursery.cancel_scope.cancel()

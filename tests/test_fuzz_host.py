@@ -11,7 +11,6 @@ import os
 import random
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,16 +23,18 @@ from libp2p.exceptions import BaseLibp2pError
 from libp2p.utils import encode_delim
 
 from crypto.identity import Identity
-from gossip.messages import advert_topic
+from gossip.blob_wire import BLOB_PROTOCOL
+from gossip.finding import FIND_PROTOCOL
 from gossip.service import ADVERTS_PROTOCOL
 from node.inference import INFER_PROTOCOL
-from node.work import Finished, from_wire, to_wire
+from node.work import WORK_LIMITS, Finished, from_wire, to_wire
 from p2p.calls import Calls
 from p2p.errors import RemoteError
+from p2p.guard_relay import HOP, STOP
 from p2p.hello import RPC_PROTOCOL
-from tests.fuzz_frames import IDENTIFY, MESHSUB, PING, PUSH, Attacker, Frames, damaged
-from tests.fuzz_victim import NETWORK
-from tests.libp2p_peers import Stranger, bare_connection, node, raw_socket, stranger
+from tests.fuzz_attack import ASKED, SHARES, Attack
+from tests.fuzz_frames import damaged
+from tests.libp2p_peers import bare_connection, node, raw_socket
 from tests.node_swarm import work
 
 FRAMES = 50_000
@@ -41,90 +42,6 @@ FRAMES_SOAK = 1_000_000
 GROWTH_BYTES_MAX = 32 << 20
 WARM_UP = 0.1  # of the frames, before the memory is first read
 ATTACKERS = 3
-FRAMES_PER_CONNECTION = 250  # the host identifies each new connection once, and reads a damaged answer
-REFUSALS_MAX = 3  # streams that the host did not take, in a row: we are cut off or banned
-# protocol -> share of the frames that we send
-SHARES = {
-    MESHSUB: 0.40,
-    RPC_PROTOCOL: 0.22,
-    INFER_PROTOCOL: 0.22,
-    ADVERTS_PROTOCOL: 0.06,
-    PING: 0.06,
-    PUSH: 0.04,
-}
-# what the host asks of who connects to it
-ASKED = (IDENTIFY, ADVERTS_PROTOCOL, RPC_PROTOCOL)
-
-
-class Attack:
-    """Counts down what is still to be sent, over several connections."""
-
-    def __init__(self, frames: int, seed: int) -> None:
-        self.left = Counter({protocol: int(frames * share) for protocol, share in SHARES.items()})
-        self.sent: Counter[str] = Counter()
-        self.answered: Counter[str] = Counter()
-        self.connections = 0
-        self.rng = random.Random(seed)
-
-    async def run(self, target: Any, until_left: int) -> None:
-        """Send until no more than `until_left` frames are left."""
-        while self.left.total() > until_left:
-            try:
-                await self._connection(target, until_left)
-            except* (BaseLibp2pError, OSError, trio.BrokenResourceError):
-                pass  # the host dropped us, as it may; the next connection goes on
-
-    async def _connection(self, target: Any, until_left: int) -> None:
-        attacker = Attacker(random.Random(self.rng.getrandbits(64)), NETWORK, advert_topic(NETWORK))
-        self.connections += 1
-        handlers = {protocol: self._answering(protocol, attacker) for protocol in ASKED}
-        async with stranger(target, key_pair=attacker.key_pair, handlers=handlers) as eve:
-            taken = refused = 0
-            while refused < REFUSALS_MAX and taken < FRAMES_PER_CONNECTION and self.left.total() > until_left:
-                wanted = [protocol for protocol, count in self.left.items() if count > 0]
-                protocol = attacker.rng.choices(wanted, [self.left[each] for each in wanted])[0]
-                more = await self._stream(eve, protocol, attacker)
-                taken += more
-                refused = 0 if more else refused + 1
-
-    def _answering(self, protocol: str, attacker: Attacker) -> Callable[[Any], Any]:
-        async def answer(stream: Any) -> None:
-            frames: Frames
-            match protocol:
-                case "/ipfs/id/1.0.0":
-                    frames = attacker.identify()
-                case "/openagi/adverts/1":
-                    frames = attacker.adverts()
-                case _:
-                    frames = attacker.answers()
-            try:
-                await stream.write(frames.raw)
-                self.answered[protocol] += frames.count
-                await stream.close()
-            except BaseLibp2pError:
-                pass  # dropped meanwhile
-
-        return answer
-
-    async def _stream(self, eve: Stranger, protocol: str, attacker: Attacker) -> int:
-        frames = attacker.frames(protocol)
-        count = min(frames.count, self.left[protocol])
-        self.left[protocol] -= count
-        taken = 0
-        try:
-            with trio.fail_after(60):  # the host ends every stream that we end
-                stream = await eve.stream(protocol)
-                await stream.write(frames.raw)
-                taken = count
-                await stream.close_write()
-                while await stream.read(65_536):
-                    pass
-        except BaseLibp2pError:
-            pass  # ended by the host: that is its answer
-        finally:
-            self.left[protocol] += count - taken
-            self.sent[protocol] += taken
-        return taken
 
 
 @asynccontextmanager
@@ -188,7 +105,7 @@ async def serves(control: Calls, infer: Calls, peer: Any) -> None:
 async def client(remote: Any) -> AsyncIterator[Callable[[], Any]]:
     """Somebody who behaves, connected for the whole time: a check that the host serves it."""
     async with node(Identity.make()) as honest, trio.open_nursery() as nursery:
-        control, infer = Calls(honest, RPC_PROTOCOL, {}), Calls(honest, INFER_PROTOCOL, {})
+        control, infer = Calls(honest, RPC_PROTOCOL, {}), Calls(honest, INFER_PROTOCOL, {}, limits=WORK_LIMITS)
         await nursery.start(control.run)
         await nursery.start(infer.run)
         peer = await honest.dial(remote.addresses()[0])
@@ -208,14 +125,18 @@ async def fuzz(frames: int) -> None:
     total = attack.left.total()
     async with victim() as (memory, process, remote), client(remote) as serves_others:
         readings = []
-        for left in (int(total * (1 - WARM_UP)), total // 2, 0):
+        for done in (WARM_UP, *(step / 10 for step in range(2, 11))):
             async with trio.open_nursery() as nursery:
                 for _ in range(ATTACKERS):
-                    nursery.start_soon(attack.run, remote, left)
+                    nursery.start_soon(attack.run, remote, int(total * (1 - done)))
             await serves_others()
             await trio.sleep(1)
             readings.append(rss(memory))
-        print({**attack.sent}, "total", attack.sent.total(), "MB", [round(each / 1e6, 1) for each in readings])
+            print(
+                f"{attack.sent.total()} frames, {attack.connections} connections, {readings[-1] / 1e6:.1f} MB",
+                flush=True,
+            )
+        print({**attack.sent}, "total", attack.sent.total())
         print("answered", {**attack.answered}, "connections", attack.connections)
         assert process.returncode is None
         assert attack.sent.total() >= total
@@ -225,13 +146,34 @@ async def fuzz(frames: int) -> None:
         with trio.fail_after(30):
             assert await process.wait() == 0
         assert counted["failed"] == []
-        # they were not all stopped at the first gate
-        assert counted["infer"]["calls"] > attack.sent[INFER_PROTOCOL] / 2
-        assert counted["control"]["calls"] > attack.sent[RPC_PROTOCOL] / 2
-        assert counted["adverts"]["accepted"] > attack.answered[ADVERTS_PROTOCOL] / 10
-        assert counted["engine"]["finished"] > 0
         assert "daemon_failed" not in counted["host"]
+        every_protocol_was_reached(attack, counted)
+        the_first_gate_was_passed(attack, counted)
         assert readings[-1] - readings[0] < GROWTH_BYTES_MAX
+
+
+def every_protocol_was_reached(attack: Attack, counted: Any) -> None:
+    """What the node registers is what was attacked, and what it asks of others was answered."""
+    assert set(counted["registered"]) == set(SHARES)
+    assert [protocol for protocol in SHARES if not (attack.sent[protocol] and counted["reached"].get(protocol))] == []
+    assert [protocol for protocol in ASKED if not attack.answered[protocol]] == []
+
+
+def the_first_gate_was_passed(attack: Attack, counted: Any) -> None:
+    """Frames came as far as what stands behind each protocol."""
+    assert counted["infer"]["calls"] > attack.sent[INFER_PROTOCOL] / 2
+    assert counted["control"]["calls"] > attack.sent[RPC_PROTOCOL] / 2
+    assert counted["adverts"]["accepted"] > attack.answered[ADVERTS_PROTOCOL] / 10
+    assert counted["engine"]["finished"] > 0
+    assert counted["reached"][FIND_PROTOCOL] > 2 * counted["gossip"].get("searched_too_often", 0)
+    assert counted["blobs"]["given"]["pieces"] > attack.sent[BLOB_PROTOCOL] / 10
+    assert counted["blobs"]["fetched"]["bytes"] > 0
+    assert counted["direct"]["served"] > attack.claimed / 2 > 0
+    assert counted["relay"]["circuits_total"] > 0
+    assert counted["reached"][HOP] > 2 * counted["host"].get("relay_rate", 0)
+    assert counted["reached"][STOP] > 2 * counted["host"].get("relay_unasked", 0)
+    assert attack.circuits > 0
+    assert counted["host"]["punch_failed"] > 0  # it dialled
 
 
 @pytest.mark.slow

@@ -74,6 +74,7 @@ CORES = (
     "p2p/address.py",
     "p2p/direct_frames.py",
     "model/schedule.py",
+    "model/lengths.py",
     "model/requests.py",
     "model/config.py",
     "model/text.py",

@@ -31,9 +31,12 @@ def pair() -> tuple[Rpc, Rpc]:
     return Rpc(Role.CALLER), Rpc(Role.CALLEE)
 
 
-def opened() -> tuple[Rpc, Rpc, CallId]:
+WIDE = canonical.Limits(bytes_max=FRAME_BYTES_MAX, bin_max=FRAME_BYTES_MAX)
+
+
+def opened(limits: canonical.Limits = canonical.CONTROL) -> tuple[Rpc, Rpc, CallId]:
     """Both ends with one open call."""
-    caller, callee = pair()
+    caller, callee = Rpc(Role.CALLER, limits), Rpc(Role.CALLEE, limits)
     call_id, raw = caller.call("echo", None)
     callee.receive(raw)
     return caller, callee, call_id
@@ -112,11 +115,19 @@ def test_a_damaged_frame_is_a_frame_or_the_peers_fault(frame: rpc.Frame, positio
         pass
 
 
-def test_a_prompt_of_the_largest_size_is_a_frame() -> None:
-    tokens = [(1 << 16) + number for number in range(131_072)]
-    frame = rpc.decode_frame(rpc.encode_frame(Call(1, "generate", {"tokens": tokens})))
-    assert isinstance(frame, Call)
-    assert frame.body == {"tokens": tokens}
+def test_a_protocols_own_limits_hold_in_both_directions() -> None:
+    large = Call(1, "m", bytes(100_000))
+    raw = rpc.encode_frame(large, WIDE)
+    assert rpc.decode_frame(raw, WIDE) == large
+    with pytest.raises(LocalProtocolError, match="100014 bytes; a frame here holds at most 65536"):
+        rpc.encode_frame(large)
+    with pytest.raises(RemoteProtocolError, match="100014 bytes came, at most 65536"):
+        rpc.decode_frame(raw)
+    assert Rpc(Role.CALLEE, WIDE).receive(Rpc(Role.CALLER, WIDE).call("m", large.body)[1]) == large
+    with pytest.raises(RemoteProtocolError):
+        Rpc(Role.CALLEE).receive(raw)
+    with pytest.raises(LocalProtocolError):
+        Rpc(Role.CALLER).call("m", large.body)
 
 
 @pytest.mark.parametrize("body", [float("inf"), 1 << 64, {1: 1}, {1}, object(), bytes(FRAME_BYTES_MAX)])
@@ -258,7 +269,7 @@ def test_items_stop_when_credit_is_used_up_and_go_on_when_it_comes() -> None:
 
 
 def test_an_item_over_its_bound_is_our_fault() -> None:
-    _, callee, call_id = opened()
+    _, callee, call_id = opened(WIDE)
     with pytest.raises(LocalProtocolError, match="in pieces"):
         callee.item(call_id, bytes(rpc.ITEM_UNITS_MAX * rpc.UNIT_BYTES))
     assert callee.item(call_id, bytes(rpc.ITEM_UNITS_MAX * rpc.UNIT_BYTES - 64)) is not None
@@ -410,7 +421,7 @@ def test_every_call_ends_exactly_once_whatever_crosses(history: list[tuple[str, 
 @given(st.lists(st.integers(1, 130_000), max_size=40))
 def test_credit_never_sticks(sizes: list[int]) -> None:
     """Whatever the sizes, a reader that reads lets the next item through."""
-    caller, callee, call_id = opened()
+    caller, callee, call_id = opened(WIDE)
     for size in sizes:
         raw = callee.item(call_id, bytes(size))
         assert raw is not None

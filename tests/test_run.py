@@ -30,11 +30,12 @@ from node.inference import INFER_PROTOCOL
 from node.remote import Remote
 from node.run import Node, _bootstrap, _psk
 from node.start import leaves
-from node.work import Finished, from_wire, to_wire
+from node.work import WORK_LIMITS, Finished, GenerateWork, Sampling, from_wire, to_wire
 from p2p.calls import Calls
-from p2p.errors import P2PError
+from p2p.errors import P2PError, RemoteError
 from p2p.hello import RPC_PROTOCOL
 from p2p.loopback import LoopbackNetwork, LoopbackTransport
+from p2p.rpc import Call, encode_frame
 from p2p.transport import Stream
 from tests.fake_outside import FakeOutside
 from tests.fake_runtime import FakeRuntime
@@ -258,7 +259,7 @@ async def test_a_model_that_is_loaded_too_late_is_not_served(tmp_path: Path) -> 
 async def caller(here: Running) -> AsyncIterator[Calls]:
     """A peer that calls the node's engine."""
     async with here.network.join(Identity.make()) as transport, trio.open_nursery() as nursery:
-        calls = Calls(transport, INFER_PROTOCOL, {})
+        calls = Calls(transport, INFER_PROTOCOL, {}, limits=WORK_LIMITS)
         await nursery.start(calls.run)
         await transport.dial(here.transport.addresses()[0])
         yield calls
@@ -281,6 +282,19 @@ async def test_the_first_signal_lets_a_peers_request_end(tmp_path: Path) -> None
         assert here.node.state.phase == "stopping"
         assert not here.node.state.readiness().ready
         await here.ended()
+
+
+async def test_a_long_prompt_is_a_frame_of_inference_and_none_of_control(tmp_path: Path) -> None:
+    async with running(tmp_path) as here, caller(here) as calls:
+        await here.ready()
+        long = GenerateWork(request_id="q", tokens=(1,) * 100_000, sampling=Sampling(max_tokens=1))
+        with pytest.raises(RemoteError) as caught:  # the fake runtime has a small context
+            await calls.call(here.transport.peer_id, "generate", to_wire(long))
+        assert caught.value.code == "bad_request"
+        assert here.breaches() == 0
+        stream = await calls._transport.open_stream(here.transport.peer_id, RPC_PROTOCOL)
+        await stream.send(encode_frame(Call(1, "generate", to_wire(long)), WORK_LIMITS))
+        await until(lambda: here.breaches() == 1)
 
 
 @pytest.mark.parametrize("protocol", [RPC_PROTOCOL, INFER_PROTOCOL])

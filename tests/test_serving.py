@@ -40,7 +40,7 @@ async def test_the_wire_form_of_an_answer(swarm: Swarm, autojump_clock: MockCloc
     pieces = [from_wire(item, Piece) for item in items if item["type"] == "piece"]
     assert "".join(piece.text for piece in pieces) == expected("hello", 5)
     assert from_wire(outgoing.result, Finished).completion_tokens == 5
-    body = {"type": "embed", "request_id": "q", "texts": ["a", [1, 2]]}
+    body = {"type": "embed", "request_id": "q", "texts": ["a", bytes.fromhex("0100000002000000")]}
     embedded = from_wire(await caller.infer.call(server.id, "embed", body), Embedded)
     assert embedded.vectors == (vector_of("a"), vector_of((1, 2)))
     assert server.serving.served == 2

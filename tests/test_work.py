@@ -16,6 +16,7 @@ from node.work import (
     STOPS_MAX,
     TEXTS_MAX,
     TOKENS_MAX,
+    WORK_LIMITS,
     AnswerItem,
     Embedded,
     EmbedWork,
@@ -31,7 +32,7 @@ from node.work import (
     to_wire,
 )
 from p2p.errors import RemoteProtocolError
-from p2p.rpc import FRAME_LIMITS
+from p2p.rpc import Call, decode_frame, encode_frame
 
 STRUCTS = [
     GenerateWork(request_id="q", messages=(Message(role="user", content="hé"),), sampling=Sampling(stop=("a",))),
@@ -55,7 +56,28 @@ STRUCTS = [
 
 @pytest.mark.parametrize("struct", STRUCTS, ids=lambda struct: type(struct).__name__)
 def test_there_and_back_over_the_real_encoding(struct: Any) -> None:
-    assert from_wire(decode(encode(to_wire(struct)), FRAME_LIMITS), type(struct)) == struct
+    assert from_wire(decode(encode(to_wire(struct)), WORK_LIMITS), type(struct)) == struct
+
+
+def test_token_ids_of_a_request_travel_as_bytes() -> None:
+    assert to_wire(STRUCTS[1])["tokens"] == ids(1, 2)
+    assert to_wire(STRUCTS[1])["delivered"] == ids(3)
+    assert to_wire(STRUCTS[2])["texts"] == ["a", ids(1, 2, 3)]
+    assert to_wire(STRUCTS[0])["tokens"] is None
+
+
+def test_the_largest_prompt_and_the_longest_chat_fit_a_frame() -> None:
+    tokens = tuple(range(70_000, 70_000 + TOKENS_MAX))
+    chat = (Message(role="user", content="\u4e00" * 200),) * MESSAGES_MAX
+    for work in (
+        GenerateWork(request_id="q", tokens=tokens),
+        GenerateWork(request_id="q", delivered=tokens[1:], tokens=(1,)),
+        GenerateWork(request_id="q", messages=chat, sampling=Sampling(stop=("a",) * STOPS_MAX)),
+        GenerateWork(request_id="q", text="\U0001f600" * 200_000),
+        EmbedWork(request_id="q", texts=("\u4e00" * 1300,) * TEXTS_MAX),
+    ):
+        raw = encode_frame(Call(1, "m", to_wire(work)), WORK_LIMITS)
+        assert from_wire(decode_frame(raw, WORK_LIMITS).body, type(work)) == work  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("struct", STRUCTS[3:7], ids=lambda struct: type(struct).__name__)
@@ -75,15 +97,22 @@ def test_unknown_missing_and_mistyped_fields_are_named(struct: Any) -> None:
             from_wire({**wire, name: {"a": object()}}, type(struct))
 
 
+def ids(*tokens: int) -> bytes:
+    return b"".join(token.to_bytes(4, "little") for token in tokens)
+
+
 BAD_WORK: list[dict[str, Any]] = [
     {"request_id": "x" * 65},
     {"remaining_ms": 0},
     {"remaining_ms": REMAINING_MS_MAX + 1},
-    {"tokens": [1 << 31]},
-    {"tokens": [-1]},
-    {"tokens": [True]},
-    {"tokens": [0] * (TOKENS_MAX + 1)},
-    {"delivered": [0] * (TOKENS_MAX + 1)},
+    {"tokens": ids(1 << 31)},
+    {"tokens": [1]},
+    {"tokens": ids(1) + b"\0"},
+    {"tokens": "abcd"},
+    {"tokens": bytes(4 * TOKENS_MAX + 4)},
+    {"delivered": bytes(4 * TOKENS_MAX + 4)},
+    {"tokens": bytes(4 * TOKENS_MAX), "delivered": ids(1)},
+    {"delivered": None},
     {"delivered_chars": -1},
     {"messages": []},
     {"messages": [{"role": "u", "content": ""}] * (MESSAGES_MAX + 1)},
@@ -110,7 +139,18 @@ def test_every_bound_of_a_request_holds(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "texts", [[], ["a"] * (TEXTS_MAX + 1), ["x" * 200_001], [[-1]], [None]], ids=lambda t: str(t)[:20]
+    "texts",
+    [
+        [],
+        ["a"] * (TEXTS_MAX + 1),
+        ["x" * 200_001],
+        [[1]],
+        [b"abc"],
+        [ids(1 << 31)],
+        [None],
+        [bytes(4 * TOKENS_MAX), ids(1)],
+    ],
+    ids=lambda t: str(t)[:20],
 )
 def test_every_bound_of_texts_holds(texts: Any) -> None:
     with pytest.raises(RemoteProtocolError):

@@ -18,6 +18,7 @@ from gossip.messages import ADVERT_DOMAIN, Advert, Capacity, ModelKind, ModelOff
 from gossip.transfer import decode_manifest, manifest_of
 from node.judge import Judge
 from node.work import (
+    WORK_LIMITS,
     Embedded,
     EmbedWork,
     Finished,
@@ -317,7 +318,7 @@ def work() -> Target:
     """What a peer asks of us."""
 
     def read(raw: bytes) -> None:
-        value, taken = canonical.decode(raw, rpc.FRAME_LIMITS), 0
+        value, taken = canonical.decode(raw, WORK_LIMITS), 0
         for kind in (GenerateWork, EmbedWork):
             try:
                 found = from_wire(value, kind)
@@ -340,7 +341,7 @@ def answer() -> Target:
     """What a peer answers us: items before a judge, who counts, and vectors."""
 
     def read(raw: bytes) -> None:
-        rows = canonical.decode(raw, rpc.FRAME_LIMITS)
+        rows = canonical.decode(raw, WORK_LIMITS)
         if not isinstance(rows, list):
             from_wire(rows, Embedded)
             return

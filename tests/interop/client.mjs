@@ -80,7 +80,7 @@ const work = tokens => ({
     max_tokens: tokens, temperature: 0, top_k: 0, top_p: 1, min_p: 0, frequency_penalty: 0, presence_penalty: 0,
     repetition_penalty: 1, seed: 0, stop: [], logprobs: null
   },
-  delivered: [],
+  delivered: new Uint8Array(0),
   delivered_chars: 0,
   remaining_ms: 120_000
 })
