@@ -304,7 +304,7 @@ def test_the_form_changes_just_where_it_must(size: int) -> None:
         if isinstance(value, list) and size > 4_096:
             continue
         raw = encode(value)
-        wide = Limits(bytes_max=1 << 20, str_max=1 << 20, bin_max=1 << 20)
+        wide = Limits(bytes_max=1 << 20, str_max=1 << 20, bin_max=1 << 20, key_max=1 << 20)
         assert decode_canonical(raw, wide) == value
 
 
