@@ -63,7 +63,21 @@ def encode(value: object) -> bytes:
 
 def decode(raw: bytes, limits: Limits = CONTROL) -> Any:
     """The Value that these bytes stand for. Raises BadEncoding, and nothing else, for any bytes."""
-    _scan(raw, limits)
+    _scan(raw, limits, strict=False)
+    return _build(raw, limits)
+
+
+def decode_canonical(raw: bytes, limits: Limits = CONTROL) -> Any:
+    """As `decode`, and these bytes are the only ones for this value. Raises BadEncoding.
+
+    It is the headers that show it: no second copy of a large value is made to compare with.
+    """
+    _scan(raw, limits, strict=True)
+    return _build(raw, limits)
+
+
+def _build(raw: bytes, limits: Limits) -> Any:
+    """The value of scanned bytes."""
     try:
         return msgpack.unpackb(
             raw,
@@ -80,14 +94,6 @@ def decode(raw: bytes, limits: Limits = CONTROL) -> Any:
         )
     except ValueError as exc:  # after the scan: a str that is not UTF-8
         raise BadEncoding(f"a text is not UTF-8 ({type(exc).__name__})") from exc
-
-
-def decode_canonical(raw: bytes, limits: Limits = CONTROL) -> Any:
-    """As `decode`, and these bytes are the only ones for this value. Raises BadEncoding."""
-    value = decode(raw, limits)
-    if encode(value) != raw:
-        raise BadEncoding("not canonical: keys are unsorted or a header is longer than needed")
-    return value
 
 
 def encode_struct(struct: msgspec.Struct) -> bytes:
@@ -179,6 +185,25 @@ _SIZED: Final[Mapping[int, tuple[int, int]]] = {
 _STR_TAGS: Final = frozenset({*range(0xA0, 0xC0), 0xD9, 0xDA, 0xDB})
 
 
+# First byte of a long form -> (bytes of its number, the least number that needs it; where that is negative, the most).
+_LONG: Final[Mapping[int, tuple[int, int]]] = {
+    0xC5: (2, 1 << 8), 0xC6: (4, 1 << 16),  # bin
+    0xCC: (1, 1 << 7), 0xCD: (2, 1 << 8), 0xCE: (4, 1 << 16), 0xCF: (8, 1 << 32),  # uint
+    0xD0: (1, -33), 0xD1: (2, -(1 << 7) - 1), 0xD2: (4, -(1 << 15) - 1), 0xD3: (8, -(1 << 31) - 1),  # int
+    0xCA: (4, 1 << 32),  # a float of 32 bits: never
+    0xD9: (1, 1 << 5), 0xDA: (2, 1 << 8), 0xDB: (4, 1 << 16),  # str
+    0xDC: (2, 1 << 4), 0xDD: (4, 1 << 16), 0xDE: (2, 1 << 4), 0xDF: (4, 1 << 16),  # array, map
+}  # fmt: skip
+
+
+def _check_shortest(raw: bytes, pos: int, tag: int) -> None:
+    """Raises BadEncoding when a shorter form has the same value; what is cut off is found later."""
+    width, edge = _LONG[tag]
+    number = int.from_bytes(raw[pos + 1 : pos + 1 + width], "big", signed=edge < 0)
+    if number > edge if edge < 0 else number < edge:
+        raise BadEncoding(f"not canonical: the form at byte {pos} is longer than needed, or a float has 32 bits")
+
+
 def _header(raw: bytes, pos: int, tag: int) -> tuple[int, int, int]:
     """(what opens, its count or length, where its content starts). Raises BadEncoding."""
     if tag < 0x90:
@@ -207,8 +232,11 @@ def _check_float(raw: bytes, pos: int, width: int) -> None:
         raise BadEncoding(f"the float at byte {pos} is not finite")
 
 
-def _scan(raw: bytes, limits: Limits) -> None:
-    """Walk the headers; raise BadEncoding unless exactly one value within the limits stands here."""
+def _scan(raw: bytes, limits: Limits, *, strict: bool) -> None:
+    """Walk the headers; raise BadEncoding unless exactly one value within the limits stands here.
+
+    strict: every header is the shortest, and the keys of a map increase. UTF-8 sorts as code points do.
+    """
     size = len(raw)
     if size > limits.bytes_max:
         raise BadEncoding(f"{size} bytes came, at most {limits.bytes_max} are allowed")
@@ -216,16 +244,20 @@ def _scan(raw: bytes, limits: Limits) -> None:
     count_max = {_ARRAY: limits.array_max, _MAP: limits.map_max}
     pos, items, maps = 0, 0, 0
     left, in_map = 1, False  # elements to come in the open container; of a map, keys and values
-    outer: list[tuple[int, bool]] = []
+    key: bytes | None = None  # the last one of the open map
+    outer: list[tuple[int, bool, bytes | None]] = []
     while left or outer:
         if not left:
-            left, in_map = outer.pop()
+            left, in_map, key = outer.pop()
             continue
         if pos >= size:
             raise BadEncoding(f"cut off: {size} bytes came and {left} elements are missing")
         tag = raw[pos]
-        if in_map and not left & 1 and tag not in _STR_TAGS:
+        at_key = in_map and not left & 1
+        if at_key and tag not in _STR_TAGS:
             raise BadEncoding(f"a map has a key that is not a str, at byte {pos}")
+        if strict and tag in _LONG:
+            _check_shortest(raw, pos, tag)
         left -= 1
         if _FIXED[tag]:
             pos += _FIXED[tag]
@@ -237,14 +269,18 @@ def _scan(raw: bytes, limits: Limits) -> None:
         elif what in length_max:
             if count > length_max[what]:
                 raise BadEncoding(f"a text or blob of {count} bytes, at most {length_max[what]} are allowed")
+            if strict and at_key:
+                key, before = raw[pos : pos + count], key
+                if before is not None and key <= before:
+                    raise BadEncoding(f"not canonical: the key at byte {pos} does not come after the one before it")
             pos += count
         else:
             if count > count_max[what]:
                 raise BadEncoding(f"an array or map of {count} elements, at most {count_max[what]} are allowed")
             if len(outer) >= limits.depth_max:
                 raise BadEncoding(f"nested over {limits.depth_max} deep at byte {pos}")
-            outer.append((left, in_map))
-            left, in_map = (2 * count, True) if what == _MAP else (count, False)
+            outer.append((left, in_map, key))
+            left, in_map, key = (2 * count, True, None) if what == _MAP else (count, False, None)
             items += left
             maps += in_map
             if items > limits.items_max or maps > limits.maps_max:

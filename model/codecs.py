@@ -31,16 +31,18 @@ def codec_named(name: str) -> Codec:
 
 
 def encode(vector_N: torch.Tensor, codec: Codec) -> Sections:
-    """Write down a vector (fp32, CPU, contiguous). Raises ComputeFailed for numbers that are not finite, or are over
-    MAGNITUDE_MAX: training has diverged."""
+    """Write down a vector (fp32, CPU, contiguous). Raises ComputeFailed as `check_numbers` does."""
     assert vector_N.dtype is torch.float32
     assert vector_N.is_contiguous()
-    low, high = vector_N.aminmax()
-    if not (float(low) >= -MAGNITUDE_MAX and float(high) <= MAGNITUDE_MAX):  # NaN is neither
-        raise ComputeFailed(
-            f"the delta has numbers from {float(low):g} to {float(high):g}: training has diverged, lower its rate"
-        )
+    check_numbers(vector_N)
     return codec.encode(vector_N.detach().numpy())
+
+
+def check_numbers(vector_N: torch.Tensor) -> None:
+    """Raises ComputeFailed for numbers that are not finite, or over MAGNITUDE_MAX: training has diverged."""
+    low, high = map(float, vector_N.aminmax())
+    if not (low >= -MAGNITUDE_MAX and high <= MAGNITUDE_MAX):  # NaN is neither
+        raise ComputeFailed(f"the delta has numbers from {low:g} to {high:g}: training has diverged, lower its rate")
 
 
 def decode(sections: Sections, codec: Codec, n: int) -> Delta:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,15 @@ class Delta(Protocol):
 
     def sent(self, start: int, stop: int) -> torch.Tensor:
         """Which of [start, stop) were sent, bool_S: for a sparse delta `dense(start, stop) != 0`, else all True."""
+
+
+@runtime_checkable
+class SparseDelta(Delta, Protocol):
+    """A sparse delta that gives what was sent without the zeros between: what makes merging cost by what was sent."""
+
+    def entries(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where in [start, stop) something was sent, int64_K counted from start, ascending, each once; and the values
+        there, fp32_K on the CPU: what `dense` holds at those places."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@
     |- EngineFull     the queue is full: try later or elsewhere
     |- ComputeFailed  the forward pass failed for this request, or training made numbers that are not finite
     |- BadUpdate      a peer's contribution to a round is not what the run agreed on: leave it out
+    |- CannotMerge    these contributions and this rule give no update; nothing has changed
     |- BadText        the operator's text cannot be trained on: missing, not UTF-8, too small
     |- BadState       a saved state of training is damaged, or of another model, text or order
     `- Diverged       training made numbers that are not finite, three steps in a row
@@ -65,6 +66,11 @@ class BadState(ModelError):
 
 class Diverged(ModelError):
     """Training cannot go on: its numbers are not finite."""
+
+
+class CannotMerge(ModelError):
+    """A round's contributions do not make an update by this rule: too few, of mixed kinds, or a rule that means nothing
+    on them."""
 
 
 FOREIGN = (

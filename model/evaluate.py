@@ -42,10 +42,10 @@ class HeldOutLoss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """drop: nats a token by which `share` of a delta lowered the held-out loss from `before`; below 0 is harm."""
+    """fall_nats: by how much a token's held-out loss fell from before_nats with `share` of a delta; below 0 is harm."""
 
-    drop: float
-    before: float
+    fall_nats: float
+    before_nats: float
     share: float
 
 
@@ -67,7 +67,7 @@ def held_out_loss(model: Any, ids_BT: torch.Tensor) -> Generator[None, None, Hel
     return HeldOutLoss(nats_per_token=loss if loss < LOSS_NATS_MAX else LOSS_NATS_MAX, tokens=tokens)  # NaN too
 
 
-def scores(
+def scoring(
     trainer: Trainer, deltas: Iterable[Delta], ids_BT: torch.Tensor, *, share: float = SHARE
 ) -> Generator[Score | None, None, None]:
     """Judges deltas one after the other, applied to the start of the trainer's round. Yields None after each row, and
@@ -90,15 +90,15 @@ def scores(
         for delta in deltas:
             trainer.layout.load_into(trainer.named, _moved(trainer.start_vector_N, delta, share))
             after = (yield from held_out_loss(trainer.model, ids_BT)).nats_per_token
-            yield Score(drop=before - after, before=before, share=share)
+            yield Score(fall_nats=before - after, before_nats=before, share=share)
     finally:
         trainer.layout.load_into(trainer.named, own_N)
         trainer.model.train()
 
 
 def score(trainer: Trainer, delta: Delta, ids_BT: torch.Tensor, *, share: float = SHARE) -> Score:
-    """`scores` of one delta, at once. Raises BadText, Diverged."""
-    *_, last = scores(trainer, (delta,), ids_BT, share=share)
+    """`scoring` of one delta, at once. Raises BadText, Diverged."""
+    *_, last = scoring(trainer, (delta,), ids_BT, share=share)
     assert last is not None
     return last
 

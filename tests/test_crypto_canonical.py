@@ -275,6 +275,54 @@ def test_other_encoders_maps_are_read_but_are_not_canonical() -> None:
         decode_canonical(b"\xcd\x00\x01")  # 1 in three bytes
 
 
+LONGER = [
+    "c50001aa", "c600000001aa", "cc7f", "cd00ff", "ce0000ffff", "cf00000000ffffffff", "d0e0", "d001", "d1ff80",
+    "d10001", "d2ffff8000", "d200000001", "d3ffffffff80000000", "d30000000000000001", "ca3fc00000", "ca00000000",
+    "d9016b", "da00016b", "db000000016b", "dc0001c0", "dd00000001c0", "de0001a16bc0", "df00000001a16bc0", "81d9016bc0",
+    "82a16201a16102", "82a26161c0a161c0", "82a16bc0a0c0", "9182a16201a16102", "82a16281a161c0a161c0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("hexed", LONGER)
+def test_there_is_one_form_for_one_value(hexed: str) -> None:
+    raw = bytes.fromhex(hexed)
+    assert encode(decode(raw)) != raw
+    with pytest.raises(BadEncoding, match="not canonical"):
+        decode_canonical(raw)
+
+
+def test_an_inner_maps_keys_stand_for_themselves() -> None:
+    value = {"a": {"z": 0}, "b": [{"a": 0}, {"a": 0}], "c": {}}
+    assert decode_canonical(encode(value)) == value
+
+
+@pytest.mark.parametrize("size", [31, 32, 255, 256, 65_535, 65_536])
+def test_the_form_changes_just_where_it_must(size: int) -> None:
+    for value in ("x" * size, b"x" * size, {"k": "x" * size}, {"x" * size: 0}, [0] * size, size, -size, -size - 1):
+        if isinstance(value, list) and size > 4_096:
+            continue
+        raw = encode(value)
+        wide = Limits(bytes_max=1 << 20, str_max=1 << 20, bin_max=1 << 20)
+        assert decode_canonical(raw, wide) == value
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(raw=hostile())
+@pytest.mark.slow
+def test_canonical_means_what_encode_writes(raw: bytes) -> None:
+    """The headers alone show it: the same verdict as writing the value again and comparing."""
+    try:
+        same = encode(decode(raw)) == raw
+    except BadEncoding:
+        same = False
+    try:
+        decode_canonical(raw)
+    except BadEncoding:
+        assert not same
+    else:
+        assert same
+
+
 class Numbers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Every kind of bounded field our messages use."""
 

@@ -12,7 +12,7 @@ from model.batches import Batches
 from model.config import TrainConfig
 from model.data import find_texts, finish, read_texts
 from model.errors import BadText, Diverged
-from model.evaluate import LOSS_NATS_MAX, ROWS_MAX, SCORE_ROWS_MIN, Score, bytes_predicted, held_out_loss, score, scores
+from model.evaluate import LOSS_NATS_MAX, ROWS_MAX, SCORE_ROWS_MIN, Score, bytes_predicted, held_out_loss, score, scoring
 from model.tokens import Tokens
 from model.train import Trainer
 from tests.test_train import tiny
@@ -84,8 +84,8 @@ def test_what_was_learnt_scores_above_its_opposite_and_weights_come_back(trainer
     own = trainer.layout.flatten(trainer.named)
     learnt = WholeDelta(trainer.delta())
     good, bad = score(trainer, learnt, rows), score(trainer, WholeDelta(-learnt.vector_N), rows)
-    assert good.drop > 0 > bad.drop
-    assert good.before == bad.before
+    assert good.fall_nats > 0 > bad.fall_nats
+    assert good.before_nats == bad.before_nats
     assert torch.equal(trainer.layout.flatten(trainer.named), own)
     assert trainer.model.training
     assert trainer.micro_step().stepped
@@ -95,30 +95,30 @@ def test_a_score_applies_a_share_of_the_delta_to_the_start(trainer: Trainer, row
     delta = WholeDelta(trainer.delta())
     whole = score(trainer, delta, rows, share=1.0)
     end = finish(held_out_loss(trainer.model, rows)).nats_per_token
-    assert whole.before - whole.drop == pytest.approx(end, rel=1e-5)
+    assert whole.before_nats - whole.fall_nats == pytest.approx(end, rel=1e-5)
     fifth = WholeDelta(trainer.delta() * 0.2)
-    assert score(trainer, delta, rows).drop == pytest.approx(score(trainer, fifth, rows, share=1.0).drop, rel=1e-4)
+    assert score(trainer, delta, rows).fall_nats == pytest.approx(score(trainer, fifth, rows, share=1.0).fall_nats, rel=1e-4)
     assert score(trainer, delta, rows).share == 0.2
     trainer.rebase(trainer.start_vector_N)
     start = finish(held_out_loss(trainer.model, rows)).nats_per_token
-    assert whole.before == start
+    assert whole.before_nats == start
 
 
 def test_many_deltas_are_judged_in_order_each_from_the_same_start(trainer: Trainer, rows: torch.Tensor) -> None:
     learnt = trainer.delta()
     deltas = [WholeDelta(learnt * factor) for factor in (1.0, -1.0, 0.0, 1.0)]
-    seen = list(scores(trainer, deltas, rows))
+    seen = list(scoring(trainer, deltas, rows))
     found = [one for one in seen if one is not None]
     assert len(seen) == 5 * len(rows) + 4  # a hop for each row of the start and of each delta, and one that tells
     assert found == [score(trainer, delta, rows) for delta in deltas]
-    assert found[2] == Score(drop=0.0, before=found[0].before, share=0.2)
+    assert found[2] == Score(fall_nats=0.0, before_nats=found[0].before_nats, share=0.2)
     assert found[0] == found[3]
 
 
 @pytest.mark.parametrize("hops", [1, 17, 20, 33])
 def test_a_scoring_that_is_given_up_leaves_nothing_behind(trainer: Trainer, rows: torch.Tensor, hops: int) -> None:
     own = trainer.layout.flatten(trainer.named)
-    judging = scores(trainer, [WholeDelta(trainer.delta())] * 2, rows)
+    judging = scoring(trainer, [WholeDelta(trainer.delta())] * 2, rows)
     for _ in range(hops):
         next(judging)
     with pytest.raises(AssertionError, match="an evaluation is under way"):
@@ -132,7 +132,7 @@ def test_a_scoring_that_is_given_up_leaves_nothing_behind(trainer: Trainer, rows
 def test_a_delta_that_ruins_the_model_scores_a_finite_loss(trainer: Trainer, rows: torch.Tensor, poison: float) -> None:
     own = trainer.layout.flatten(trainer.named)
     judged = score(trainer, WholeDelta(torch.full_like(trainer.delta(), poison)), rows)
-    assert judged.drop == judged.before - LOSS_NATS_MAX
+    assert judged.fall_nats == judged.before_nats - LOSS_NATS_MAX
     assert torch.equal(trainer.layout.flatten(trainer.named), own)
 
 

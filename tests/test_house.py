@@ -77,6 +77,8 @@ CORES = (
     "model/blockwise.py",
     "model/plain.py",
     "model/codecs.py",
+    "model/update.py",
+    "model/feedback.py",
     "p2p/peering_status.py",
     "p2p/reach.py",
     "p2p/relay.py",
