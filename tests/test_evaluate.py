@@ -12,7 +12,16 @@ from model.batches import Batches
 from model.config import TrainConfig
 from model.data import find_texts, finish, read_texts
 from model.errors import BadText, Diverged
-from model.evaluate import LOSS_NATS_MAX, ROWS_MAX, SCORE_ROWS_MIN, Score, bytes_predicted, held_out_loss, score, scoring
+from model.evaluate import (
+    LOSS_NATS_MAX,
+    ROWS_MAX,
+    SCORE_ROWS_MIN,
+    Score,
+    bytes_predicted,
+    held_out_loss,
+    score,
+    scoring,
+)
 from model.tokens import Tokens
 from model.train import Trainer
 from tests.test_train import tiny
@@ -97,7 +106,9 @@ def test_a_score_applies_a_share_of_the_delta_to_the_start(trainer: Trainer, row
     end = finish(held_out_loss(trainer.model, rows)).nats_per_token
     assert whole.before_nats - whole.fall_nats == pytest.approx(end, rel=1e-5)
     fifth = WholeDelta(trainer.delta() * 0.2)
-    assert score(trainer, delta, rows).fall_nats == pytest.approx(score(trainer, fifth, rows, share=1.0).fall_nats, rel=1e-4)
+    assert score(trainer, delta, rows).fall_nats == pytest.approx(
+        score(trainer, fifth, rows, share=1.0).fall_nats, rel=1e-4
+    )
     assert score(trainer, delta, rows).share == 0.2
     trainer.rebase(trainer.start_vector_N)
     start = finish(held_out_loss(trainer.model, rows)).nats_per_token
