@@ -25,6 +25,7 @@ from model.config import TrainConfig
 from model.corpus import BOOK_BREAK
 from model.train import Trainer
 
+torch.set_num_threads(1)  # far too small to share
 SCALE = Scale(workers=2, steps=20, rows=1, context=16, width=16, layers=1)
 TEXT = BOOK_BREAK.join(f"{letter} book of {letter} tales. " * 40 for letter in "abcde")
 

@@ -212,6 +212,16 @@ def test_a_gradient_that_is_no_number_is_skipped_like_a_loss() -> None:
     assert steps(trainer, 1)[0].stepped
 
 
+def test_an_infinite_loss_is_skipped_though_its_gradient_is_finite() -> None:
+    model = Toy()
+    model.sure = {0}
+    trainer = Trainer(model, batches(), CONFIG)
+    (one,) = steps(trainer, 1)
+    assert one.loss == math.inf
+    assert one.skipped
+    assert not trainer.delta().any()
+
+
 def test_three_in_a_row_end_training() -> None:
     model = Toy()
     model.sick = {5, 6, 7}

@@ -10,13 +10,15 @@ import torch
 from model.batches import Batches
 from model.data import text_of
 
+torch.set_num_threads(1)  # far too small to share
 VOCABULARY = 11
 
 
 class Toy(torch.nn.Module):
     """Next-token logits from the last token alone: an embedding of width 4, a scale with one side, and a head.
 
-    sick: numbers of forward passes, from 0 on, whose logits are no numbers.
+    sick: numbers of forward passes, from 0 on, whose logits are no numbers. sure: those that rule out all tokens but
+    one, so that the loss is infinite and its gradient is not.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -27,6 +29,7 @@ class Toy(torch.nn.Module):
         self.head = torch.nn.Parameter(torch.randn(VOCABULARY, 4, generator=draw))
         self.register_buffer("mask", torch.ones(4))
         self.sick: set[int] = set()
+        self.sure: set[int] = set()
         self.passes = 0
 
     def forward(self, *, input_ids: torch.Tensor, use_cache: bool, return_dict: bool) -> Any:
@@ -36,6 +39,8 @@ class Toy(torch.nn.Module):
         logits = hidden @ self.head.T
         if self.passes in self.sick:
             logits = logits * torch.nan
+        if self.passes in self.sure:
+            logits = logits.masked_fill(torch.arange(VOCABULARY) > 0, -torch.inf)
         self.passes += 1
         return SimpleNamespace(logits=logits)
 
