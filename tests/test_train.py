@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from msgspec import structs
 
+from crypto.canonical import convert, decode_canonical, encode_struct
 from model import train_memory
 from model.batches import Batches
 from model.config import TrainConfig
@@ -19,7 +22,7 @@ from model.errors import BadInput, BadState, ComputeFailed, Diverged, OutOfMemor
 from model.load import Found, Loaded, load
 from model.train import BETAS, EPSILON, MicroStep, Trainer, next_token_loss
 from model.train_memory import needed_bytes, training_copy
-from model.train_state import SavedState
+from model.train_state import Numbers, SavedState, pack
 from tests.tiny_models import causal_config, save_causal, save_encoder
 from tests.toy_training import Toy, batches
 
@@ -256,6 +259,20 @@ def test_a_restart_goes_on_to_the_bit(kind: str) -> None:
     assert torch.equal(again.delta(), whole.delta())
 
 
+def test_a_restart_after_a_skipped_step_goes_on_to_the_bit() -> None:
+    models = [Toy() for _ in range(2)]
+    whole, stopped = (Trainer(model, batches(), CONFIG) for model in models)
+    for model in models:
+        model.sick = {1, 2}
+    steps(whole, 5)
+    steps(stopped, 3)
+    again = Trainer(Toy(), batches(), CONFIG)
+    again.restore(stopped.state())
+    assert (again.step, again.skipped) == (3, 2)
+    steps(again, 2)
+    assert again.state() == whole.state()
+
+
 def test_a_rebased_trainer_goes_on_from_there_with_its_moments() -> None:
     trainer = Trainer(Toy(), batches(), replace(CONFIG, accumulation=2))
     steps(trainer, 5)
@@ -310,6 +327,12 @@ def test_a_damaged_state_is_refused_and_changes_nothing(saved: SavedState) -> No
         "are not those of its numbers": replace(saved, vectors=bytes(spoilt)),
         "vectors of the saved state are not": replace(saved, vectors=other.vectors),
     }
+    numbers = convert(decode_canonical(saved.numbers), Numbers)
+    cases["does not hold start, weights, first_moment, second_moment of 92"] = pack(
+        numbers, tuple(torch.zeros(5) for _ in range(4))
+    )
+    junk = structs.replace(numbers, vectors=hashlib.sha256(b"junk").digest())
+    cases["are no safetensors"] = SavedState(numbers=encode_struct(junk), vectors=b"junk")
     for words, state in cases.items():
         with pytest.raises(BadState, match=words):
             trainer.restore(state)
