@@ -259,18 +259,21 @@ def test_a_restart_goes_on_to_the_bit(kind: str) -> None:
     assert torch.equal(again.delta(), whole.delta())
 
 
-def test_a_restart_after_a_skipped_step_goes_on_to_the_bit() -> None:
+def test_a_restart_in_a_later_round_after_a_skipped_step_goes_on_to_the_bit() -> None:
     models = [Toy() for _ in range(2)]
     whole, stopped = (Trainer(model, batches(), CONFIG) for model in models)
-    for model in models:
+    for model, trainer in zip(models, (whole, stopped), strict=True):
         model.sick = {1, 2}
-    steps(whole, 5)
-    steps(stopped, 3)
+        steps(trainer, 2)
+        trainer.rebase(trainer.start_vector_N * 0.9)
+    steps(whole, 3)
+    steps(stopped, 1)
     again = Trainer(Toy(), batches(), CONFIG)
     again.restore(stopped.state())
     assert (again.step, again.skipped) == (3, 2)
     steps(again, 2)
     assert again.state() == whole.state()
+    assert torch.equal(again.delta(), whole.delta())
 
 
 def test_a_rebased_trainer_goes_on_from_there_with_its_moments() -> None:
