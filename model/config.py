@@ -5,11 +5,14 @@ Rules: core. A revision names the bytes of weights, configuration and tokenizer:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KINDS = ("causal", "encoder")
+AUTOCAST = ("auto", "on", "off")
+SEED_MAX = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,3 +76,29 @@ class RuntimeConfig:
         return EngineConfig(
             slots=self.slots, kv_tokens=kv_tokens, prefill_chunk=self.prefill_chunk, queue_max=self.queue_max
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """One node's own training. A step is `accumulation` micro-batches. rate: AdamW's, after warmup_steps of growth.
+
+    seed: order of rows, and dropout; each node draws its own. autocast: in bf16, where the device computes in it.
+    """
+
+    seed: int
+    rate: float = 3e-4
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    accumulation: int = 1
+    checkpointing: bool = False  # keep one state a layer and compute the rest again: less memory, a third more work
+    autocast: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a number out of its range, or an autocast that there is not."""
+        if not 0 <= self.seed <= SEED_MAX or self.warmup_steps < 0 or self.accumulation < 1:
+            raise ValueError(f"seed is 0 to 2^63 - 1, warmup_steps 0 or more, accumulation 1 or more, not {self}")
+        if not (0.0 < self.rate < 1.0 and 0.0 <= self.weight_decay < 1.0 and 0.0 < self.clip_norm < math.inf):
+            raise ValueError(f"rate is between 0 and 1, weight_decay 0 to 1, clip_norm above 0, not {self}")
+        if self.autocast not in AUTOCAST:
+            raise ValueError(f"autocast must be one of {', '.join(AUTOCAST)}, not {self.autocast!r}")

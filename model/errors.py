@@ -8,7 +8,10 @@
     |- EngineFull     the queue is full: try later or elsewhere
     |- ComputeFailed  the forward pass failed for this request, or training made numbers that are not finite
     |- BadUpdate      a peer's contribution to a round is not what the run agreed on: leave it out
-    `- CannotMerge    these contributions and this rule give no update; nothing has changed
+    |- CannotMerge    these contributions and this rule give no update; nothing has changed
+    |- BadText        the operator's text cannot be trained on: missing, not UTF-8, too small
+    |- BadState       a saved state of training is damaged, or of another model, text or order
+    `- Diverged       training made numbers that are not finite, three steps in a row
 
 Rules: each message says what came, what was wanted and what to do. FOREIGN names what torch, transformers and the
 template engine raise for bad files or bad input, so that their errors are mapped at the door; anything else is a bug.
@@ -51,6 +54,18 @@ class ComputeFailed(ModelError):
 
 class BadUpdate(ModelError):
     """A peer's update is malformed, or is for another run, round, base or layout."""
+
+
+class BadText(ModelError):
+    """The operator's text cannot be trained on."""
+
+
+class BadState(ModelError):
+    """A saved state cannot be gone on from."""
+
+
+class Diverged(ModelError):
+    """Training cannot go on: its numbers are not finite."""
 
 
 class CannotMerge(ModelError):

@@ -89,6 +89,10 @@ class Tokens:
         """Plain text -> prompt ids, with the special tokens that the model wants around a text. Raises BadInput."""
         return self._encode(text, special=True)
 
+    def encode_piece(self, text: str) -> Sequence[int]:
+        """A piece of running text -> ids, nothing put around it: for training. Raises BadInput."""
+        return self._ids(text, special=False)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out. Raises ValueError if the tokenizer gives up."""
         with _PanicsAreErrors():
@@ -108,16 +112,20 @@ class Tokens:
         return TextStream(self.decode, prompt, stop, skip_chars)
 
     def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
+        ids = self._ids(text, special=special)
+        if not ids and isinstance(begin := self._tokenizer.bos_token_id, int):
+            ids = [begin]
+        return tuple(ids)
+
+    def _ids(self, text: str, *, special: bool) -> Sequence[int]:
         if len(text) > ENCODE_CHARS_MAX:
             raise BadInput(f"the text has {len(text):,} characters; at most {ENCODE_CHARS_MAX:,} are taken")
         try:
             with _PanicsAreErrors():
                 if self._fast is not None:
-                    ids = self._fast.encode_batch_fast([text], add_special_tokens=special)[0].ids
+                    ids: Sequence[int] = self._fast.encode_batch_fast([text], add_special_tokens=special)[0].ids
                 else:
                     ids = self._tokenizer.encode(text, add_special_tokens=special)
         except FOREIGN as exc:
             raise BadInput(f"the text cannot be turned into tokens ({first_line(exc)})") from exc
-        if not ids and isinstance(begin := self._tokenizer.bos_token_id, int):
-            ids = [begin]
-        return tuple(ids)
+        return ids

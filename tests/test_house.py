@@ -78,6 +78,7 @@ CORES = (
     "model/requests.py",
     "model/config.py",
     "model/text.py",
+    "model/batches.py",
     "model/layout.py",
     "model/delta.py",
     "model/bfloat16.py",
