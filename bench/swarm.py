@@ -26,9 +26,8 @@ SEEDS, SEEDS_QUICK = 40, 5
 def main() -> int:
     """Run the seeds, check, report; 0 when every request of every seed ended once and right."""
     arguments, scenario = _arguments()
-    seeds = (
-        [arguments.seed] if arguments.seed is not None else range(SEEDS_QUICK if arguments.quick else arguments.seeds)
-    )
+    count = SEEDS_QUICK if arguments.quick else arguments.seeds
+    seeds = range(arguments.first, arguments.first + count) if arguments.seed is None else [arguments.seed]
     outcomes = list[Outcome]()
     for outcome in _outcomes(seeds, partial(simulate, scenario=scenario, keep_lines=arguments.replay), arguments.jobs):
         outcomes.append(outcome)
@@ -85,7 +84,8 @@ def _arguments() -> tuple[argparse.Namespace, Scenario]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="five seeds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="how many, from 0 on")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="how many")
+    parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--seed", type=int, help="this one only")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--replay", action="store_true", help="print what happened")

@@ -585,6 +585,11 @@ def test_buckets_forget_the_longest_silent() -> None:
     assert len(buckets) == 2
 
 
+def test_time_that_goes_back_takes_nothing_from_a_bucket() -> None:
+    buckets = Buckets(rate_per_s=1.0, burst=3.0)
+    assert [buckets.take("a", now) for now in (10.0, 0.0, 0.0, 0.0)] == [True, True, True, False]
+
+
 # --- the real network ---
 
 
