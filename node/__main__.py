@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from node.collector import importing
 from node.commands.ask import ask
 from node.commands.chat import chat
 from node.commands.demo import demo
@@ -65,7 +66,8 @@ def run(
     for key in ("listen", "bootstrap"):
         if key in given:
             given[key] = tuple(given[key])
-    from node.start import start  # libp2p and torch load only now, after the flags are known
+    with importing():
+        from node.start import start  # libp2p and torch load only now, after the flags are known
 
     raise typer.Exit(start(given, file))
 

@@ -29,6 +29,7 @@ from gossip.blobs import Blobs, BlobsConfig
 from gossip.messages import advert_topic
 from gossip.service import GossipConfig, GossipService
 from gossip.standing import Fault
+from node.collector import importing
 from node.config import KEY_FILE, NodeConfig
 from node.errors import ConfigError
 from node.hosting import Hosting
@@ -64,7 +65,8 @@ async def run_node(config: NodeConfig, log_left_out: Mapping[str, int]) -> None:
 
     Raises ConfigError, CannotListen, UnsafePermissions, ModelError.
     """
-    from p2p.host import open_host  # libp2p is imported here, when the settings are known to be good
+    with importing():
+        from p2p.host import open_host  # libp2p is imported here, when the settings are known to be good
 
     identity = Identity.load_or_make(config.data_dir / KEY_FILE)
     bootstrap = _bootstrap(config)
@@ -223,8 +225,9 @@ class Node:
     # the door
 
     async def _web(self, stop: trio.Event, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
-        from node.web.app import build_app
-        from node.web.serve import ServeLimits, serve
+        with importing():
+            from node.web.app import build_app
+            from node.web.serve import ServeLimits, serve
 
         address = self._config.http_address()
         assert address is not None
@@ -277,8 +280,9 @@ async def _signals(stop: trio.Event, scope: trio.CancelScope) -> None:
 
 def _load(config: NodeConfig) -> Runtime:
     """Import torch and load the model; in a worker thread. Raises ModelError."""
-    from model.config import RuntimeConfig
-    from model.runtime import Runtime
+    with importing():
+        from model.config import RuntimeConfig
+        from model.runtime import Runtime
 
     return Runtime.load(
         config.model,

@@ -20,6 +20,7 @@ import trio
 
 from crypto.errors import BadKey
 from model.errors import ModelError
+from node.collector import importing
 from node.config import NodeConfig, load_config
 from node.errors import ConfigError, DataDirLocked
 from node.log_pace import LogPace
@@ -35,7 +36,8 @@ def start(flags: Mapping[str, object], file: Path | None) -> int:
         config = load_config(flags, file=file)
         pace = _set_up_log(config)
         with locked(config.data_dir):
-            from node.run import run_node  # imports libp2p: not before the settings are good
+            with importing():
+                from node.run import run_node  # not before the settings are good
 
             trio.run(partial(run_node, config, pace.left_out), strict_exception_groups=True)
     except* ConfigError as group:

@@ -40,7 +40,8 @@ from tests.node_swarm import work
 FRAMES = 50_000
 FRAMES_SOAK = 1_000_000
 GROWTH_BYTES_MAX = 32 << 20
-WARM_UP = 0.1  # of the frames, before the memory is first read
+LOOKS = 20  # at the memory
+WARM_UP = 2 / LOOKS  # of the frames, before the memory is first read
 ATTACKERS = 3
 
 
@@ -125,7 +126,7 @@ async def fuzz(frames: int) -> None:
     total = attack.left.total()
     async with victim() as (memory, process, remote), client(remote) as serves_others:
         readings = []
-        for done in (WARM_UP, *(step / 10 for step in range(2, 11))):
+        for done in (WARM_UP, *(step / LOOKS for step in range(3, LOOKS + 1))):
             async with trio.open_nursery() as nursery:
                 for _ in range(ATTACKERS):
                     nursery.start_soon(attack.run, remote, int(total * (1 - done)))
