@@ -1,7 +1,7 @@
 """What keeps one bad frame, one bad handler and one noisy library from ending the node: reads and exceptions.
 
 Rules: every workaround for libp2p 0.8.1 stands in p2p/guard*.py, says what it works around, and has a test in
-tests/test_guard.py that is red without it. Subclasses where libp2p allows; `install()` replaces two functions where
+tests/test_guard.py that is red without it. Subclasses where libp2p allows; `install()` replaces three functions where
 it does not. Here is the one `except Exception` around what a peer can make fail: count, log, go on.
 
 Source: SECURITY.md F1-F3, F19; NETWORK.md sections 0 and 4.
@@ -19,6 +19,8 @@ import libp2p.io.msgio
 import libp2p.io.utils
 import libp2p.network.connection.swarm_connection
 import libp2p.protocol_muxer.multiselect_communicator
+import libp2p.pubsub.gossipsub
+import libp2p.pubsub.pubsub
 import libp2p.stream_muxer.yamux.yamux
 import libp2p.utils
 import libp2p.utils.varint
@@ -208,6 +210,7 @@ async def read_delim(reader: Any) -> bytes:
 
 
 _READ_DELIM_HOLDERS = (libp2p.utils, libp2p.utils.varint, libp2p.protocol_muxer.multiselect_communicator)
+_RECORD_HOLDERS = (libp2p.pubsub.gossipsub, libp2p.pubsub.pubsub)
 _READ_EXACTLY_HOLDERS = (
     libp2p.io.utils,
     libp2p.io.msgio,
@@ -216,14 +219,27 @@ _READ_EXACTLY_HOLDERS = (
 )
 
 
+def no_record(host: Any) -> tuple[bytes, bool]:
+    """In the place of the signed record of our addresses that libp2p puts into each gossip frame.
+
+    Around: it is made anew for each message, from all our addresses, and is as large as an advert. Nobody needs it:
+    we read none (p2p/guard_gossip.py), other builds know no such field, and our addresses stand in the advert. An
+    empty one is left out on the way through libp2p's queues.
+    """
+    return b"", False
+
+
 def install() -> None:
-    """Put our two readers and our window where libp2p looks its own up; silence its logs. Again is the same as once."""
+    """Put our readers, our record and our window where libp2p looks its own up; silence its logs. Again is the same."""
     for holder in _READ_DELIM_HOLDERS:
         assert hasattr(holder, "read_delim"), f"{holder.__name__} changed: look at this workaround again"
         holder.read_delim = read_delim
     for holder in _READ_EXACTLY_HOLDERS:
         assert hasattr(holder, "read_exactly"), f"{holder.__name__} changed: look at this workaround again"
         holder.read_exactly = read_exactly
+    for holder in _RECORD_HOLDERS:
+        assert hasattr(holder, "env_to_send_in_RPC"), f"{holder.__name__} changed: look at this workaround again"
+        holder.env_to_send_in_RPC = no_record
     libp2p.stream_muxer.yamux.yamux.MAX_WINDOW_SIZE = WINDOW_BYTES_MAX
     libp2p.stream_muxer.yamux.yamux.MAX_MESSAGE_SIZE = SLICE_BYTES + libp2p.stream_muxer.yamux.yamux.HEADER_SIZE
     quiet()
