@@ -115,6 +115,7 @@ class Swarm:
     def kill(self, member: Member) -> None:
         """kill -9, and a restart later."""
         assert member.process is not None
+        member.ready = False  # before it is counted: who takes it for a door from here on would take it for a living one
         member.kills.append(time.monotonic())
         member.process.process.kill()
         member.process.process.wait()
