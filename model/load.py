@@ -199,15 +199,18 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The number type of a name; "auto": bf16 where the device computes in it, fp32 elsewhere."""
+    """The number type of a name; "auto": fp32 on a CPU, and on a GPU bf16 where it computes in that, else fp16.
+
+    On a CPU bf16 is asked for by name only: a token's logits then depend on how many tokens went through with it, and
+    an answer that another node takes over may go on with other words.
+    """
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.float16
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
+    return torch.float32
 
 
 def device_free_bytes(device: torch.device) -> int:

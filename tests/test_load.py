@@ -201,8 +201,7 @@ def test_the_packaged_encoder_or_how_to_get_it() -> None:
 def test_dtype() -> None:
     cpu = torch.device("cpu")
     assert pick_dtype("bfloat16", cpu) == torch.bfloat16
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    assert pick_dtype("auto", cpu) == (torch.bfloat16 if native else torch.float32)
+    assert pick_dtype("auto", cpu) == torch.float32  # whatever the CPU could: a takeover must not change the answer
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a file with holes")
