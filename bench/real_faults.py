@@ -115,7 +115,7 @@ class Swarm:
     def kill(self, member: Member) -> None:
         """kill -9, and a restart later."""
         assert member.process is not None
-        member.ready = False  # before it is counted: who takes it for a door from here on would take it for a living one
+        member.ready = False  # first: who asked it from here on would take its end for a fault
         member.kills.append(time.monotonic())
         member.process.process.kill()
         member.process.process.wait()
