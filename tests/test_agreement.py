@@ -6,7 +6,7 @@ import pytest
 
 from crypto.digest import Digest, digest
 from crypto.identity import PeerId
-from gossip.agreement import VIEWS_AHEAD_MAX, Agreement, Check, Decided, Effect, Lack, Place, Say, Timing, Value
+from gossip.agreement import VIEWS_AHEAD_MAX, Agreement, Check, Decided, Effect, Lack, Place, Saved, Say, Timing, Value
 from gossip.ballots import VOTES_OF_ONE_MAX, Ballot
 from gossip.electors import Electors, Terms
 from gossip.rounds import Precommit, Prevote, Proposal
@@ -202,6 +202,14 @@ def test_after_a_restart_it_says_the_same_and_nothing_else() -> None:
     after.judge(ONE.manifest, True, 10.0)
     after.receive(ORDER[1], prevote(0, ONE.manifest), 10.0)
     assert said(after.receive(ORDER[2], prevote(0, ONE.manifest), 10.0)) == [precommit(0, ONE.manifest)]
+
+
+def test_a_vote_that_was_kept_is_the_only_one_wherever_its_voter_thinks_to_stand() -> None:
+    place = Place(run=RUN, round=0, base=BASE, electors=ELECTORS, own=ORDER[3])
+    agreement = Agreement(place, TIMING, Saved(said=(prevote(0, ONE.manifest),)))
+    agreement.begin(0.0)
+    agreement.judge(TWO.manifest, True, 0.0)
+    assert said(agreement.receive(ORDER[0], proposal(0, TWO), 0.1)) == []
 
 
 def test_who_forgot_what_it_said_is_silent() -> None:

@@ -6,8 +6,9 @@ import pytest
 
 from crypto.digest import digest
 from crypto.identity import PeerId
-from gossip.averaging import ASK_S, EARLY_MAX, RESAY_S, Averaging
+from gossip.averaging import ASK_S, EARLY_MAX, REPORTS_GRACE_S, RESAY_S, Averaging
 from gossip.errors import RemoteProtocolError
+from gossip.gathering import STATEMENTS_OF_ONE_MAX
 from gossip.round_effects import Accuse, Apply, Ask, Behind, Effect, Fetch, Keep, Kept, Tell
 from gossip.round_state import Phase
 from gossip.rounds import Body, Committed, Header, Precommit, Prevote, Proposal, Report, Statement
@@ -124,6 +125,45 @@ def test_who_finds_that_it_forgot_what_it_said_is_silent_until_the_round_is_over
     assert averaging.receive_record(record(), 2.0) == [Apply(record())]
 
 
+def test_who_forgot_does_not_vote_either() -> None:
+    own = OTHERS[0]
+    proposer, _ = member()
+    proposals = told(one_round(proposer), Proposal)
+    averaging, _ = member(own)
+    averaging.receive(header(own, "what it said before"), 0.5)
+    headers = [header(peer) for peer in MEMBERS]
+    effects = []
+    for each in headers:
+        effects += averaging.receive(each, 1.0) + averaging.held(each.id, 0, 1.0)
+    for peer in MEMBERS:
+        effects += averaging.receive(report(peer, headers), 1.1)
+    effects += averaging.receive(proposals[0], 1.2)
+    assert told(effects) == []
+
+
+def test_the_last_reports_have_a_moment_to_come() -> None:
+    averaging, _ = member()
+    effects = contributed(averaging)
+    headers = [header(peer) for peer in MEMBERS]
+    for each in headers:
+        if each.sender != FIRST:
+            effects += averaging.receive(each, 1.1) + averaging.held(each.id, 0, 1.1)
+    for peer in OTHERS[:2]:
+        effects += averaging.receive(report(peer, headers), 1.2)
+    assert told(effects, Proposal) == []
+    assert averaging.deadline() == pytest.approx(1.2 + REPORTS_GRACE_S)
+    assert len(told(averaging.tick(averaging.deadline()), Proposal)) == 1
+
+
+def test_members_ask_each_other_in_turn_for_what_they_heard() -> None:
+    averaging, _ = member()
+    contributed(averaging)
+    asked = []
+    for _ in range(3):
+        asked += [each.peer for each in averaging.tick(averaging.deadline()) if isinstance(each, Ask)]
+    assert sorted(asked) == OTHERS
+
+
 def test_payloads_are_fetched_from_who_has_them_and_again_when_they_do_not_come() -> None:
     averaging, _ = member()
     wanted = header(OTHERS[0])
@@ -181,8 +221,8 @@ def test_what_comes_early_is_bounded() -> None:
         averaging.receive(header(OTHERS[0], f"{number}", chain=ahead.chain), 1.0)
     averaging.receive_record(record(), 2.0)
     averaging.applied(3.0)
-    assert averaging.statistics().drops["of_no_use"] >= EARLY_MAX - 10
-    assert len(averaging.known()) < 10
+    assert averaging.statistics().drops["of_no_use"] == EARLY_MAX - STATEMENTS_OF_ONE_MAX
+    assert len(averaging.known()) == STATEMENTS_OF_ONE_MAX
 
 
 @pytest.mark.parametrize("again", [0, 1])

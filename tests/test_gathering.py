@@ -12,7 +12,7 @@ from crypto.digest import digest
 from crypto.identity import PeerId
 from gossip.agreement import Place
 from gossip.electors import Electors, Terms, turn_of
-from gossip.gathering import NEWCOMERS_MAX, STATEMENTS_OF_ONE_MAX, Gathering, Lacking, Unsound
+from gossip.gathering import NEWCOMERS_HEARD_MAX, NEWCOMERS_MAX, STATEMENTS_OF_ONE_MAX, Gathering, Lacking, Unsound
 from gossip.rounds import Manifest, Statement
 from tests.round_statements import BASE, ELECTORS, MEMBERS, RUN, Equal, header, ids, report
 
@@ -254,3 +254,21 @@ def test_whatever_is_reported_at_least_more_voters_than_may_lie_are_in(data: st.
     found = made.manifest(ids(reports), Equal())
     assert isinstance(found, Manifest)
     assert len(found.shares) >= 2 * electors.quorum - len(names) > 0
+
+
+def test_the_payload_of_a_second_header_does_not_make_its_author_present() -> None:
+    made = gathering()
+    other = header(MEMBERS[1], "another")
+    made.add_header(other, 0.0)
+    made.hold(other.id, 0, 1.0)
+    assert made.present == frozenset()
+
+
+def test_who_makes_keys_for_a_low_lot_is_not_heard_for_ever() -> None:
+    made = gathering()
+    newcomers = sorted(
+        (PeerId(f"new{number}") for number in range(NEWCOMERS_HEARD_MAX + 1)), key=lambda peer: turn_of(BASE, peer)
+    )
+    for peer in newcomers[1:]:
+        made.add_header(header(peer), 0.0)
+    assert not made.add_header(header(newcomers[0]), 0.0)
