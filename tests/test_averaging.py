@@ -138,6 +138,9 @@ def test_who_forgot_does_not_vote_either() -> None:
     for peer in MEMBERS:
         effects += averaging.receive(report(peer, headers), 1.1)
     effects += averaging.receive(proposals[0], 1.2)
+    assert averaging.phase is Phase.AGREEING
+    for _ in range(3):
+        effects += averaging.tick(averaging.deadline())
     assert told(effects) == []
 
 
