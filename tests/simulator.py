@@ -150,9 +150,13 @@ class Swarm:
         return self._outcome(seed, *sent_bytes)
 
     def _fall_quiet(self, end: float) -> None:
-        """Until nothing is under way and has not been for CALM_S, in which nothing may come to life again."""
+        """Until nothing is under way and has not been for CALM_S, in which nothing may come to life again.
+
+        Verdicts on who floods or contradicts itself go on spreading: with those to the very end.
+        """
         busy_at = self.loop.now
-        while self.loop.now < min(end, busy_at + CALM_S):
+        calm_s = QUIET_S if set(self._actors.values()) & {"flooder", "equivocator"} else CALM_S
+        while self.loop.now < min(end, busy_at + calm_s):
             self.loop.run_until(min(end, self.loop.now + 1.0))
             if self._is_busy():
                 busy_at = self.loop.now

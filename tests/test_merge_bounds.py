@@ -153,7 +153,8 @@ def test_a_lone_sender_moves_a_coordinate_by_at_most_its_value_over_a_quarter_of
         )
         for sign in (1.0, -1.0)
     ]
-    assert (np.abs(both[0] - both[1]) <= 2 * abs(value) / math.ceil(R / 4) * ROUND).all()
+    rounded = 4 * 2.0**-24 * np.abs(both[0]).max()  # what fp32 leaves of a small value beside the others
+    assert (np.abs(both[0] - both[1]) <= 2 * abs(value) / math.ceil(R / 4) * ROUND + rounded).all()
 
 
 @settings(max_examples=25, deadline=None)
