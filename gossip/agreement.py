@@ -133,7 +133,8 @@ class Agreement:
         self._place, self._timing = place, timing
         self._votes = place.own is not None and place.electors.is_voter(place.own)
         self._tally = Tally()
-        self._judged: dict[Digest, bool | None] = {}  # None: asked, not known yet
+        # None: asked, not known yet. By value: a liar may name a sound manifest with reports that are not its own
+        self._judged: dict[Value, bool | None] = {}
         self._offer: Value | None = None
         self._clock = _Clock()
         self.gone: frozenset[PeerId] = frozenset()  # voters without a connection; the owner keeps it up to date
@@ -174,12 +175,12 @@ class Agreement:
     def offer(self, value: Value, now: float) -> list[Effect]:
         """What this voter proposes when it is its turn; it is sound as far as this voter knows."""
         self._offer = value
-        self._judged[value.manifest] = True
+        self._judged[value] = True
         return list(self._advance(now))
 
-    def judge(self, manifest: Digest, is_sound: bool, now: float) -> list[Effect]:
-        """Whether a manifest that somebody proposed is what it must be, and all of it is here."""
-        self._judged[manifest] = is_sound
+    def judge(self, value: Value, is_sound: bool, now: float) -> list[Effect]:
+        """Whether a manifest that somebody proposed is what follows from its reports, and all of it is here."""
+        self._judged[value] = is_sound
         return list(self._advance(now))
 
     def receive(self, sender: PeerId, body: Proposal | Vote, now: float) -> list[Effect]:
@@ -222,10 +223,9 @@ class Agreement:
 
     def _ask_about_proposals(self) -> Iterator[Effect]:
         for view, proposal in self._tally.proposals.items():
-            manifest = Digest(proposal.manifest)
-            if manifest not in self._judged:
-                self._judged[manifest] = None
-                value = Value(manifest, tuple(Digest(each) for each in proposal.reports))
+            value = _value_of(proposal)
+            if value not in self._judged:
+                self._judged[value] = None
                 yield Check(value, self._place.electors.proposer(self._place.base, view))
 
     def _decide(self, _now: float) -> Iterator[Effect]:
@@ -271,7 +271,7 @@ class Agreement:
         if self.step != Step.PROPOSE or proposal is None:
             return
         manifest = Digest(proposal.manifest)
-        sound = self._judged.get(manifest)
+        sound = self._judged.get(_value_of(proposal))
         if sound is None:
             return
         if proposal.valid_view >= 0 and self._tally.prevotes[proposal.valid_view].count(manifest) < self._quorum:
@@ -287,13 +287,13 @@ class Agreement:
     def _lock(self, _now: float) -> Iterator[Effect]:
         """Lines 36 to 43."""
         proposal = self._tally.proposals.get(self.view)
-        if self.step < Step.PREVOTE or proposal is None or not self._judged.get(Digest(proposal.manifest)):
+        if self.step < Step.PREVOTE or proposal is None or not self._judged.get(_value_of(proposal)):
             return
         manifest = Digest(proposal.manifest)
         if self._tally.prevotes[self.view].count(manifest) < self._quorum:
             return
         if self._valid is None or self._valid[0] < self.view:
-            self._valid = (self.view, Value(manifest, tuple(Digest(each) for each in proposal.reports)))
+            self._valid = (self.view, _value_of(proposal))
         if self.step == Step.PREVOTE:
             self._locked = (self.view, manifest)
             self.step = Step.PRECOMMIT
@@ -376,3 +376,7 @@ class Agreement:
         self.said.append(body)
         self._note(self._place.own, body)
         return Say(body)
+
+
+def _value_of(proposal: Proposal) -> Value:
+    return Value(Digest(proposal.manifest), tuple(Digest(each) for each in proposal.reports))

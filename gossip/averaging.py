@@ -272,7 +272,7 @@ class Averaging:
             is_sound = isinstance(found, Manifest) and found.id == value.manifest
             if isinstance(found, Manifest):
                 state.manifests[found.id] = found
-            self._carry_out(state.agreement.judge(value.manifest, is_sound, now), now)
+            self._carry_out(state.agreement.judge(value, is_sound, now), now)
 
     def _propose(self, now: float) -> None:
         """When it is our turn: the manifest of all reports that are here, once most had time to come."""
@@ -375,13 +375,15 @@ class Averaging:
             self._count_own(statement, now)
             self._out.append(Tell(statement))
         state.said_kept = len(state.said)
+        effects = list[Effect]()
+        for statement in kept.proof if kept is not None else ():
+            effects += self.receive(statement, now)
         if state.has_said(Report):
             state.phase = Phase.AGREEING
             self._carry_out(state.agreement.begin(now), now)
-        effects = self._done(now)
         for statement in early.values():
             effects += self.receive(statement, now)
-        return effects
+        return effects + self._done(now)
 
     def _drop(self, reason: str) -> list[Effect]:
         self._drops[reason] += 1
@@ -393,8 +395,5 @@ class Averaging:
         self._out = []
         if state.said_kept < len(state.said):
             state.said_kept = len(state.said)
-            kept = Kept(
-                round=self.chain.round, base=self.chain.base, said=tuple(state.said), agreement=state.agreement.save()
-            )
-            out.insert(0, Keep(kept))
+            out.insert(0, Keep(state.kept()))
         return out

@@ -14,11 +14,15 @@ from gossip.rounds import Committed, Statement
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """What a restart needs of a round that is not over: own statements, and where the agreement stood."""
+    """What a restart needs of a round that is not over: own statements, and where the agreement stood.
+
+    proof: the prevotes of others for what it takes for valid. Without them nobody could be shown why it is locked.
+    """
 
     round: int
     base: bytes
     said: tuple[Statement, ...] = ()
+    proof: tuple[Statement, ...] = ()
     agreement: Saved = field(default_factory=Saved)
 
 

@@ -15,7 +15,8 @@ from gossip.agreement import Agreement, Decided, Value
 from gossip.electors import Electors
 from gossip.errors import RemoteProtocolError
 from gossip.gathering import Gathering
-from gossip.rounds import Body, Committed, Manifest, Precommit, Statement
+from gossip.round_effects import Kept
+from gossip.rounds import Body, Committed, Manifest, Precommit, Prevote, Statement
 
 NEVER = float("inf")
 
@@ -83,6 +84,24 @@ class RoundState:
     def has_said(self, kind: type) -> bool:
         """Whether this member made such a statement."""
         return any(isinstance(each.body, kind) for each in self.said)
+
+    def kept(self) -> Kept:
+        """What is to be on disk before what was said goes out."""
+        saved = self.agreement.save()
+        view, manifest = (saved.valid[0], saved.valid[1].manifest) if saved.valid is not None else (-1, None)
+        proof = tuple(
+            each
+            for each in self.statements.values()
+            if isinstance(each.body, Prevote) and (each.body.view, each.body.manifest) == (view, manifest)
+        )
+        said = tuple(self.said)
+        return Kept(
+            round=self.chain.round,
+            base=self.chain.base,
+            said=said,
+            proof=tuple(each for each in proof if each not in said),
+            agreement=saved,
+        )
 
     def proof_of(self, decided: Decided) -> tuple[Statement, ...]:
         """The precommits that decided it."""

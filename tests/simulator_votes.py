@@ -135,7 +135,7 @@ class Votes:
                     self.pool += [(name, other, body) for other in self.honest if other != name]
                 case Check(value, _):
                     is_sound = value in self.values
-                    self._do(name, voter.judge(value.manifest, is_sound, self.now))
+                    self._do(name, voter.judge(value, is_sound, self.now))
                 case Lack(proposer, view):
                     if proposer in self.honest:  # it has them, or lies
                         heard = [each for each in self.heard[proposer] if each[1].view == view]

@@ -29,7 +29,7 @@ def begun(own: PeerId = ORDER[3], *, sound: tuple[Value, ...] = (ONE, TWO)) -> A
     agreement = voter(own)
     agreement.begin(0.0)
     for value in sound:
-        agreement.judge(value.manifest, True, 0.0)
+        agreement.judge(value, True, 0.0)
     return agreement
 
 
@@ -88,7 +88,20 @@ def test_a_proposal_is_checked_once_and_gets_no_prevote_before_it_is_judged() ->
     agreement = begun(sound=())
     assert agreement.receive(ORDER[0], proposal(0, ONE), 0.1) == [Check(ONE, ORDER[0])]
     assert agreement.receive(ORDER[1], prevote(0, ONE.manifest), 0.1) == []
-    assert said(agreement.judge(ONE.manifest, False, 0.2)) == [prevote(0, None)]
+    assert said(agreement.judge(ONE, False, 0.2)) == [prevote(0, None)]
+
+
+def test_a_sound_manifest_with_false_reports_is_refused_and_good_again_with_its_own() -> None:
+    agreement = begun(ORDER[2], sound=())
+    twisted = Value(ONE.manifest, TWO.reports)
+    assert agreement.receive(ORDER[0], proposal(0, twisted), 0.1) == [Check(twisted, ORDER[0])]
+    assert said(agreement.judge(twisted, False, 0.2)) == [prevote(0, None)]
+    for peer in (ORDER[1], ORDER[3]):
+        agreement.receive(peer, precommit(0, None), 0.3)
+        agreement.receive(peer, prevote(1, None), 0.4)
+    assert agreement.view == 1
+    assert agreement.receive(ORDER[1], proposal(1, ONE), 0.5) == [Check(ONE, ORDER[1])]
+    assert said(agreement.judge(ONE, True, 0.6)) == [prevote(1, ONE.manifest)]
 
 
 def test_a_proposal_from_whose_turn_it_is_not_counts_for_nothing() -> None:
@@ -199,7 +212,7 @@ def test_after_a_restart_it_says_the_same_and_nothing_else() -> None:
     after = Agreement(place, TIMING, before.save())
     assert said(after.begin(10.0) + after.offer(TWO, 10.0)) == []
     assert after.said == first
-    after.judge(ONE.manifest, True, 10.0)
+    after.judge(ONE, True, 10.0)
     after.receive(ORDER[1], prevote(0, ONE.manifest), 10.0)
     assert said(after.receive(ORDER[2], prevote(0, ONE.manifest), 10.0)) == [precommit(0, ONE.manifest)]
 
@@ -208,7 +221,7 @@ def test_a_vote_that_was_kept_is_the_only_one_wherever_its_voter_thinks_to_stand
     place = Place(run=RUN, round=0, base=BASE, electors=ELECTORS, own=ORDER[3])
     agreement = Agreement(place, TIMING, Saved(said=(prevote(0, ONE.manifest),)))
     agreement.begin(0.0)
-    agreement.judge(TWO.manifest, True, 0.0)
+    agreement.judge(TWO, True, 0.0)
     assert said(agreement.receive(ORDER[0], proposal(0, TWO), 0.1)) == []
 
 
