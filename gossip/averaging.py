@@ -159,17 +159,7 @@ class Averaging:
 
     def statistics(self) -> AveragingStatistics:
         """A snapshot."""
-        state = self._round
-        return AveragingStatistics(
-            round=self.chain.round,
-            phase=state.phase,
-            view=state.agreement.view,
-            voters=self.chain.electors.voters,
-            present=tuple(sorted(state.gathering.present)),
-            refused=state.gathering.refused_peers(),
-            committed=self._committed,
-            drops=dict(self._drops),
-        )
+        return self._round.statistics(self._committed, self._drops)
 
     # ---- statements ----
 
@@ -233,6 +223,15 @@ class Averaging:
         if state.is_open and now >= state.ask_at and peer != self._own:
             state.ask_at = now + ASK_S
             self._out.append(Ask(peer, self.chain.round))
+
+    def _ask_around(self, first: PeerId, now: float) -> None:
+        """Ask `first`, and next time somebody else: a liar may have told one voter only, and answer nobody."""
+        state = self._round
+        voters = [each for each in self.chain.electors.voters if each != first and each not in self._gone]
+        others = [each for each in (first, *voters) if each != self._own]
+        if others and state.is_open and now >= state.ask_at:
+            self._ask(others[state.asked % len(others)], now)
+            state.asked += 1
 
     # ---- what follows ----
 
@@ -319,7 +318,7 @@ class Averaging:
         state = self._round
         self._fetch(state.statements[each] for each in lacking.payloads)
         if lacking.statements:
-            self._ask(proposer, now)
+            self._ask_around(proposer, now)
 
     def _fetch(self, headers: Iterable[Statement]) -> None:
         state = self._round
@@ -350,10 +349,7 @@ class Averaging:
         state.fetching.clear()
         self._fetch(state.gathering.wanted())
         self._judge(now)
-        others = [each for each in self.chain.electors.voters if each != self._own and each not in self._gone]
-        if others:  # a liar may have told one voter only
-            state.asked += 1
-            self._ask(others[state.asked % len(others)], now)
+        self._ask_around(self._own, now)
         state.resay_s = min(2 * state.resay_s, RESAY_S_MAX)
         state.resay_at = now + state.resay_s
 

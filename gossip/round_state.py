@@ -6,6 +6,7 @@ Source: TRAINING.md 3.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -50,6 +51,20 @@ class Chain:
         return (body.run, body.round, body.base) == (self.run, self.round, self.base)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AveragingStatistics:
+    """The round now, and counts since start."""
+
+    round: int
+    phase: Phase
+    view: int
+    voters: tuple[PeerId, ...]
+    present: tuple[PeerId, ...]  # voters whose part is here
+    refused: dict[PeerId, str]
+    committed: int
+    drops: dict[str, int]
+
+
 @dataclass(slots=True, kw_only=True)
 class RoundState:
     """One round, as this member has it. Times are monotonic seconds."""
@@ -85,6 +100,19 @@ class RoundState:
         """Whether this member made such a statement."""
         return any(isinstance(each.body, kind) for each in self.said)
 
+    def statistics(self, committed: int, drops: Mapping[str, int]) -> AveragingStatistics:
+        """A snapshot for people; what is counted since start comes from the owner."""
+        return AveragingStatistics(
+            round=self.chain.round,
+            phase=self.phase,
+            view=self.agreement.view,
+            voters=self.chain.electors.voters,
+            present=tuple(sorted(self.gathering.present)),
+            refused=self.gathering.refused_peers(),
+            committed=committed,
+            drops=dict(drops),
+        )
+
     def kept(self) -> Kept:
         """What is to be on disk before what was said goes out."""
         saved = self.agreement.save()
@@ -112,20 +140,6 @@ class RoundState:
             and (each.body.view, each.body.manifest) == (decided.view, decided.manifest)
         }
         return tuple(votes[peer] for peer in sorted(votes))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AveragingStatistics:
-    """The round now, and counts since start."""
-
-    round: int
-    phase: Phase
-    view: int
-    voters: tuple[PeerId, ...]
-    present: tuple[PeerId, ...]  # voters whose part is here
-    refused: dict[PeerId, str]
-    committed: int
-    drops: dict[str, int]
 
 
 def slot_of(statement: Statement) -> tuple[PeerId, type, int]:
