@@ -103,6 +103,29 @@ def test_a_restart_says_what_was_said_and_nothing_else() -> None:
     assert told(again.receive(header(OTHERS[0]), 1.5)) == []
 
 
+def test_why_it_is_locked_can_be_shown_after_a_restart() -> None:
+    averaging, _ = member()
+    kept = [effect.kept for effect in one_round(averaging) if isinstance(effect, Keep)][-1]
+    assert {each.sender for each in kept.proof} >= set(OTHERS[:2])
+    again, _ = member(kept=kept)
+    prevotes = {each.sender for each in again.known() if isinstance(each.body, Prevote)}
+    assert len(prevotes) >= CHAIN.electors.quorum
+
+
+def test_what_a_proposer_does_not_give_is_asked_of_others() -> None:
+    averaging, _ = member(OTHERS[0])
+    contributed(averaging, OTHERS[0])
+    unknown = Proposal(
+        run=RUN, round=0, base=CHAIN.base, view=0, valid_view=-1, manifest=digest(b"m"), reports=(digest(b"r"),)
+    )
+    asked = [each.peer for each in averaging.receive(signed(FIRST, unknown), 1.5) if isinstance(each, Ask)]
+    for number in range(1, 4):
+        effects = averaging.receive(header(PeerId(f"new{number}")), 1.5 + number * ASK_S)
+        asked += [each.peer for each in effects if isinstance(each, Ask)]
+    assert asked[0] == FIRST
+    assert set(asked) == set(MEMBERS) - {OTHERS[0]}
+
+
 def test_what_was_kept_of_another_round_is_of_no_use() -> None:
     kept = Kept(round=7, base=CHAIN.base, said=(header(FIRST),))
     averaging, effects = member(kept=kept)
