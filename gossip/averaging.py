@@ -307,7 +307,8 @@ class Averaging:
             self._apply(Committed(manifest=manifest, votes=state.proof_of(decided)))
         else:
             others = sorted(state.agreement.precommitted(decided.manifest, decided.view) - {self._own})
-            self._ask(others[int(now / ASK_S) % len(others)], now)
+            if others:  # who votes alone finds it by its own proposal
+                self._ask(others[int(now / ASK_S) % len(others)], now)
 
     def _apply(self, committed: Committed) -> None:
         self._round.phase, self._round.committed = Phase.APPLYING, committed
