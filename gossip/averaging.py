@@ -373,7 +373,7 @@ class Averaging:
             self._out.append(Tell(statement))
         state.said_kept = len(state.said)
         effects = list[Effect]()
-        for statement in kept.proof if kept is not None else ():
+        for statement in kept.heard if kept is not None else ():
             effects += self.receive(statement, now)
         if state.has_said(Report):
             state.phase = Phase.AGREEING

@@ -16,13 +16,13 @@ from gossip.rounds import Committed, Statement
 class Kept:
     """What a restart needs of a round that is not over: own statements, and where the agreement stood.
 
-    proof: the prevotes of others for what it takes for valid. Without them nobody could be shown why it is locked.
+    heard: what others said. Reports and votes of ours rest on it, and who made it may be a liar that says it no more.
     """
 
     round: int
     base: bytes
     said: tuple[Statement, ...] = ()
-    proof: tuple[Statement, ...] = ()
+    heard: tuple[Statement, ...] = ()
     agreement: Saved = field(default_factory=Saved)
 
 

@@ -17,7 +17,7 @@ from gossip.electors import Electors
 from gossip.errors import RemoteProtocolError
 from gossip.gathering import Gathering
 from gossip.round_effects import Kept
-from gossip.rounds import Body, Committed, Manifest, Precommit, Prevote, Statement
+from gossip.rounds import Body, Committed, Manifest, Precommit, Statement
 
 NEVER = float("inf")
 
@@ -115,20 +115,14 @@ class RoundState:
 
     def kept(self) -> Kept:
         """What is to be on disk before what was said goes out."""
-        saved = self.agreement.save()
-        view, manifest = (saved.valid[0], saved.valid[1].manifest) if saved.valid is not None else (-1, None)
-        proof = tuple(
-            each
-            for each in self.statements.values()
-            if isinstance(each.body, Prevote) and (each.body.view, each.body.manifest) == (view, manifest)
-        )
         said = tuple(self.said)
+        own = {each.id for each in said}
         return Kept(
             round=self.chain.round,
             base=self.chain.base,
             said=said,
-            proof=tuple(each for each in proof if each not in said),
-            agreement=saved,
+            heard=tuple(each for each in self.statements.values() if each.id not in own),
+            agreement=self.agreement.save(),
         )
 
     def proof_of(self, decided: Decided) -> tuple[Statement, ...]:

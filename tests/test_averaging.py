@@ -106,7 +106,7 @@ def test_a_restart_says_what_was_said_and_nothing_else() -> None:
 def test_why_it_is_locked_can_be_shown_after_a_restart() -> None:
     averaging, _ = member()
     kept = [effect.kept for effect in one_round(averaging) if isinstance(effect, Keep)][-1]
-    assert {each.sender for each in kept.proof} >= set(OTHERS[:2])
+    assert {each.sender for each in kept.heard if isinstance(each.body, Report)} == set(OTHERS)
     again, _ = member(kept=kept)
     prevotes = {each.sender for each in again.known() if isinstance(each.body, Prevote)}
     assert len(prevotes) >= CHAIN.electors.quorum
