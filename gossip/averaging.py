@@ -68,7 +68,7 @@ class Averaging:
             kept = None
         return self._enter(self.chain, now, kept)
 
-    def contribute(self, header: Header, score: int, now: float) -> list[Effect]:
+    def contribute(self, header: Header, score: int | None, now: float) -> list[Effect]:
         """Own work is done and its payload is offered (or this member sits the round out). Once a round.
 
         Nothing happens when its round is over meanwhile: the work came too late.
@@ -103,8 +103,8 @@ class Averaging:
             self._drop("of_no_use")
         return self._done(now)
 
-    def held(self, header: Digest, score: int, now: float) -> list[Effect]:
-        """This header's payload is here and sound; score: what it gains on own held-out text, millionths of a nat."""
+    def held(self, header: Digest, score: int | None, now: float) -> list[Effect]:
+        """This header's payload is here and sound; score: as in a report."""
         self._round.gathering.hold(header, score, now)
         return self._done(now)
 

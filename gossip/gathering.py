@@ -33,14 +33,16 @@ NEWCOMERS_MAX = 8  # peers that the chain does not know yet: their payloads are 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A contribution that is in. score: the median of what the reports say, without its author's; None when nobody."""
+    """A contribution that is in. scores: what the reports say, without its author's, in order. place: the lower median
+    of its places in the reports, by which who came first is not the copy."""
 
     peer: PeerId
     header: Digest
     blob: Digest
     steps: int
     tokens: int
-    score: int | None
+    scores: tuple[int, ...]
+    place: int
     is_proven: bool
 
 
@@ -74,7 +76,7 @@ class Gathering:
         self._headers: dict[PeerId, Statement] = {}
         self._by_id: dict[Digest, Statement] = {}
         self._reports: dict[Digest, Statement] = {}
-        self._scores: dict[Digest, int] = {}  # of held payloads
+        self._scores: dict[Digest, int | None] = {}  # of held payloads
         self.refused: dict[Digest, str] = {}
         self.proposed_reports: set[Digest] = set()  # named in proposals
         self._newcomers = 0  # how many were heard
@@ -127,7 +129,7 @@ class Gathering:
         self._reports[statement.id] = statement
         return True
 
-    def hold(self, header: Digest, score: int, now: float) -> None:
+    def hold(self, header: Digest, score: int | None, now: float) -> None:
         """The payload of this header is here and sound."""
         statement = self._by_id.get(header)
         if statement is not None and _header(statement).contribution is not None and header not in self.refused:
@@ -191,13 +193,14 @@ class Gathering:
         """What this member says when it closes the round."""
         place = self._place
         ordered = sorted(self._headers.values(), key=self._order)
-        held = [each for each in ordered if each.id in self._scores]
+        chosen = {each.id for each in [each for each in ordered if each.id in self._scores][:MEMBERS_MAX]}
+        held = [header for header in self._by_id if header in chosen]  # in the order in which they came
         present = [each for each in ordered if _header(each).contribution is None]
         return Report(
             run=place.run,
             round=place.round,
             base=place.base,
-            held=tuple(Held(header=each.id, score=self._scores[each.id]) for each in held[:MEMBERS_MAX]),
+            held=tuple(Held(header=each, score=self._scores[each]) for each in held),
             present=tuple(each.id for each in present[:MEMBERS_MAX]),
         )
 
@@ -279,11 +282,10 @@ class Gathering:
         contribution = _header(statement).contribution
         assert contribution is not None
         peer = statement.sender
-        scores = [
-            held.score
+        found = [
+            (place, held.score, each.sender)
             for each in reports
-            if each.sender != peer
-            for held in _report(each).held
+            for place, held in enumerate(_report(each).held)
             if held.header == statement.id
         ]
         return Candidate(
@@ -292,7 +294,8 @@ class Gathering:
             blob=Digest(contribution.blob),
             steps=contribution.steps,
             tokens=contribution.tokens,
-            score=statistics.median_low(scores) if scores else None,
+            scores=tuple(sorted(score for _, score, by in found if score is not None and by != peer)),
+            place=statistics.median_low(place for place, _, _ in found),
             is_proven=self._place.electors.is_proven(peer),
         )
 

@@ -32,7 +32,7 @@ TOKENS_MAX: Final = 1 << 40
 STEPS_MAX: Final = 1 << 20
 WEIGHT_ONE: Final = 1 << 20  # weights and clip factors are parts of it
 WEIGHT_MAX: Final = 1 << 40
-SCORE_MAX: Final = 1 << 40  # scores are millionths of a nat a token
+SCORE_MAX: Final = 1 << 40  # scores are nats a token, in parts of WEIGHT_ONE
 MANIFEST_BYTES_MAX: Final = 24_576  # 64 shares and 64 reports, with room
 RECORD_BYTES_MAX: Final = 65_536  # a manifest and 64 votes
 _MANIFEST: Final = Limits(bytes_max=MANIFEST_BYTES_MAX, array_max=MEMBERS_MAX, items_max=2048)
@@ -43,6 +43,7 @@ Round = Annotated[int, Meta(ge=0, le=ROUNDS_MAX)]
 View = Annotated[int, Meta(ge=0, le=VIEWS_MAX)]
 Member = Annotated[str, Meta(min_length=1, max_length=PEER_ID_CHARS_MAX)]
 Codec = Annotated[str, Meta(pattern=r"^[a-z0-9.]{1,16}$")]
+Score = Annotated[int, Meta(ge=-SCORE_MAX, le=SCORE_MAX)]
 
 
 class Contribution(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,14 +71,18 @@ class Header(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
 
 
 class Held(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A header whose payload a member holds and finds sound. score: what it gains on its own held-out text."""
+    """A header whose payload a member holds and finds sound. score: what it gains on its own held-out text; None: it
+    has none, or could not look."""
 
     header: Id
-    score: Annotated[int, Meta(ge=-SCORE_MAX, le=SCORE_MAX)]
+    score: Score | None
 
 
 class Report(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="report"):
-    """What a member holds when it closes a round: contributions in `held`, headers of who sits out in `present`."""
+    """What a member holds when it closes a round: contributions in `held`, headers of who sits out in `present`.
+
+    held: in the order in which their headers came, by which a copy is told from what it copies.
+    """
 
     run: Id
     round: Round

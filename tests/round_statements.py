@@ -53,7 +53,7 @@ def report(
     held: Iterable[Statement],
     present: Iterable[Statement] = (),
     *,
-    score: int = 0,
+    score: int | None = 0,
     chain: Chain = CHAIN,
 ) -> Statement:
     names = tuple(Held(header=each.id, score=score) for each in held)

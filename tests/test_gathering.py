@@ -114,12 +114,41 @@ def test_what_half_of_the_reports_hold_is_not_in_and_more_than_half_is() -> None
     assert [share.peer for share in found.shares] == MEMBERS[:3]  # the last by two of four
 
 
-def test_scores_are_the_median_of_others_and_no_author_counts_for_itself() -> None:
+def test_scores_are_those_of_others_and_no_author_counts_for_itself() -> None:
     made, policy = gathering(held=4), Equal()
     scores = {MEMBERS[0]: 1_000_000, MEMBERS[1]: -5, MEMBERS[2]: 7, MEMBERS[3]: 9}
     reports = reported(made, *(report(peer, HEADERS, score=score) for peer, score in scores.items()))
     made.manifest(ids(reports), policy)
-    assert [each.score for each in policy.asked[0]] == [7, 9, 9, 7]
+    assert [each.scores for each in policy.asked[0]] == [
+        (-5, 7, 9),
+        (7, 9, 1_000_000),
+        (-5, 9, 1_000_000),
+        (-5, 7, 1_000_000),
+    ]
+
+
+def test_who_came_first_is_told_by_the_middle_of_the_reports() -> None:
+    made, policy = gathering(held=4), Equal()
+    first, second, *others = HEADERS
+    orders = [(second, first, *others), (first, second, *others), (first, second, *others)]
+    reports = reported(made, *(report(peer, held) for peer, held in zip(MEMBERS, orders, strict=False)))
+    made.manifest(ids(reports), policy)
+    assert [each.place for each in policy.asked[0]] == [0, 1, 2, 3]
+
+
+def test_a_report_lists_payloads_as_their_headers_came_and_may_leave_the_score_out() -> None:
+    made = Gathering(PLACE, 0.0)
+    order = [HEADERS[2], HEADERS[0], HEADERS[1]]
+    for each in order:
+        made.add_header(each, 0.5)
+    for each in HEADERS[:3]:
+        made.hold(each.id, None, 1.0)
+    assert [held.header for held in made.report().held] == [each.id for each in order]
+    assert {held.score for held in made.report().held} == {None}
+    reports = reported(made, *(report(peer, HEADERS[:3], score=None) for peer in MEMBERS[:3]))
+    policy = Equal()
+    made.manifest(ids(reports), policy)
+    assert [each.scores for each in policy.asked[0]] == [(), (), ()]
 
 
 def test_a_manifest_needs_the_statements_and_payloads_that_it_names() -> None:
