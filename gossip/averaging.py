@@ -19,15 +19,7 @@ from gossip.agreement import Timing, Value
 from gossip.gathering import Gathering, Lacking, Policy
 from gossip.round_effects import Accuse, Apply, Ask, Behind, Effect, Fetch, Keep, Kept, Tell
 from gossip.round_state import NEVER, AveragingStatistics, Chain, Phase, RoundState, checked_record, slot_of
-from gossip.rounds import (
-    Body,
-    Committed,
-    Header,
-    Manifest,
-    Report,
-    Sign,
-    Statement,
-)
+from gossip.rounds import Body, Committed, Header, Manifest, Report, Sign, Statement
 
 RESAY_S, RESAY_S_MAX = 2.0, 15.0
 ASK_S = 1.0  # between two asks for what is missing
@@ -59,6 +51,16 @@ class Averaging:
     def phase(self) -> Phase:
         """Where this member stands."""
         return self._round.phase
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether a quorum's work is here: who has not done its own is waited for no longer than the grace."""
+        return self._round.phase is Phase.AGREEING or self._round.gathering.closes_at(NEVER) < NEVER
+
+    @property
+    def has_contributed(self) -> bool:
+        """Whether this member has said what it did in the round, or may not say it any more."""
+        return self._round.has_said(Header) or self._round.has_forgotten
 
     # ---- what happens ----
 

@@ -39,6 +39,13 @@ Blocking = Callable[..., Awaitable[Any]]  # runs a function that waits for a dis
 FaultReport = Callable[[PeerId, str, bool], None]  # who, what it did, and whether it lied (else it was slow)
 
 
+Allowed = Callable[[PeerId], bool]  # whether a peer may have a blob; sync, must not raise
+
+
+def _anybody(_peer: PeerId) -> bool:
+    return True
+
+
 class Streams(Protocol):
     """What blobs need of a network; p2p.direct.Direct and any Transport have it."""
 
@@ -79,6 +86,7 @@ class BlobServing:
     def __init__(self, config: ServingConfig, blocking: Blocking, on_fault: FaultReport) -> None:
         self._config, self._blocking, self._on_fault = config, blocking, on_fault
         self._offers: dict[Digest, Source] = {}
+        self._allowed: dict[Digest, Allowed] = {}
         self._streams: Counter[PeerId] = Counter()  # before their first ask too
         self._giving = 0
         self._allowance = Allowance(config.upload_bytes_per_s, config.burst_bytes)
@@ -95,8 +103,11 @@ class BlobServing:
         """How many streams are served now."""
         return self._giving
 
-    def offer(self, source: Source) -> Digest:
-        """Give this blob to whoever asks, until it is withdrawn. Raises LocalProtocolError (over a bound)."""
+    def offer(self, source: Source, allowed: Allowed = _anybody) -> Digest:
+        """Give this blob to whoever asks and is allowed it, until it is withdrawn. To others it does not exist.
+
+        Raises LocalProtocolError (over a bound).
+        """
         blob = digest(source.manifest.encode())
         others = [each for known, each in self._offers.items() if known != blob]
         if len(others) >= self._config.offers_max:
@@ -107,12 +118,13 @@ class BlobServing:
                 f"{held} bytes are offered from memory and {source.held_bytes} are to come, at most "
                 f"{self._config.memory_bytes_max} may be: offer a file, or withdraw one"
             )
-        self._offers[blob] = source
+        self._offers[blob], self._allowed[blob] = source, allowed
         return blob
 
     def withdraw(self, blob: Digest) -> None:
         """Offer it no more; streams that give it end at their next ask. A no-op when it is not offered."""
         self._offers.pop(blob, None)
+        self._allowed.pop(blob, None)
 
     def is_busy(self, peer: PeerId) -> bool:
         """Whether a peer has a stream open to us."""
@@ -151,7 +163,7 @@ class BlobServing:
         with trio.fail_after(self._config.ask_s):
             ask = decode_ask(await stream.receive(), BlobAsk)
         source = self._offers.get(Digest(ask.blob))
-        if source is None:
+        if source is None or not self._allowed[Digest(ask.blob)](stream.peer):
             return await self._refuse(stream, Refusal.UNKNOWN)
         if self._giving >= self._config.streams_max:
             return await self._refuse(stream, Refusal.BUSY)

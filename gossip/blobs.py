@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from crypto.disk import SYSTEM, System
 from crypto.identity import PeerId
 from gossip.blob_fetching import Fetch, FetchConfig, Place, Progress
 from gossip.blob_files import BlobFolder, FileSource, MemorySource
-from gossip.blob_serving import BlobServing, Blocking, FaultReport, ServingConfig, Streams
+from gossip.blob_serving import Allowed, BlobServing, Blocking, FaultReport, ServingConfig, Streams
 from gossip.blob_wire import BLOB_PROTOCOL
 from p2p.transport import PeerChange, Transport
 
@@ -108,12 +108,14 @@ class Blobs:
         """
         return self._serving.offer(MemorySource(content))
 
-    async def offer_file(self, path: Path) -> Digest:
-        """Give this file to whoever asks for its digest. When it is changed or removed later, it is withdrawn.
+    async def offer_file(self, path: Path, allowed: Allowed | None = None) -> Digest:
+        """Give this file to whoever asks for its digest (and is allowed it). When it is changed or removed later, it is
+        withdrawn.
 
         Raises LocalProtocolError (over a bound, or changed meanwhile), OSError. Cancelled: it is not offered.
         """
-        return self._serving.offer(await self._blocking(FileSource, path))
+        source = await self._blocking(FileSource, path)
+        return self._serving.offer(source) if allowed is None else self._serving.offer(source, allowed)
 
     def withdraw(self, blob: Digest) -> None:
         """Offer it no more. A no-op when it is not offered."""
@@ -126,16 +128,22 @@ class Blobs:
         blob: Digest,
         peers: Iterable[PeerId],
         on_progress: Callable[[Progress], None] = lambda _progress: None,
+        *,
+        bytes_max: int | None = None,
     ) -> Path:
         """The blob as a file of the folder, every chunk compared with its digest; from `peers`, those that have it.
 
-        on_progress is called (sync) as it comes. Raises Unavailable (says what each peer did), CannotStore (the disk
-        or a bound). Cancelled or failed: HEX.part and HEX.manifest stay in the folder, and the next fetch goes on from
-        there, after a restart too; `forget` removes them. If another fetch of the same blob runs, this one waits for it
-        without a word of progress, and goes on with its own peers when that one ends without the blob.
+        on_progress is called (sync) as it comes. bytes_max: of this blob, below what is allowed of any.
+        Raises Unavailable (says what each peer did), CannotStore (the disk or a bound). Cancelled or failed: HEX.part
+        and HEX.manifest stay in the folder, and the next fetch goes on from there, after a restart too; `forget`
+        removes them. If another fetch of the same blob runs, this one waits for it without a word of progress, and goes
+        on with its own peers when that one ends without the blob.
         """
         async with self._alone(blob), self._room:
-            fetch = Fetch(blob, peers, self._place, self._config.fetch, on_progress)
+            config = self._config.fetch
+            if bytes_max is not None:
+                config = replace(config, blob_bytes_max=min(bytes_max, config.blob_bytes_max))
+            fetch = Fetch(blob, peers, self._place, config, on_progress)
             self._fetches.append(fetch)
             try:
                 await fetch.run()

@@ -31,6 +31,9 @@ class Phase(StrEnum):
     OVER = "over"  # nobody votes any more
 
 
+OPEN = (Phase.WORKING, Phase.AGREEING)  # the round is still to be decided here
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chain:
     """Where a run's history stands: `round` is the one to come after `base`."""
@@ -94,7 +97,7 @@ class RoundState:
     @property
     def is_open(self) -> bool:
         """Whether it is still to be decided here."""
-        return self.phase in (Phase.WORKING, Phase.AGREEING)
+        return self.phase in OPEN
 
     def has_said(self, kind: type) -> bool:
         """Whether this member made such a statement."""

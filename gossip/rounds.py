@@ -264,16 +264,27 @@ def record_of(raw: bytes, *, network: str, now_ms: int) -> Committed:
         record = decode_struct(raw, Record, _RECORD)
     except BadEncoding as exc:
         raise RemoteProtocolError(f"a record of a round cannot be read: {exc}") from exc
-    votes = tuple(_recorded(envelope, network, now_ms) for envelope in record.votes)
+    votes = tuple(statement_of(envelope, network=network, now_ms=now_ms) for envelope in record.votes)
     return Committed(manifest=manifest_of(record.manifest), votes=votes)
 
 
-def _recorded(raw: bytes, network: str, now_ms: int) -> Statement:
-    """A vote made at whatever time: what dates it is the base that it names."""
+def statement_of(raw: bytes, *, network: str, now_ms: int) -> Statement:
+    """A statement made at whatever time but the future: what dates it is the base that it names.
+
+    Raises: RemoteProtocolError, BadSignature.
+    """
     try:
         return open_statement(raw, network=network, now_ms=min(now_ms, time_ms_of(raw)))
     except BadEncoding as exc:
-        raise RemoteProtocolError(f"a record has a vote that cannot be read: {exc}") from exc
+        raise RemoteProtocolError(f"a statement that was kept or handed on cannot be read: {exc}") from exc
+
+
+def recorded_manifest(raw: bytes) -> Manifest:
+    """The manifest of a record that was proven before, as our own disk has it. Raises RemoteProtocolError."""
+    try:
+        return manifest_of(decode_struct(raw, Record, _RECORD).manifest)
+    except BadEncoding as exc:
+        raise RemoteProtocolError(f"a record of a round cannot be read: {exc}") from exc
 
 
 def _contradiction(body: Body) -> str:

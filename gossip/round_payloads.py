@@ -1,0 +1,101 @@
+"""The payloads and states of one run that this node has: offered to the others for some rounds, then let go.
+
+Rules: a shell over gossip/blobs.py. Own payloads are files in the run's folder, so that a restart finds what was
+announced. A payload that came is offered as well, so that who is slow, or joins, has several
+donors. A state is a file of the owner's. What is let go is withdrawn first, and removed when it was fetched here.
+Source: TRAINING.md 3 (1, 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from crypto.digest import Digest
+from crypto.identity import PeerId
+from gossip.blob_serving import Allowed
+from gossip.blobs import Blobs
+from gossip.errors import CannotStore, LocalProtocolError
+
+OWN = "own-"  # and the number of the round
+STATES_KEPT = 2  # the newest that a quorum names, and the one that comes after it
+
+
+class Payloads:
+    """One run's, by the digest of a blob. Whoever asks twice at once for one shares the fetch."""
+
+    def __init__(self, blobs: Blobs, folder: Path, rounds_kept: int, allowed: Allowed) -> None:
+        """folder: for own payloads. rounds_kept: for how many rounds a payload is there for those who catch up.
+
+        allowed: to whom they may be given.
+        """
+        self._blobs, self._folder, self._rounds_kept = blobs, folder, max(1, rounds_kept)
+        self._allowed = allowed
+        self._paths: dict[Digest, Path] = {}
+        self._rounds: dict[int, set[Digest]] = {}
+        self._states: list[Digest] = []  # the oldest first
+
+    def own_path(self, number: int) -> Path:
+        """Where this member's own payload of a round is to be written, before it is announced."""
+        return self._folder / f"{OWN}{number}"
+
+    async def add_own(self, number: int) -> Digest:
+        """Offer own payload of a round. Raises CannotStore."""
+        path = self.own_path(number)
+        return self._note(number, await self._offer(path), path)
+
+    async def get(self, number: int, blob: Digest, holders: Iterable[PeerId], bytes_max: int) -> Path:
+        """A payload of a round, from here or from these. Raises Unavailable, CannotStore."""
+        known = self._paths.get(blob)
+        if known is not None and known.exists():
+            self._rounds.setdefault(number, set()).add(blob)
+            return known
+        path = await self._blobs.fetch(blob, holders, bytes_max=bytes_max)
+        self._note(number, await self._offer(path), path)
+        return path
+
+    async def offer_state(self, path: Path) -> Digest:
+        """Offer the weights of a round to come; their name. Raises CannotStore."""
+        root = await self._offer(path)
+        if root in self._states:
+            self._states.remove(root)
+        self._states.append(root)
+        while len(self._states) > STATES_KEPT:
+            self._blobs.withdraw(self._states.pop(0))
+        return root
+
+    async def get_state(self, root: Digest, holders: Iterable[PeerId], bytes_max: int) -> Path:
+        """Weights by their name. Raises Unavailable, CannotStore."""
+        return await self._blobs.fetch(root, holders, bytes_max=bytes_max)
+
+    async def forget(self, blob: Digest) -> None:
+        """It is of no use any more."""
+        self._blobs.withdraw(blob)
+        self._paths.pop(blob, None)
+        await self._blobs.forget(blob)
+
+    async def over(self, number: int) -> None:
+        """This round is committed and applied: what is too old goes. Raises CannotStore."""
+        for old in [each for each in self._rounds if each <= number - self._rounds_kept]:
+            for blob in self._rounds.pop(old):
+                if not any(blob in others for others in self._rounds.values()):
+                    await self.forget(blob)
+        for own in self._folder.glob(f"{OWN}*"):
+            if (text := own.name.removeprefix(OWN)).isdecimal() and int(text) <= number - self._rounds_kept:
+                own.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Offer nothing any more; the files stay."""
+        for blob in (*self._paths, *self._states):
+            self._blobs.withdraw(blob)
+
+    def _note(self, number: int, blob: Digest, path: Path) -> Digest:
+        self._paths[blob] = path
+        self._rounds.setdefault(number, set()).add(blob)
+        return blob
+
+    async def _offer(self, path: Path) -> Digest:
+        try:
+            return await self._blobs.offer_file(path, self._allowed)
+        except (OSError, LocalProtocolError) as exc:
+            raise CannotStore(f"{path} cannot be offered: {exc}") from exc

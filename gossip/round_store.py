@@ -1,0 +1,206 @@
+"""A run on disk: the records of its chain, one after the other, and what this member has said of the round to come.
+
+Rules: a shell, and only disk; blocks the thread. A record is on the disk before the weights change by it, and what a
+member says before it goes out; so after a kill at any instant a restart stands where the last record ends, and says
+nothing else than it said. records.log is appended to and flushed; a last entry that is cut or damaged is taken away,
+and peers give it again. A disk that takes nothing raises CannotStore: who cannot keep its word stays silent.
+Source: TRAINING.md 3 (8); SECURITY.md 3.3; Pillai et al., "All File Systems Are Not Created Equal" (OSDI 2014).
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from crypto.canonical import Limits, decode_struct, encode_struct
+from crypto.digest import DIGEST_BYTES, Digest
+from crypto.disk import SYSTEM, FileStatus, StateFile, System, write_whole
+from crypto.errors import BadEncoding, BadSignature, BadState
+from gossip.agreement import Saved, Step, Value
+from gossip.errors import CannotStore, RemoteProtocolError
+from gossip.round_effects import Kept
+from gossip.rounds import RECORD_BYTES_MAX, Id, Precommit, Prevote, Proposal, Statement, View, statement_of
+
+RECORDS, KEPT = "records.log", "round.state"
+KEPT_BYTES_MAX = 16 << 20  # 64 members, each with a header, a report and votes of several views
+STATEMENTS_MAX = 16_384
+HEAD_BYTES = 4 + DIGEST_BYTES  # an entry's length, and its digest
+_LIMITS = Limits(
+    bytes_max=KEPT_BYTES_MAX, array_max=STATEMENTS_MAX, items_max=4 * STATEMENTS_MAX, bin_max=RECORD_BYTES_MAX
+)
+Raws = Annotated[tuple[bytes, ...], Meta(max_length=STATEMENTS_MAX)]
+
+
+class _Locked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    view: View
+    manifest: Id
+    reports: tuple[Id, ...] = ()
+
+
+class _Kept(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A Kept as it stands in the file; statements are their envelopes."""
+
+    round: int
+    base: Id
+    said: Raws
+    heard: Raws
+    view: View
+    step: Annotated[int, Meta(ge=0, le=2)]
+    locked: _Locked | None
+    valid: _Locked | None
+
+
+class RoundStore:
+    """One run's folder. One user at a time; close it in the end."""
+
+    def __init__(self, folder: Path, network: str, system: System = SYSTEM) -> None:
+        """Makes the folder and reads records.log through. Raises CannotStore."""
+        self._path, self._network, self._system = folder / RECORDS, network, system
+        self._kept = StateFile(folder / KEPT, kind="training_round", version=1, bytes_max=KEPT_BYTES_MAX, system=system)
+        self._spans: list[tuple[int, int]] = []  # of each record: where its bytes begin, how many there are
+        self._end = 0
+        self._handle = -1
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._read_through()
+            self._handle = system.append_to(self._path)
+        except OSError as exc:
+            raise _cannot(self._path, exc) from exc
+
+    # ---- records ----
+
+    @property
+    def count(self) -> int:
+        """How many records there are: the number of the round to come."""
+        return len(self._spans)
+
+    def records(self, first: int, count_max: int) -> list[bytes]:
+        """At most so many records, from a round on. Raises CannotStore."""
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                found = []
+                for start, length in self._spans[first : first + count_max]:
+                    file.seek(start)
+                    found.append(file.read(length))
+                return found
+        except OSError as exc:
+            raise _cannot(self._path, exc) from exc
+
+    def append(self, record: bytes) -> None:
+        """The record of the round to come, on the disk when this returns. Raises CannotStore, and then it is not there:
+        what part of it was written is taken away first when one comes again."""
+        entry = len(record).to_bytes(4, "big") + sha256(record).digest() + record
+        try:
+            if os.fstat(self._handle).st_size != self._end:
+                os.truncate(self._handle, self._end)
+            left = memoryview(entry)
+            while left:
+                left = left[self._system.write(self._handle, left) :]
+            self._system.sync(self._handle)
+            if not self._spans:
+                self._system.sync_folder(self._path.parent)
+        except OSError as exc:
+            raise _cannot(self._path, exc) from exc
+        self._spans.append((self._end + HEAD_BYTES, len(record)))
+        self._end += len(entry)
+
+    def _read_through(self) -> None:
+        """Find the records; what follows the last whole one is taken away. Raises OSError."""
+        try:
+            size = self._path.stat().st_size
+        except FileNotFoundError:
+            return
+        with self._path.open("rb") as file:
+            while (entry := self._entry(file.read(HEAD_BYTES))) is not None:
+                length, wanted = entry
+                if sha256(file.read(length)).digest() != wanted:
+                    break
+                self._spans.append((self._end + HEAD_BYTES, length))
+                self._end += HEAD_BYTES + length
+            if self._end < size:
+                file.seek(0)
+                write_whole(self._path, file.read(self._end), over=True, system=self._system)
+
+    def _entry(self, head: bytes) -> tuple[int, bytes] | None:
+        length = int.from_bytes(head[:4], "big")
+        return (length, head[4:]) if len(head) == HEAD_BYTES and 0 < length <= RECORD_BYTES_MAX else None
+
+    # ---- what was said ----
+
+    def keep(self, kept: Kept) -> None:
+        """On the disk when this returns. Raises CannotStore."""
+        if not self._kept.write(encode_struct(_packed(kept))):
+            raise CannotStore(self._kept.status().problem)
+
+    def kept(self, now_ms: int) -> Kept | None:
+        """What was last kept; None when there is nothing that can be used."""
+        return self._kept.read(lambda raw: _unpacked(raw, self._network, now_ms))
+
+    def status(self) -> FileStatus:
+        """How the file of what was said fares."""
+        return self._kept.status()
+
+    def close(self) -> None:
+        """Keep all as it is. Once more is the same as once."""
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            with suppress(OSError):
+                os.close(handle)
+
+
+def _packed(kept: Kept) -> _Kept:
+    agreement = kept.agreement
+    locked, valid = agreement.locked, agreement.valid
+    return _Kept(
+        round=kept.round,
+        base=kept.base,
+        said=tuple(each.raw for each in kept.said),
+        heard=tuple(each.raw for each in kept.heard),
+        view=agreement.view,
+        step=int(agreement.step),
+        locked=None if locked is None else _Locked(view=locked[0], manifest=locked[1]),
+        valid=None if valid is None else _Locked(view=valid[0], manifest=valid[1].manifest, reports=valid[1].reports),
+    )
+
+
+def _unpacked(raw: bytes, network: str, now_ms: int) -> Kept:
+    """Raises BadState."""
+    try:
+        packed = decode_struct(raw, _Kept, _LIMITS)
+        said, heard = (
+            tuple(statement_of(each, network=network, now_ms=now_ms) for each in raws)
+            for raws in (packed.said, packed.heard)
+        )
+    except (BadEncoding, BadSignature, RemoteProtocolError) as exc:
+        raise BadState(str(exc)) from exc
+    locked, valid = packed.locked, packed.valid
+    return Kept(
+        round=packed.round,
+        base=packed.base,
+        said=said,
+        heard=heard,
+        agreement=Saved(
+            view=packed.view,
+            step=Step(packed.step),
+            locked=None if locked is None else (locked.view, Digest(locked.manifest)),
+            valid=None if valid is None else (valid.view, _value(valid)),
+            said=tuple(_votes(said)),
+        ),
+    )
+
+
+def _value(valid: _Locked) -> Value:
+    return Value(Digest(valid.manifest), tuple(Digest(each) for each in valid.reports))
+
+
+def _votes(said: tuple[Statement, ...]) -> list[Proposal | Prevote | Precommit]:
+    return [each.body for each in said if isinstance(each.body, Proposal | Prevote | Precommit)]
+
+
+def _cannot(path: Path, exc: OSError) -> CannotStore:
+    return CannotStore(f"the run cannot be kept at {path}: {exc.strerror}; what is there stays")

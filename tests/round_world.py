@@ -1,0 +1,232 @@
+"""Members of a run on a loopback network: gossip's whole part of training, over an owner whose weights are a hash.
+
+Rules: no thread, so that a MockClock replays it. A member's weights are SIZE bytes that each round changes by all the
+payloads that count, so that equal weights mean equal histories.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from crypto.digest import Digest, digest
+from crypto.disk import System
+from crypto.identity import Identity, PeerId
+from gossip.agreement import Timing
+from gossip.blobs import Blobs, BlobsConfig
+from gossip.electors import Electors, Terms
+from gossip.gathering import Candidate
+from gossip.round_door import RoundDoor
+from gossip.round_history import RoundHistory, RunPlace, Unsound
+from gossip.round_payloads import Payloads
+from gossip.round_service import RoundService, Work
+from gossip.round_state import Chain
+from gossip.round_store import RoundStore
+from gossip.rounds import WEIGHT_ONE, Header, Manifest, Statement
+from p2p.loopback import LoopbackNetwork, LoopbackTransport
+from tests.blob_world import FETCH, inline
+
+SIZE = 5_000
+RUN = digest(b"a run of tests")
+BASE = digest(b"genesis of it")
+NETWORK = "tests"
+START_MS = 1_800_000_000_000
+TIMING = Timing(propose_s=1.0, vote_s=0.3, growth_s=0.2, gone_s=0.1)
+POISON = b"poison"
+
+
+class Everybody:
+    """A policy: all that is proven counts alike."""
+
+    def choose(self, candidates: tuple[Candidate, ...]) -> tuple[tuple[int, int], ...]:
+        return tuple((WEIGHT_ONE if each.is_proven else 0, WEIGHT_ONE) for each in candidates)
+
+
+class HashOwner:
+    """Weights on disk: the number of the round in the file's name."""
+
+    state_bytes = SIZE
+    payload_bytes_max = 400
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        found = sorted(int(path.name.removeprefix("state-")) for path in folder.glob("state-*"))
+        self.round = found[-1] if found else 0
+        if not found:
+            self._write(0, bytes(SIZE))
+        self.applied: list[Manifest] = []
+        self.adopted: list[int] = []
+        self.examined: list[PeerId] = []
+
+    @property
+    def state_path(self) -> Path:
+        return self._folder / f"state-{self.round}"
+
+    @property
+    def weights(self) -> bytes:
+        return self.state_path.read_bytes()
+
+    def check(self, header: Statement) -> None:
+        body = header.body
+        assert isinstance(body, Header)
+        assert body.contribution is not None
+        if body.contribution.payload_bytes > self.payload_bytes_max:
+            raise Unsound(f"{body.contribution.payload_bytes} bytes are announced")
+
+    async def examine(self, header: Statement, payload: Path) -> int | None:
+        await trio.sleep(0.05)
+        self.examined.append(header.sender)
+        if POISON in await inline(payload.read_bytes):
+            raise Unsound("there is poison in it")
+        return 7
+
+    async def apply(self, manifest: Manifest, payloads: Mapping[Digest, Path]) -> None:
+        await trio.sleep(0.1)
+        assert manifest.round == self.round
+        self.applied.append(manifest)
+        name = digest(self.weights + b"".join(payloads[each].read_bytes() for each in sorted(payloads)))
+        self._write(self.round + 1, random.Random(name).randbytes(SIZE))
+        self.round += 1
+
+    async def adopt(self, number: int, state: Path) -> None:
+        await trio.sleep(0.1)
+        self.adopted.append(number)
+        self._write(number, await inline(state.read_bytes))
+        self.round = number
+
+    def _write(self, number: int, content: bytes) -> None:
+        (self._folder / f"state-{number}").write_bytes(content)
+
+
+class Disk(System):
+    """A disk that may be full."""
+
+    is_full = False
+
+    def create(self, path: Path, mode: int) -> int:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().create(path, mode)
+
+
+@dataclass
+class Member:
+    """One node in a run; `stop` is a kill, and `World.start` on the same folder the start after it."""
+
+    transport: LoopbackTransport
+    owner: HashOwner
+    service: RoundService
+    door: RoundDoor
+    blames: list[tuple[PeerId, str]]
+    disk: Disk
+    work_s: float = 1.0
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    ended: trio.Event = field(default_factory=trio.Event)
+    rests: bool = False
+    leaves: bool = False
+    poisons: bool = False
+
+    @property
+    def id(self) -> PeerId:
+        return self.transport.peer_id
+
+    async def train(self) -> None:
+        """Work that takes work_s a round."""
+        rng = random.Random(self.id)
+        while True:
+            chain = await self.service.opened()
+            await trio.sleep(self.work_s)
+            if self.rests or self.leaves:
+                await self.service.contribute(chain, None, leaves=self.leaves)
+                continue
+            payload = rng.randbytes(300) + (POISON if self.poisons else b"")
+            self.service.history.payloads.own_path(chain.round).write_bytes(payload)
+            await self.service.contribute(chain, Work(steps=1, tokens=10))
+
+    async def stop(self) -> None:
+        self.scope.cancel()
+        await self.ended.wait()
+
+
+class World:
+    """Members that know each other."""
+
+    def __init__(self, path: Path, nursery: trio.Nursery) -> None:
+        self.network = LoopbackNetwork(random.Random(3))
+        self._path, self._nursery = path, nursery
+        self.members: list[Member] = []
+        self.identities = [Identity.make() for _ in range(8)]
+        self.began = trio.current_time()
+        self.allowed: frozenset[PeerId] = frozenset()
+
+    def genesis(self, founders: int) -> Chain:
+        terms = Terms(probation=2, absent_max=2)
+        electors = Electors.of_founders([each.peer_id for each in self.identities[:founders]], terms)
+        return Chain(run=RUN, round=0, base=BASE, electors=electors)
+
+    async def start(self, number: int, founders: int = 4, **changes: Any) -> Member:
+        """The node of an identity, alive, with what its folder holds."""
+        member: Member = await self._nursery.start(self._live, self.identities[number], self.genesis(founders), changes)
+        for other in self.members:
+            if not other.scope.cancel_called:
+                await member.transport.dial(other.transport.addresses()[0])
+        self.members.append(member)
+        return member
+
+    def _made(
+        self, identity: Identity, transport: LoopbackTransport, genesis: Chain, changes: dict[str, Any]
+    ) -> Member:
+        folder = self._path / identity.peer_id
+        blames: list[tuple[PeerId, str]] = []
+        disk = Disk()
+        owner = HashOwner(folder / "weights")
+        blobs = Blobs(transport, transport, BlobsConfig(folder=folder / "blobs", fetch=FETCH), blocking=inline)
+        door = RoundDoor(transport, NETWORK, lambda peer, _fault, what: blames.append((peer, what)), self.now_ms)
+        place = RunPlace(
+            identity=identity,
+            transport=transport,
+            network=NETWORK,
+            door=door,
+            genesis=genesis,
+            plan=b"the plan",
+            members=self.allowed,
+            timing=TIMING,
+            disk=inline,
+        )
+        payloads = Payloads(blobs, folder, changes.pop("rounds_kept", 3), place.admits)
+        history = RoundHistory(place, owner, RoundStore(folder, NETWORK, disk), payloads)
+        service = RoundService(place, history, Everybody())
+        return Member(transport, owner, service, door, blames, disk, **changes)
+
+    def now_ms(self) -> int:
+        return START_MS + round((trio.current_time() - self.began) * 1000)
+
+    async def _live(
+        self, identity: Identity, genesis: Chain, changes: dict[str, Any], *, task_status: trio.TaskStatus[Member]
+    ) -> None:
+        async with self.network.join(identity) as transport:
+            member = self._made(identity, transport, genesis, changes)
+            with member.scope:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(member.door.calls.run)
+                    task_status.started(member)
+                    nursery.start_soon(member.train)
+                    await member.service.run()
+                    nursery.cancel_scope.cancel()
+            member.service.history.store.close()
+        member.ended.set()
+
+    async def until(self, number: int, *members: Member, within_s: float = 60.0) -> None:
+        """All these (or all that live) stand at this round or later, with weights to match."""
+        with trio.fail_after(within_s):
+            for member in members or tuple(each for each in self.members if not each.scope.cancel_called):
+                while member.owner.round < number:  # noqa: ASYNC110  # the owner is a fake without events
+                    await trio.sleep(0.05)
