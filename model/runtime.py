@@ -7,7 +7,7 @@ any. An encoder serves vectors only; without an encoder the causal model's own s
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its OpenMP spins at barriers otherwise
@@ -19,6 +19,7 @@ from model.embed import Embedder
 from model.engine import Engine
 from model.errors import BadInput
 from model.load import Loaded, device_free_bytes, load, resolve
+from model.participant import load_named
 from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress
 
 
@@ -104,6 +105,24 @@ class Runtime:
     def device_free_bytes(self) -> int:
         """Memory that is free on the model's device."""
         return device_free_bytes(self._loaded.device)
+
+    @property
+    def loaded(self) -> Loaded:
+        """The main model itself, for who trains a copy of it. Its weights are those that serve now."""
+        return self._loaded
+
+    def adopt(self, weights: object, revision: str) -> None:
+        """Goes on under other weights of the main model (a mapping of names to fp32 tensors), and under their name.
+
+        No request may be running: an answer is made by one revision. Raises BadModel, and then nothing has changed.
+        """
+        assert isinstance(weights, Mapping)
+        assert not self.has_work, "a request is running: its KV cache is of the weights before"
+        load_named(self._loaded.model, weights)
+        is_encoder_too = self._encoder is self._loaded
+        self._loaded = replace(self._loaded, facts=replace(self._loaded.facts, revision=revision))
+        if is_encoder_too:
+            self._encoder = self._loaded
 
     @property
     def device(self) -> str:

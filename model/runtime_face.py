@@ -60,3 +60,9 @@ class Runtime(Protocol):
 
     def device_free_bytes(self) -> int:
         """Memory that is free on the model's device."""
+
+    def adopt(self, weights: object, revision: str) -> None:
+        """Goes on under other weights of the main model, by name, and under their name. No request may be running.
+
+        Raises BadModel, and then nothing has changed.
+        """

@@ -2,7 +2,9 @@
 
 Rules: torch runs in one worker thread, one turn a hop: the orders, a few texts to embed, one `step()`; so nobody waits
 for more than that. One task (`run`) owns the runtime; requests reach it as orders that are carried out before the next
-step. Every admitted request ends in exactly one of: Finished, an error, cancellation by its owner.
+step. Every admitted request ends in exactly one of: Finished, an error, cancellation by its owner. The thread is lent
+(`borrow`) while there is no request, one short act a hop: serving comes first. Weights change (`switch`) between
+requests: each answer is made by one revision. Who waits for that holds new requests back after SWITCH_S.
 """
 
 from __future__ import annotations
@@ -11,16 +13,17 @@ import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, TypeVar
 
 import trio
 
 from model.config import ModelFacts
-from model.errors import BadInput, EngineFull, ModelError
-from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, SamplingParameters
+from model.errors import ComputeFailed, ModelError
+from model.requests import EngineStatistics, GenerationRequest, Output
 from model.runtime_face import Runtime
-from node.errors import NO_ROOM_RETRY_S, BadRequest, InternalError, NoRoom, NotReady, RequestError, UnknownModel
+from node.errors import NO_ROOM_RETRY_S, NoRoom, NotReady, RequestError, UnknownModel
+from node.hosting_jobs import EmbedJob, Job, Loan, logprobs, parameters, request_error
 from node.work import (
     AnswerItem,
     Embedded,
@@ -30,53 +33,16 @@ from node.work import (
     Piece,
     Progress,
     Started,
-    TokenLogprob,
 )
 
 PROGRESS_EVERY_S = 0.5
 EMBED_QUEUE_MAX = 64
-EMBED_TEXTS_PER_TURN = 32
-EMBED_LENGTH_PER_TURN = 4_096  # letters or token ids: under half a second of a small encoder on two cores
 CHANGE_EVERY_S = 1.0  # while only rates change
-LOGPROB_MIN = -9999.0  # stands for minus infinity, which no wire form carries
+SWITCH_S = 10.0  # for a moment without requests
 
+T = TypeVar("T")
 Turn = Callable[[], list[Output]]
 Hop = Callable[[Turn], Awaitable[list[Output]]]  # runs a turn where it may block; not to be cancelled halfway
-
-
-@dataclass(slots=True, kw_only=True)
-class _Job:
-    """One request in the engine: where its items go, and what has been told so far."""
-
-    work: GenerateWork
-    send: trio.MemorySendChannel[AnswerItem | RequestError]
-    key: str  # unique in the engine, where a client's request id may come twice
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    admitted: bool = False
-    wrote: bool = False  # a first piece came: from now on its pieces say how far it is
-    told_at: float = -math.inf
-    told: Progress | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class _EmbedJob:
-    work: EmbedWork
-    done: trio.Event = field(default_factory=trio.Event)
-    made: list[Embeddings] = field(default_factory=list)
-    result: Embedded | RequestError | None = None
-    cancelled: bool = False
-
-    def next_texts(self) -> list[str | tuple[int, ...]]:
-        """The next few texts, as many as one turn may take."""
-        begin = sum(len(part.vectors) for part in self.made)
-        texts, length = list[str | tuple[int, ...]](), 0
-        for text in self.work.texts[begin : begin + EMBED_TEXTS_PER_TURN]:
-            length += len(text)
-            if texts and length > EMBED_LENGTH_PER_TURN:
-                break
-            texts.append(text)
-        return texts
 
 
 class Hosting:
@@ -90,9 +56,11 @@ class Hosting:
         self._on_change = on_change
         self._changed_at = -math.inf
         self._hop: Hop = hop or partial(trio.to_thread.run_sync, limiter=trio.CapacityLimiter(1))
-        self._jobs: dict[str, _Job] = {}
-        self._orders: deque[Callable[[], Output | None]] = deque()  # an output is an order's own failure
-        self._embeds: deque[_EmbedJob] = deque()
+        self._jobs: dict[str, Job] = {}
+        self._starts: deque[Job] = deque()
+        self._ends: deque[str] = deque()  # keys of requests whose owners left
+        self._loans: deque[Loan] = deque()
+        self._embeds: deque[EmbedJob] = deque()
         self._wake = trio.Event()
         self._open = 0  # requests whose owner has not left yet
         self._left = trio.lowlevel.ParkingLot()
@@ -103,19 +71,75 @@ class Hosting:
         """Step the engine while there is work. Cancelled, it waits for the step under way and drops the rest."""
         task_status.started()
         while True:
-            if not (self._orders or self._embeds or self._jobs):
+            if not (self._ends or self._embeds or self._jobs or self._loans):
                 self._wake = trio.Event()
                 await self._wake.wait()
-            orders = list(self._orders)
-            self._orders.clear()
+            if self._loans and self._is_free():
+                await self._lend(self._loans.popleft())
+                continue
+            starts, ends = [] if self._is_held() else list(self._starts), list(self._ends)
+            self._ends.clear()
+            if starts:
+                self._starts.clear()
             embed = self._embeds[0] if self._embeds else None
-            for output in await self._hop(partial(self._turn, orders, embed)):
+            for output in await self._hop(partial(self._turn, starts, ends, embed)):
                 self._deliver(output)
             if embed is not None and (embed.cancelled or embed.result is not None):
                 self._embeds.popleft()
                 embed.done.set()
             self._tell_progress()
             self._tell_change()
+
+    # the thread, for others
+
+    async def borrow(self, act: Callable[[], T]) -> T:
+        """Run something short (tens of milliseconds) in the engine's thread while there is no request.
+
+        Raises the ModelError that it raises. If cancelled, it was not run, or its result is lost.
+        """
+        result: T = await self._lent(Loan(act=act))
+        return result
+
+    async def switch(self, weights: object, revision: str) -> None:
+        """Have the model go on under these weights (see Runtime.adopt), between two requests. Raises ModelError."""
+        await self._lent(
+            Loan(act=partial(self.runtime.adopt, weights, revision), hold_at=trio.current_time() + SWITCH_S)
+        )
+        self._changed_at = trio.current_time()
+        self._on_change()
+
+    async def _lent(self, loan: Loan) -> Any:
+        self._loans.append(loan)
+        self._wake.set()
+        try:
+            await loan.done.wait()
+        finally:
+            loan.is_left = True
+        if loan.failure is not None:
+            raise loan.failure
+        return loan.result
+
+    def _is_free(self) -> bool:
+        """Whether the thread may be lent now."""
+        if self._is_held():
+            return not (self._ends or self._embeds or self.runtime.has_work)
+        return not (self._ends or self._embeds or self._jobs)
+
+    def _is_held(self) -> bool:
+        """Whether new requests wait for a loan."""
+        return any(loan.hold_at <= trio.current_time() for loan in self._loans)
+
+    async def _lend(self, loan: Loan) -> None:
+        if loan.is_left:
+            await trio.lowlevel.checkpoint()
+            return
+
+        def act() -> list[Output]:
+            loan.carry_out()
+            return []
+
+        await self._hop(act)
+        loan.done.set()
 
     def statistics(self) -> EngineStatistics:
         """The engine's figures after its last step."""
@@ -165,15 +189,17 @@ class Hosting:
             math.inf
         )  # max_tokens items, and progress while it waits
         self._count += 1
-        job = _Job(work=work, send=send, key=f"{self._count}")
+        job = Job(work=work, send=send, key=f"{self._count}")
         self._jobs[job.key] = job
-        self._order(partial(self._start, job))
+        self._starts.append(job)
+        self._wake.set()
         with self._admitted():
             try:
                 yield receive
             finally:
                 if self._jobs.pop(job.key, None) is not None:
-                    self._order(partial(self._cancel, job.key))
+                    self._ends.append(job.key)
+                    self._wake.set()
                 receive.close()
 
     async def embed(self, work: EmbedWork) -> Embedded:
@@ -181,7 +207,7 @@ class Hosting:
         self._check(work.model, None, "encoder")
         if len(self._embeds) >= EMBED_QUEUE_MAX:
             raise NoRoom(f"{EMBED_QUEUE_MAX} embedding requests are waiting here", retry_after_s=NO_ROOM_RETRY_S)
-        job = _EmbedJob(work=work)
+        job = EmbedJob(work=work)
         self._embeds.append(job)
         self._wake.set()
         with self._admitted():
@@ -210,25 +236,25 @@ class Hosting:
             own = " and ".join({self.runtime.facts.name, self.runtime.embedding_facts.name})
             raise UnknownModel(f"model {model or revision!r} is not hosted here; this node hosts {own}", param="model")
 
-    def _order(self, order: Callable[[], Output | None]) -> None:
-        self._orders.append(order)
-        self._wake.set()
-
     # in the worker thread
 
-    def _turn(self, orders: list[Callable[[], Output | None]], embed: _EmbedJob | None) -> list[Output]:
-        outputs = [failure for order in orders if (failure := order()) is not None]
+    def _turn(self, starts: list[Job], ends: list[str], embed: EmbedJob | None) -> list[Output]:
+        outputs = [failure for job in starts if (failure := self._start(job)) is not None]
+        for key in ends:
+            self.runtime.cancel(key)
         if embed is not None and not embed.cancelled:
             embed.result = self._embed_some(embed)
         if self.runtime.has_work:
             outputs.extend(self.runtime.step())
         return outputs
 
-    def _cancel(self, key: str) -> None:
-        self.runtime.cancel(key)
-
-    def _start(self, job: _Job) -> Output | None:
-        work = job.work
+    def _start(self, job: Job) -> Output | None:
+        work, revision = job.work, self.runtime.facts.revision
+        if work.revision not in (None, revision):  # the model went on while it waited
+            return Output(
+                request_id=job.key,
+                error=ComputeFailed(f"the model here is at revision {revision} now, wanted {work.revision}"),
+            )
         try:
             if work.tokens is not None:
                 prompt = tuple(work.tokens)
@@ -243,7 +269,7 @@ class Hosting:
                     prompt=prompt,
                     delivered=tuple(work.delivered),
                     delivered_chars=work.delivered_chars,
-                    sampling=_parameters(work),
+                    sampling=parameters(work),
                 )
             )
         except ModelError as exc:
@@ -251,12 +277,12 @@ class Hosting:
         job.completion_tokens = len(work.delivered)
         return None
 
-    def _embed_some(self, job: _EmbedJob) -> Embedded | RequestError | None:
+    def _embed_some(self, job: EmbedJob) -> Embedded | RequestError | None:
         """Embed the next few texts; the result when these were the last."""
         try:
             job.made.append(self.runtime.embed(job.next_texts()))
         except ModelError as exc:
-            return _request_error(exc)
+            return request_error(exc)
         vectors = tuple(vector for part in job.made for vector in part.vectors)
         if len(vectors) < len(job.work.texts):
             return None
@@ -279,14 +305,14 @@ class Hosting:
             return  # cancelled while the step ran
         if output.error is not None:
             del self._jobs[job.key]
-            job.send.send_nowait(_request_error(output.error))
+            job.send.send_nowait(request_error(output.error))
             job.send.close()
             return
         self._tell_started(job)
         if output.tokens or output.text:
             job.completion_tokens += len(output.tokens)
             job.wrote = True
-            job.send.send_nowait(Piece(tokens=output.tokens, text=output.text, logprobs=_logprobs(output)))
+            job.send.send_nowait(Piece(tokens=output.tokens, text=output.text, logprobs=logprobs(output)))
         if output.finish is not None:
             del self._jobs[job.key]
             job.send.send_nowait(
@@ -298,7 +324,7 @@ class Hosting:
             )
             job.send.close()
 
-    def _tell_started(self, job: _Job) -> None:
+    def _tell_started(self, job: Job) -> None:
         if not job.admitted:
             job.admitted = True
             facts = self.runtime.facts
@@ -337,39 +363,3 @@ class Hosting:
         if is_room or (fresh != before and now - self._changed_at >= CHANGE_EVERY_S):
             self._changed_at = now
             self._on_change()
-
-
-def _parameters(work: GenerateWork) -> SamplingParameters:
-    s = work.sampling
-    return SamplingParameters(
-        max_tokens=s.max_tokens,
-        temperature=s.temperature,
-        top_k=s.top_k,
-        top_p=s.top_p,
-        min_p=s.min_p,
-        frequency_penalty=s.frequency_penalty,
-        presence_penalty=s.presence_penalty,
-        repetition_penalty=s.repetition_penalty,
-        seed=s.seed,
-        stop=s.stop,
-        logprobs=s.logprobs,
-    )
-
-
-def _logprobs(output: Output) -> tuple[TokenLogprob, ...]:
-    return tuple(
-        TokenLogprob(
-            text=item.text,
-            logprob=max(LOGPROB_MIN, item.logprob),
-            top=tuple((text, max(LOGPROB_MIN, logprob)) for text, logprob in item.top),
-        )
-        for item in output.logprobs
-    )
-
-
-def _request_error(error: ModelError) -> RequestError:
-    if isinstance(error, EngineFull):
-        return NoRoom(str(error), retry_after_s=NO_ROOM_RETRY_S)
-    if isinstance(error, BadInput):
-        return BadRequest(str(error), param=error.param)
-    return InternalError(str(error))

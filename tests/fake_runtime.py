@@ -69,6 +69,7 @@ class FakeRuntime:
     embed_s: float = 0.1  # a text
     embed_error: ModelError | None = None
     added: list[GenerationRequest] = field(default_factory=list)
+    adopted: list[object] = field(default_factory=list)
     embedded: list[int] = field(default_factory=list)  # texts of each embed() call
     takes_s: float = 0.0
     _waiting: deque[_Run] = field(default_factory=deque)
@@ -95,6 +96,11 @@ class FakeRuntime:
 
     def all_facts(self) -> tuple[ModelFacts, ...]:
         return (self.facts,)
+
+    def adopt(self, weights: object, revision: str) -> None:
+        assert not self.has_work
+        self.adopted.append(weights)
+        self.facts = replace(self.facts, revision=revision)
 
     def render(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
         return self.encode("".join(f"{role}:{content}\n" for role, content in messages))

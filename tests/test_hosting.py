@@ -16,7 +16,8 @@ from trio.testing import MockClock
 from model.errors import BadInput, ComputeFailed, OutOfMemory
 from model.runtime_face import Runtime
 from node.errors import BadRequest, InternalError, NoRoom, NotReady, RequestError, UnknownModel
-from node.hosting import CHANGE_EVERY_S, EMBED_QUEUE_MAX, LOGPROB_MIN, PROGRESS_EVERY_S, Hosting
+from node.hosting import CHANGE_EVERY_S, EMBED_QUEUE_MAX, PROGRESS_EVERY_S, SWITCH_S, Hosting
+from node.hosting_jobs import LOGPROB_MIN
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Message, Piece, Progress, Started
 from tests.fake_runtime import FakeRuntime, Turns, facts, text_of, vector_of
 from tests.node_swarm import eventually, expected, work
@@ -330,3 +331,95 @@ async def test_a_real_thread_works_too() -> None:
             assert isinstance(got[-1], Finished)
             assert len((await hosting.embed(texts(40))).vectors) == 40
         nursery.cancel_scope.cancel()
+
+
+async def test_the_thread_is_lent_while_there_is_no_request(autojump_clock: MockClock) -> None:
+    async with host(step_s=1.0) as here:
+        order: list[str] = []
+
+        async def learn() -> None:
+            for number in range(4):
+                await here.hosting.borrow(lambda number=number: order.append(f"learnt {number}"))  # type: ignore[misc]
+                await trio.sleep(1.0)
+
+        async def ask() -> None:
+            await trio.sleep(0.5)
+            await here.items(work("hello", 5))
+            order.append("answered")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(learn)
+            nursery.start_soon(ask)
+        assert order == ["learnt 0", "answered", "learnt 1", "learnt 2", "learnt 3"]
+
+
+async def test_a_loan_brings_its_result_or_its_error_and_one_that_was_left_is_not_run(
+    autojump_clock: MockClock,
+) -> None:
+    async with host() as here:
+        assert await here.hosting.borrow(lambda: 7) == 7
+
+        def fails() -> None:
+            raise OutOfMemory("no room for it")
+
+        with pytest.raises(OutOfMemory, match="no room"):
+            await here.hosting.borrow(fails)
+        done: list[int] = []
+        async with here.hosting.generate(work("hello", 5)):
+            with trio.move_on_after(0.01):
+                await here.hosting.borrow(lambda: done.append(1))
+        await trio.sleep(5)
+        assert done == []
+
+
+async def test_weights_change_between_requests_and_the_new_revision_is_told(autojump_clock: MockClock) -> None:
+    async with host(step_s=0.5) as here:
+        async with trio.open_nursery() as nursery:
+            made: list[list[AnswerItem | RequestError]] = []
+
+            async def ask(text: str) -> None:
+                made.append(await here.items(work(text, 6)))
+
+            nursery.start_soon(ask, "first")
+            await trio.sleep(0.7)
+            await here.hosting.switch("weights", "r2")
+            told = len(here.changes_s)
+            assert len(made) == 1
+            nursery.start_soon(ask, "second")
+        assert here.runtime.adopted == ["weights"]
+        assert told > 0
+        assert [items[0].revision for items in made if isinstance(items[0], Started)] == ["r1", "r2"]
+        assert not here.hosting.serves("tale", "r1", "causal")
+
+
+async def test_who_never_rests_is_held_back_for_a_switch(autojump_clock: MockClock) -> None:
+    async with host(step_s=0.5, slots=2) as here, trio.open_nursery() as nursery:
+
+        async def ask_on(wait_s: float) -> None:
+            await trio.sleep(wait_s)
+            while True:
+                await here.items(work("again", 6))
+
+        nursery.start_soon(ask_on, 0.0)
+        nursery.start_soon(ask_on, 1.7)
+        await trio.sleep(2)
+        began = trio.current_time()
+        await here.hosting.switch("weights", "r2")
+        assert SWITCH_S <= trio.current_time() - began < SWITCH_S + 5
+        await trio.sleep(8)
+        assert here.hosting.runtime.facts.revision == "r2"
+        assert here.runtime.busy == 2
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_request_for_a_revision_that_has_gone_meanwhile_is_not_answered_by_another(
+    autojump_clock: MockClock,
+) -> None:
+    async with host(step_s=0.5, slots=1) as here, trio.open_nursery() as nursery:
+        nursery.start_soon(here.items, work("first", 40))
+        await trio.sleep(0.1)
+        nursery.start_soon(here.hosting.switch, "weights", "r2")
+        await trio.sleep(SWITCH_S + 1)  # held now
+        ends = await here.items(replace(work("second", 4), revision="r1"))
+        assert isinstance(ends[-1], InternalError)
+        assert "r2" in str(ends[-1])

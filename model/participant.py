@@ -1,0 +1,241 @@
+"""One member's part in a run, as numbers: what it sends of its own training, what it makes of what the others sent.
+
+Rules: sync, one call at a time. What was sent leaves the error feedback only when the round took it up, so that a round
+that did without it loses nothing. What changes the weights is a function of the committed round alone, in the order of
+its manifest, so that every member has the same bits; a round whose contributions make no update leaves them as they
+are, everywhere alike. A state is the weights as little-endian fp32, then the outer momentum if the run has one.
+Legend: N elements of the run's flat vector, B rows, T tokens of a row.
+Source: TRAINING.md 1, 3 and 4.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from crypto.digest import Digest
+from model.codecs import decode
+from model.delta import Codec, Delta
+from model.errors import BadModel, BadState, BadUpdate, CannotMerge
+from model.evaluate import SCORE_ROWS_MIN, scoring
+from model.evidence import norm, overlaps
+from model.feedback import DECAY, Feedback
+from model.merge import Contribution, OuterStep, merge
+from model.rules import Rule
+from model.train import MicroStep, Trainer
+from model.update import Expected, read_update, write_update
+
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """What a run fixes of the arithmetic. outer_rate, momentum: of the outer step."""
+
+    run: Digest
+    codec: Codec
+    rule: Rule
+    outer_rate: float = 1.0
+    momentum: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payload:
+    """A member's update, read and sound. norm: of its delta."""
+
+    delta: Delta
+    norm: float
+    steps: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One share of a committed round that has a weight. Parts of gate.ONE."""
+
+    payload: Payload
+    weight_parts: int
+    clip_parts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What a round did: by which rule, why, and how far the weights moved (Euclidean)."""
+
+    rule: str
+    why: str
+    moved: float
+
+
+class Participant:
+    """One run's member over its trainer, whose model is the run's."""
+
+    def __init__(self, trainer: Trainer, course: Course, peer: str) -> None:
+        self.trainer, self.course, self._peer = trainer, course, peer
+        self.layout = trainer.layout
+        self._outer = OuterStep(course.outer_rate, course.momentum)
+        self._feedback = Feedback(self.layout.size, decay=DECAY)
+        self._sent: Delta | None = None  # announced, and not settled yet
+        self._is_unnoted = False  # something was trained in this round that is not in the feedback yet
+        self._expected(0, Digest(bytes(32)), peer)  # raises for a codec whose payload would be too large
+
+    # ---- own work ----
+
+    def step(self) -> MicroStep:
+        """One micro-batch. Raises as Trainer.micro_step."""
+        done = self.trainer.micro_step()
+        self._is_unnoted = self._is_unnoted or done.stepped
+        return done
+
+    def write(self, number: int, base: Digest, *, steps: int, tokens: int) -> bytes:
+        """The update that says what was trained in this round. Raises ComputeFailed, and then nothing is noted."""
+        expected = self._expected(number, base, self._peer)
+        self._note()
+        sections = self._feedback.encode(expected.codec)
+        self._sent = decode(sections, expected.codec, expected.n)
+        return write_update(expected, sections, steps=steps, tokens=tokens)
+
+    @property
+    def payload_bytes_max(self) -> int:
+        """Of any member's update in this run."""
+        return self._expected(0, Digest(bytes(32)), self._peer).limits.bytes_max
+
+    # ---- others' work ----
+
+    def read(self, raw: bytes, number: int, base: Digest, peer: str) -> Payload:
+        """What a peer sent in this round. Raises BadUpdate for what every member would refuse."""
+        update, delta = read_update(raw, self._expected(number, base, peer))
+        size = norm(delta)
+        if not size < float("inf"):
+            raise BadUpdate(f"the update's norm is {size}: it is not finite")
+        return Payload(delta=delta, norm=size, steps=update.steps, tokens=update.tokens)
+
+    def overlap(self, one: Payload, other: Payload) -> float:
+        """The share of indices that both sent, of the lesser; 0 when everything is sent anyway."""
+        if not one.delta.sparse:
+            return 0.0
+        return overlaps([one.delta, other.delta])[0, 1]
+
+    def score(self, payload: Payload, ids_BT: torch.Tensor) -> Generator[None, None, tuple[float, float] | None]:
+        """Yields after each row; (fall of the held-out loss with a share of it, the loss before), nats a token.
+
+        None: there is too little held-out text. The trainer must not be stepped before the end. Raises Diverged.
+        """
+        if len(ids_BT) < SCORE_ROWS_MIN:
+            return None
+        for score in scoring(self.trainer, (payload.delta,), ids_BT):
+            if score is not None:
+                return score.fall_nats, score.before_nats
+            yield
+        raise AssertionError("scoring ends with a score")
+
+    # ---- rounds ----
+
+    def settle(self, lines: Sequence[Line], *, took_ours: bool) -> Settled:
+        """A round is committed: take the weights on by it, in place of what was trained here since.
+
+        took_ours: whether our contribution is in it; else it stays in the feedback, and so does unfinished training.
+        """
+        self._note()
+        theta_N = self.trainer.start_vector_N.clone()
+        contributions = [
+            Contribution(delta=line.payload.delta, weight_parts=line.weight_parts, clip_parts=line.clip_parts)
+            for line in lines
+        ]
+        try:
+            merged = merge(contributions, self.course.rule)
+        except CannotMerge as exc:
+            rule, why, moved = "none", f"the weights stay: {exc}", 0.0
+        else:
+            rule, why = str(merged.plan.rule), merged.plan.why
+            self._outer.step_(theta_N, merged.update)
+            moved = float((theta_N - self.trainer.start_vector_N).double().norm())
+        if took_ours and self._sent is not None:
+            self._feedback.take(self._sent)
+        self._begin(theta_N)
+        return Settled(rule=rule, why=why, moved=moved)
+
+    def _note(self) -> None:
+        """What was trained since the round began goes into the feedback, once."""
+        if self._is_unnoted:
+            self._feedback.add(self.trainer.delta())
+        self._is_unnoted = False
+
+    def _begin(self, theta_N: torch.Tensor) -> None:
+        self.trainer.rebase(theta_N)
+        self._sent = None
+
+    # ---- states ----
+
+    @property
+    def state_bytes(self) -> int:
+        """Of `state`."""
+        return FP32_BYTES * self.layout.size * (2 if self.course.momentum else 1)
+
+    def state(self) -> bytes:
+        """The weights with which this round began, and the outer momentum: the same bytes at every member."""
+        return state_of(
+            self.trainer.start_vector_N, self._outer.velocity if self.course.momentum else None, self.course
+        )
+
+    def adopt(self, raw: bytes) -> None:
+        """Go on from such bytes. Raises BadState, and then nothing has changed."""
+        if len(raw) != self.state_bytes:
+            raise BadState(f"a state of {len(raw):,} bytes came, this run's have {self.state_bytes:,}")
+        whole = torch.frombuffer(bytearray(raw), dtype=torch.float32)
+        if not whole.isfinite().all():
+            raise BadState("the state has numbers that are not finite")
+        self._note()
+        if self.course.momentum:
+            self._outer.velocity = whole[self.layout.size :].clone()
+        self._begin(whole[: self.layout.size].clone())
+
+    def unsent(self) -> bytes:
+        """What was trained and not sent yet, to be kept over a restart."""
+        return self._feedback.save(self.layout.digest)
+
+    def restore_unsent(self, raw: bytes) -> None:
+        """Raises BadState."""
+        try:
+            self._feedback = Feedback.load(raw, self.layout.digest, self.layout.size, decay=DECAY)
+        except BadModel as exc:
+            raise BadState(str(exc)) from exc
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights with which this round began, by name, fp32; to be read only."""
+        return self.layout.views(self.trainer.start_vector_N)
+
+    def _expected(self, number: int, base: Digest, peer: str) -> Expected:
+        return Expected(
+            run=self.course.run,
+            round=number,
+            base=base,
+            peer=peer,
+            layout=self.layout.digest,
+            n=self.layout.size,
+            codec=self.course.codec,
+        )
+
+
+def state_of(theta_N: torch.Tensor, velocity_N: torch.Tensor | None, course: Course) -> bytes:
+    """The bytes of a state. velocity_N: None before the first step of a run with momentum: zeros."""
+    assert sys.byteorder == "little", "fp32 is written as the machine has it"
+    parts = [theta_N]
+    if course.momentum:
+        parts.append(torch.zeros_like(theta_N) if velocity_N is None else velocity_N)
+    return b"".join(part.contiguous().numpy().tobytes() for part in parts)
+
+
+def load_named(model: Any, named: Mapping[str, torch.Tensor]) -> None:
+    """Write weights into a model that serves, cast to its dtype, on its device. Raises BadModel, before any is."""
+    own = dict(model.named_parameters())
+    for name, value in named.items():
+        if name not in own or own[name].shape != value.shape:
+            raise BadModel(f"the model that serves has no {name} of shape {list(value.shape)}")
+    with torch.no_grad():
+        for name, value in named.items():
+            own[name].copy_(value)
