@@ -335,22 +335,21 @@ async def test_a_real_thread_works_too() -> None:
 
 async def test_the_thread_is_lent_while_there_is_no_request(autojump_clock: MockClock) -> None:
     async with host(step_s=1.0) as here:
-        order: list[str] = []
+        learnt_s: list[float] = []
 
         async def learn() -> None:
-            for number in range(4):
-                await here.hosting.borrow(lambda number=number: order.append(f"learnt {number}"))  # type: ignore[misc]
+            for _ in range(3):
+                await here.hosting.borrow(lambda: learnt_s.append(trio.current_time()))
                 await trio.sleep(1.0)
 
-        async def ask() -> None:
+        async with trio.open_nursery() as nursery:
+            began = trio.current_time()
+            nursery.start_soon(learn)
             await trio.sleep(0.5)
             await here.items(work("hello", 5))
-            order.append("answered")
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(learn)
-            nursery.start_soon(ask)
-        assert order == ["learnt 0", "answered", "learnt 1", "learnt 2", "learnt 3"]
+            answered_s = trio.current_time()
+        assert [at - began for at in learnt_s] == [0.0, answered_s - began, answered_s - began + 1.0]
+        assert answered_s - began == 5.5
 
 
 async def test_a_loan_brings_its_result_or_its_error_and_one_that_was_left_is_not_run(
