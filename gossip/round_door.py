@@ -81,6 +81,9 @@ class RunHere(Protocol):
     def admits(self, peer: PeerId) -> bool:
         """Whether this peer may be a member at all."""
 
+    def is_voter(self, peer: PeerId) -> bool:
+        """Whether its vote counts now."""
+
     def heard(self, statement: Statement) -> None:
         """Somebody said this."""
 
@@ -123,6 +126,10 @@ class RoundDoor:
         if not self._is_subscribed:
             self._is_subscribed = True
             await self._transport.subscribe(round_topic(self._network), self._heard)
+
+    def is_member(self, peer: PeerId) -> bool:
+        """Whether a peer votes in our run: it is not let go of."""
+        return self.run is not None and self.run.is_voter(peer)
 
     async def tell(self, statement: Statement) -> None:
         """Gossip it, best effort: it is said again."""

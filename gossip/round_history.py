@@ -72,8 +72,8 @@ class Owner(Protocol):
     async def apply(self, manifest: Manifest, payloads: Mapping[Digest, Path]) -> None:
         """Change the weights by a committed round, and write their file. payloads: of the shares that have a weight."""
 
-    async def adopt(self, number: int, state: Path) -> None:
-        """Take over the weights before a round, and write their file. Raises Unsound."""
+    async def adopt(self, manifest: Manifest, state: Path) -> None:
+        """Take over the weights before a committed round, and write their file. Raises Unsound."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +90,14 @@ class RunPlace:
     timing: Timing = field(default_factory=Timing)
     disk: Blocking = trio.to_thread.run_sync  # runs what waits for a disk; a cancellation waits for it
 
+    @property
+    def own(self) -> PeerId:
+        """This member."""
+        return self.transport.peer_id
+
     def blame(self, peer: PeerId, fault: Fault, what: str) -> None:
         """A peer did wrong; it is never this node."""
-        if peer != self.transport.peer_id:
+        if peer != self.own:
             self.door.blame(peer, fault, what)
 
     def admits(self, peer: PeerId) -> bool:
@@ -181,7 +186,7 @@ class RoundHistory:
         """A quorum names other weights than ours before this round: take those. Raises Unavailable, CannotStore."""
         assert manifest.root is not None
         self.counts["diverged"] += 1
-        await self._adopt(manifest.round, Digest(manifest.root))
+        await self._adopt(manifest, Digest(manifest.root))
 
     async def catch_up(self) -> None:
         """Once, as far as it goes now: look at `is_whole` afterwards, and at `trouble`."""
@@ -229,12 +234,12 @@ class RoundHistory:
         for first in range(self.store.count - 1, self.owner.round, -1):
             (manifest,) = await self._place.disk(self.manifests, first, 1)
             if manifest.root is not None:
-                return await self._adopt(manifest.round, Digest(manifest.root))
+                return await self._adopt(manifest, Digest(manifest.root))
         raise Unavailable("no round since has weights that a quorum named")
 
-    async def _adopt(self, number: int, root: Digest) -> None:
+    async def _adopt(self, manifest: Manifest, root: Digest) -> None:
         path = await self.payloads.get_state(root, self.members_here(), self.owner.state_bytes)
         with trio.CancelScope(shield=True):
-            await self.owner.adopt(number, path)
+            await self.owner.adopt(manifest, path)
             await self.payloads.forget(root)
         self.counts["states_fetched"] += 1

@@ -27,7 +27,7 @@ from gossip.round_state import OPEN, AveragingStatistics, Chain, Phase
 from gossip.rounds import Body, Committed, Contribution, Header, Statement, sign_statement
 from gossip.standing import Fault
 from p2p.errors import P2PError
-from p2p.transport import PeerChange
+from p2p.transport import PeerChange, Transport
 
 ASKED_AT_ONCE = 4  # peers, for what they know of a run
 REPLAYED_MAX = 2  # rounds behind that are made good without a new session
@@ -58,6 +58,11 @@ class RoundService:
 
     # ---- for the owner ----
 
+    @property
+    def transport(self) -> Transport:
+        """What this run goes over."""
+        return self._place.transport
+
     async def opened(self) -> Chain:
         """Wait until a round is open in which this member has not said yet what it has done."""
         while True:
@@ -75,6 +80,13 @@ class RoundService:
         """Whether the others have done their work in this round, and its end is near."""
         averaging = self._averaging
         return averaging is not None and self.is_open(chain) and averaging.is_closing
+
+    def has_others_work(self, chain: Chain) -> bool:
+        """Whether somebody else has done work in this round."""
+        return self.is_open(chain) and any(
+            isinstance(each.body, Header) and each.body.contribution is not None and each.sender != self._place.own
+            for each in self.known()
+        )
 
     async def contribute(self, chain: Chain, work: Work | None, *, leaves: bool = False) -> bool:
         """Own work on this history is done or, without one, this round is sat out. leaves: so are those that follow.
@@ -122,6 +134,10 @@ class RoundService:
         """Whether it may be a member."""
         return self._place.admits(peer)
 
+    def is_voter(self, peer: PeerId) -> bool:
+        """Whether its vote counts now."""
+        return self.history.chain.electors.is_voter(peer)
+
     async def records(self, first: int, count_max: int) -> list[bytes]:
         """Raises CannotStore."""
         found: list[bytes] = await self._place.disk(self.history.store.records, first, count_max)
@@ -154,6 +170,7 @@ class RoundService:
                 await self._take_part()
         finally:
             self._averaging = None
+            self._place.door.run = None
             self.history.payloads.close()
 
     async def _catch_up(self) -> None:
@@ -173,7 +190,7 @@ class RoundService:
         """One session: from weights that stand where the records end, until they fall behind."""
         place, now = self._place, trio.current_time()
         kept = await place.disk(self.history.store.kept, place.door.now_ms())
-        averaging = Averaging(self.history.chain, place.transport.peer_id, self._sign, self._policy, place.timing)
+        averaging = Averaging(self.history.chain, place.own, self._sign, self._policy, place.timing)
         self._averaging, self._woken = averaging, trio.Event()
         self._effects.clear()
         self._waiting.clear()
@@ -267,7 +284,7 @@ class RoundService:
         self._tell_opened()
         following = self._waiting.pop(averaging.chain.round, None)
         if following is not None:
-            self._receive_record(averaging, following, self._place.transport.peer_id)
+            self._receive_record(averaging, following, self._place.own)
 
     def _end_session(self, why: str) -> None:
         self.history.trouble = why

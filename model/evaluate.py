@@ -68,10 +68,17 @@ def held_out_loss(model: Any, ids_BT: torch.Tensor) -> Generator[None, None, Hel
 
 
 def scoring(
-    trainer: Trainer, deltas: Iterable[Delta], ids_BT: torch.Tensor, *, share: float = SHARE
+    trainer: Trainer,
+    deltas: Iterable[Delta],
+    ids_BT: torch.Tensor,
+    *,
+    share: float = SHARE,
+    before_nats: float | None = None,
 ) -> Generator[Score | None, None, None]:
     """Judges deltas one after the other, applied to the start of the trainer's round. Yields None after each row, and
     the Score after each delta, in their order. From the first yield to the end the trainer must not be stepped.
+
+    before_nats: the loss of the start on these rows, if it is known.
 
     Raises BadText (fewer than SCORE_ROWS_MIN rows), Diverged (the start itself has no finite loss).
     """
@@ -83,8 +90,10 @@ def scoring(
     own_N = trainer.layout.flatten(trainer.named)
     trainer.model.eval()
     try:
-        trainer.layout.load_into(trainer.named, trainer.start_vector_N)
-        before = (yield from held_out_loss(trainer.model, ids_BT)).nats_per_token
+        before = before_nats
+        if before is None:
+            trainer.layout.load_into(trainer.named, trainer.start_vector_N)
+            before = (yield from held_out_loss(trainer.model, ids_BT)).nats_per_token
         if before >= LOSS_NATS_MAX:
             raise Diverged("the weights that this round began with have no finite held-out loss; join the run anew")
         for delta in deltas:

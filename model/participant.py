@@ -18,15 +18,20 @@ from typing import Any
 import torch
 
 from crypto.digest import Digest
+from model.batches import Batches
 from model.codecs import decode
+from model.config import TrainConfig
+from model.data import TrainingText
 from model.delta import Codec, Delta
 from model.errors import BadModel, BadState, BadUpdate, CannotMerge
-from model.evaluate import SCORE_ROWS_MIN, scoring
+from model.evaluate import SCORE_ROWS_MIN, held_out_loss, scoring
 from model.evidence import norm, overlaps
 from model.feedback import DECAY, Feedback
+from model.load import Loaded
 from model.merge import Contribution, OuterStep, merge
 from model.rules import Rule
 from model.train import MicroStep, Trainer
+from model.train_memory import training_copy
 from model.update import Expected, read_update, write_update
 
 FP32_BYTES = 4
@@ -120,16 +125,32 @@ class Participant:
             return 0.0
         return overlaps([one.delta, other.delta])[0, 1]
 
-    def score(self, payload: Payload, ids_BT: torch.Tensor) -> Generator[None, None, tuple[float, float] | None]:
-        """Yields after each row; (fall of the held-out loss with a share of it, the loss before), nats a token.
+    def judge(self, ids_BT: torch.Tensor) -> Generator[None, None, float]:
+        """Yields after each row; the held-out loss, nats a token, of the weights that this round began with.
 
-        None: there is too little held-out text. The trainer must not be stepped before the end. Raises Diverged.
+        The trainer must not be stepped before the end.
+        """
+        trainer = self.trainer
+        own_N = self.layout.flatten(trainer.named)
+        try:
+            self.layout.load_into(trainer.named, trainer.start_vector_N)
+            return (yield from held_out_loss(trainer.model, ids_BT)).nats_per_token
+        finally:
+            self.layout.load_into(trainer.named, own_N)
+
+    def score(
+        self, payload: Payload, ids_BT: torch.Tensor, before_nats: float | None
+    ) -> Generator[None, None, float | None]:
+        """Yields after each row; by how much the held-out loss falls with a share of it, nats a token.
+
+        before_nats: as `judge` found it on these rows. None: there is too little held-out text. The trainer must not
+        be stepped before the end. Raises Diverged.
         """
         if len(ids_BT) < SCORE_ROWS_MIN:
             return None
-        for score in scoring(self.trainer, (payload.delta,), ids_BT):
+        for score in scoring(self.trainer, (payload.delta,), ids_BT, before_nats=before_nats):
             if score is not None:
-                return score.fall_nats, score.before_nats
+                return score.fall_nats
             yield
         raise AssertionError("scoring ends with a score")
 
@@ -219,6 +240,23 @@ class Participant:
             n=self.layout.size,
             codec=self.course.codec,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """How a run trains: rows of `context` tokens, `rows` of them in a micro-batch."""
+
+    context: int
+    rows: int
+
+
+def make_trainer(loaded: Loaded, text: TrainingText, shape: Shape, config: TrainConfig) -> Trainer:
+    """A copy of a model, ready to be trained on this text. Takes a second and memory: call it in a worker thread.
+
+    Raises BadText, BadInput, BadModel, OutOfMemory.
+    """
+    batches = Batches(text, context=shape.context, rows=shape.rows)
+    return Trainer(training_copy(loaded, batches, config), batches, config)
 
 
 def state_of(theta_N: torch.Tensor, velocity_N: torch.Tensor | None, course: Course) -> bytes:

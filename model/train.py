@@ -121,6 +121,10 @@ class Trainer:
             cpu_s=self._clock() - began,
         )
 
+    def held_out(self, rows_max: int) -> torch.Tensor:
+        """ids_BT of held-out rows of this trainer's text, always the same."""
+        return self._batches.held_out(rows_max)
+
     def delta(self) -> torch.Tensor:
         """start - end as a new vector_N, fp32 on the CPU: what the steps since start took away from the weights."""
         return self.start_vector_N - self.layout.flatten(self.named)

@@ -21,6 +21,7 @@ from node.commands.doctor import doctor
 from node.commands.keys import keys
 from node.commands.peers import peers
 from node.commands.status import status
+from node.commands.train import train
 
 app = typer.Typer(
     name="node",
@@ -32,6 +33,7 @@ app = typer.Typer(
 for command in (ask, chat, demo, doctor, peers, status):
     app.command()(command)
 app.add_typer(keys, name="keys")
+app.add_typer(train, name="train")
 
 
 @app.command()
@@ -55,6 +57,10 @@ def run(
     threads: Annotated[int | None, typer.Option(help="CPU threads of the model; default: cores - 1.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Requests answered at the same time.")] = None,
     kv_cache_mb: Annotated[int | None, typer.Option(help="Memory for the context of running requests.")] = None,
+    train: Annotated[str | None, typer.Option(help="Run to join, by name or id; wants --data.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="Text to train on, file or folder; repeatable.")] = None,
+    train_hours: Annotated[str | None, typer.Option(help="Hours to train in, as 22-6.")] = None,
+    train_on_battery: Annotated[bool | None, typer.Option("--train-on-battery", help="Train there too.")] = None,
     ready_file: Annotated[Path | None, typer.Option(help="JSON written when ready, removed on exit.")] = None,
     open: Annotated[bool | None, typer.Option("--open", help="Answer anybody on a bind beyond loopback.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
@@ -63,7 +69,7 @@ def run(
     """Start a node and serve until SIGTERM. Each flag is also a key of --config and OPENAGI_... in the environment."""
     given: dict[str, Any] = {key: value for key, value in locals().items() if value not in (None, [])}
     file = given.pop("config", None)
-    for key in ("listen", "bootstrap"):
+    for key in ("listen", "bootstrap", "data"):
         if key in given:
             given[key] = tuple(given[key])
     with importing():

@@ -17,13 +17,14 @@ import platformdirs
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from node.errors import ConfigError
+from node.training_pause import hours_of
 
 KEY_FILE = "identity.key"  # in the data directory
 ENVIRONMENT_PREFIX = "OPENAGI_"
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
-_LISTS = frozenset({"listen", "bootstrap"})
+_LISTS = frozenset({"listen", "bootstrap", "data"})
 _NUMBERS = frozenset({"threads", "max_batch", "kv_cache_mb", "direct_port", "upload_mb_s"})
-_FLAGS = frozenset({"mdns", "relay", "log_json"})
+_FLAGS = frozenset({"mdns", "relay", "log_json", "train_on_battery"})
 _shown = reprlib.Repr()  # a setting's value in an error: cut, and no deeper than it can be printed
 _shown.maxstring = _shown.maxother = 200
 
@@ -73,12 +74,16 @@ class NodeConfig(BaseModel):
     threads: int = Field(default_factory=lambda: max(1, (os.cpu_count() or 2) - 1), ge=1, le=1024)
     max_batch: int = Field(default=4, ge=1, le=1024)
     kv_cache_mb: int = Field(default=256, ge=1, le=1 << 20)
+    train: str | None = Field(default=None, min_length=1, max_length=80)  # a run to join, by name or id
+    data: tuple[FilePath, ...] = ()  # text to train on, which never leaves
+    train_hours: str | None = None  # FROM-TO, local hours of the day
+    train_on_battery: bool = False
     ready_file: FilePath | None = None
     open: bool = False  # answer anybody on a bind that is not loopback
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = False
 
-    @field_validator("listen", "bootstrap", mode="before")
+    @field_validator("listen", "bootstrap", "data", mode="before")
     @classmethod
     def _as_tuple(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
@@ -91,6 +96,13 @@ class NodeConfig(BaseModel):
                 raise ValueError(
                     f"{address!r} is not a multiaddr with the peer's id, as /ip4/1.2.3.4/tcp/4001/p2p/12D3K…"
                 )
+        return value
+
+    @field_validator("train_hours")
+    @classmethod
+    def _hours_parse(cls, value: str | None) -> str | None:
+        if value is not None:
+            hours_of(value)
         return value
 
     @field_validator("http")
@@ -146,6 +158,7 @@ def load_config(
     except ValidationError as exc:
         raise ConfigError("; ".join(_sentence(problem, origin) for problem in exc.errors())) from exc
     _check_exposure(config)
+    _check_training(config)
     return config
 
 
@@ -207,3 +220,12 @@ def _check_exposure(config: NodeConfig) -> None:
             f"http = {config.http!r} would let anybody who reaches this machine use the node: "
             "add --open if that is meant, or bind 127.0.0.1"
         )
+
+
+def _check_training(config: NodeConfig) -> None:
+    if config.train is not None and not config.data:
+        raise ConfigError(f"--train {config.train} wants text of yours to train on: add --data FILE or --data FOLDER")
+    if config.data and config.train is None:
+        raise ConfigError("--data is text to train on: say in which run by --train RUN, or leave it out")
+    if config.train is not None and config.model == "none":
+        raise ConfigError(f"--train {config.train} wants a model, and --model none hosts none")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
+from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
 
 
@@ -72,8 +73,31 @@ class FrontStatistics:
     latency_s_sum: float = 0.0  # of finished requests
 
 
+class Trains(Protocol):
+    """Training at this node, as seen from its front door. Bodies are JSON objects as node/training_wish.py has them."""
+
+    def status(self) -> dict[str, Any]:
+        """JSON for GET /api/v1/training."""
+
+    async def begin(self, asked: Begin) -> dict[str, Any]:
+        """Begin a run. Raises BadRequest, NotReady."""
+
+    async def join(self, asked: Join) -> dict[str, Any]:
+        """Join a run that a peer is in. Raises BadRequest, NotReady."""
+
+    async def pause(self, *, is_paused: bool) -> dict[str, Any]:
+        """Train no more for now, or again. Raises BadRequest."""
+
+    async def leave(self) -> dict[str, Any]:
+        """Leave the run. Raises BadRequest."""
+
+
 class Front(Protocol):
     """The node, as seen from its front door."""
+
+    @property
+    def training(self) -> Trains:
+        """Training at this node."""
 
     def answer(self, work: GenerateWork, route: RouteHint) -> AbstractAsyncContextManager[AsyncIterator[AnswerItem]]:
         """Answer a request: Started once (a takeover does not repeat it), then Progress and Piece, then Finished.

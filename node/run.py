@@ -14,6 +14,7 @@ import os
 import random
 import secrets
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -27,6 +28,8 @@ from crypto.identity import Identity, PeerId
 from gossip.blob_serving import ServingConfig
 from gossip.blobs import Blobs, BlobsConfig
 from gossip.messages import advert_topic
+from gossip.round_door import RoundDoor
+from gossip.rounds import round_topic
 from gossip.service import GossipConfig, GossipService
 from gossip.standing import Fault
 from node.collector import importing
@@ -37,6 +40,7 @@ from node.inference import INFER_PROTOCOL, Inference
 from node.remote import Network
 from node.serving import Serving
 from node.state import AGENT, NodeState, Parts
+from node.training_pause import PausePolicy, hours_of
 from node.work import WORK_LIMITS
 from p2p.book import Book
 from p2p.bootstrap import BootstrapPeer, bootstrap_peer, read_bootstrap_file
@@ -70,7 +74,7 @@ async def run_node(config: NodeConfig, log_left_out: Mapping[str, int]) -> None:
 
     identity = Identity.load_or_make(config.data_dir / KEY_FILE)
     bootstrap = _bootstrap(config)
-    topics = frozenset({advert_topic(config.network)})
+    topics = frozenset({advert_topic(config.network), round_topic(config.network)})
     relay = RelayLimits() if config.relay else None
     host_config = HostConfig(listen=config.listen, psk=_psk(config), topics=topics, relay=relay)
     async with open_host(identity, host_config) as transport:
@@ -98,7 +102,7 @@ class Node:
         """
         self._config = config
         self._load = load or _load
-        self._transport = transport
+        self._transport, self._identity = transport, identity
         self._rng = random.Random(secrets.randbits(64))
         instance = secrets.token_hex(16)
         peering_config = PeeringConfig(
@@ -127,12 +131,13 @@ class Node:
         upload = ServingConfig(upload_bytes_per_s=config.upload_mb_s * 1_000_000)
         blobs_config = BlobsConfig(folder=config.data_dir / "blobs", serving=upload)
         self.blobs = Blobs(transport, self._direct, blobs_config, on_fault=self._bad_donor)  # training's, for bulk
+        self._door = RoundDoor(transport, config.network, self._gossip.blame, lambda: time.time_ns() // 1_000_000)
         serving = Serving()
         infer = Calls(transport, INFER_PROTOCOL, serving.handlers(), self._breach, WORK_LIMITS)
         network = Network(transport=transport, peering=self._peering, calls=infer, gossip=self._gossip)
         self._inference = serving.inference = Inference(network)
         self._infer = infer
-        peering.keep_while(lambda peer: infer.is_busy(peer) or self.blobs.is_busy(peer))
+        peering.keep_while(lambda peer: infer.is_busy(peer) or self.blobs.is_busy(peer) or self._door.is_member(peer))
         parts = Parts(
             config=config,
             network=network,
@@ -159,6 +164,7 @@ class Node:
             nursery.start_soon(_signals, stop, nursery.cancel_scope)
             await nursery.start(self._control.run)
             await nursery.start(self._infer.run)
+            await nursery.start(self._door.calls.run)
             await nursery.start(self._direct.run)
             await nursery.start(self._gossip.run)
             await nursery.start(self._peering.run, self._control)
@@ -186,12 +192,37 @@ class Node:
             if self._inference.draining:  # told to stop meanwhile
                 return
             self._inference.hosting = hosting
+            self._train(nursery)
         self.state.phase = "running"
         self._offer()
         ready = self._ready()
         with _announced(self._config.ready_file, ready):
             _print_banner(ready, self._config, len(self._peering.peers()))
             await trio.sleep_forever()
+
+    def _train(self, nursery: trio.Nursery) -> None:
+        """Training, in the nursery: in the run that was wanted, or in none until the operator says so."""
+        with importing():
+            from node.training import Training, TrainingParts, first_wish
+
+        config = self._config
+        parts = TrainingParts(
+            identity=self._identity,
+            network=config.network,
+            transport=self._transport,
+            peering=self._peering,
+            inference=self._inference,
+            blobs=self.blobs,
+            door=self._door,
+            folder=config.data_dir / "training",
+            policy=PausePolicy(
+                hours=None if config.train_hours is None else hours_of(config.train_hours),
+                on_battery=config.train_on_battery,
+            ),
+        )
+        training = Training(parts, None if config.train is None else first_wish(config.train, config.data))
+        self.state.trains = training
+        nursery.start_soon(training.run)
 
     def _offer(self) -> None:
         self._gossip.offer(self.state.capacity())

@@ -21,11 +21,12 @@ from gossip.blobs import Blobs
 from gossip.directory import SKEW_MS
 from gossip.messages import Capacity, ModelKind, ModelOffer
 from node.config import NodeConfig
-from node.errors import NO_ROOM_RETRY_S
-from node.front import FrontStatistics, ModelRow, Readiness, RouteHint
+from node.errors import NO_ROOM_RETRY_S, NotReady
+from node.front import FrontStatistics, ModelRow, Readiness, RouteHint, Trains
 from node.hosting import Hosting
 from node.inference import Inference
 from node.remote import Network
+from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
 from p2p.address import is_relayed
 from p2p.calls import Calls
@@ -49,6 +50,33 @@ class Parts:
     reaching: Reaching | None = None  # None: a network where everybody reaches everybody
 
 
+class NoTraining:
+    """Implements node.front.Trains where there is no model to train."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def status(self) -> dict[str, Any]:
+        """See node.front.Trains."""
+        return {"state": "idle", "why": self._why, "problem": "", "paused": False, "wanted": None, "run": None}
+
+    async def begin(self, asked: Begin) -> dict[str, Any]:
+        """See node.front.Trains."""
+        raise NotReady(self._why, retry_after_s=NO_ROOM_RETRY_S)
+
+    async def join(self, asked: Join) -> dict[str, Any]:
+        """See node.front.Trains."""
+        raise NotReady(self._why, retry_after_s=NO_ROOM_RETRY_S)
+
+    async def pause(self, *, is_paused: bool) -> dict[str, Any]:
+        """See node.front.Trains."""
+        raise NotReady(self._why, retry_after_s=NO_ROOM_RETRY_S)
+
+    async def leave(self) -> dict[str, Any]:
+        """See node.front.Trains."""
+        raise NotReady(self._why, retry_after_s=NO_ROOM_RETRY_S)
+
+
 class NodeState:
     """Implements node.front.Front over the parts of a running node."""
 
@@ -60,6 +88,7 @@ class NodeState:
         self.http: str | None = None
         self.control: Calls | None = None  # hello, ping, peers
         self.log_left_out: Mapping[str, int] = {}
+        self.trains: Trains | None = None  # once the model is there
 
     def answer(self, work: GenerateWork, route: RouteHint) -> AbstractAsyncContextManager[AsyncIterator[AnswerItem]]:
         """See node.front.Front."""
@@ -68,6 +97,15 @@ class NodeState:
     async def embed(self, work: EmbedWork, route: RouteHint) -> Embedded:
         """See node.front.Front."""
         return await self._parts.inference.embed(work, route)
+
+    @property
+    def training(self) -> Trains:
+        """See node.front.Front."""
+        if self.trains is not None:
+            return self.trains
+        is_none = self._parts.config.model == "none"
+        why = "this node hosts no model to train: start it with --model" if is_none else "the model is loading"
+        return NoTraining(why)
 
     def statistics(self) -> FrontStatistics:
         """See node.front.Front."""
@@ -150,6 +188,7 @@ class NodeState:
             "disk": _disk(self._files()),
             "inference": {**asdict(statistics), "counts": dict(inference.counts)},
             "model": self._model(inference.hosting),
+            "training": _short(self.training.status()),
         }
 
     def peers(self) -> list[dict[str, Any]]:
@@ -231,6 +270,13 @@ class NodeState:
             "engine": asdict(hosting.statistics()),
             "running": hosting.requests_running,
         }
+
+
+def _short(training: dict[str, Any]) -> dict[str, Any]:
+    """What the status says of a run: its own route has its rounds and members."""
+    return {name: told for name, told in training.items() if name not in ("rounds", "members", "run", "wanted")} | {
+        "run": None if training["run"] is None else training["run"]["name"]
+    }
 
 
 def clock_problem(offset_ms: int | None, peers: int) -> str:

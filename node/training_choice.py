@@ -7,6 +7,8 @@ Source: TRAINING.md 4.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from crypto.digest import Digest
 from crypto.identity import PeerId
 from gossip.gathering import Candidate
@@ -19,15 +21,15 @@ class Choice:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._norms: dict[Digest, float] = {}
+        self._norms: dict[Digest, float] = {}  # by blob
         self._overlaps: dict[frozenset[Digest], float] = {}
         self.verdicts: tuple[Verdict, ...] = ()  # of the last manifest that was computed
 
-    def note(self, header: Digest, norm: float, overlaps: dict[Digest, float]) -> None:
+    def note(self, blob: Digest, norm: float, overlaps: Mapping[Digest, float]) -> None:
         """A payload was looked at. overlaps: with those noted before."""
-        self._norms[header] = norm
+        self._norms[blob] = norm
         for other, share in overlaps.items():
-            self._overlaps[frozenset((header, other))] = share
+            self._overlaps[frozenset((blob, other))] = share
 
     def forget(self) -> None:
         """A new round begins."""
@@ -36,7 +38,7 @@ class Choice:
 
     def choose(self, candidates: tuple[Candidate, ...]) -> tuple[tuple[int, int], ...]:
         """(weight, clip) of each, in parts of ONE; weight 0 leaves it out."""
-        peers = {each.header: each.peer for each in candidates}
+        peers = {each.blob: each.peer for each in candidates}
         overlaps: dict[tuple[str, str], float] = {
             (peers[one], peers[other]): share
             for (one, other), share in ((tuple(pair), share) for pair, share in self._overlaps.items())
@@ -54,7 +56,7 @@ class Choice:
             peer=candidate.peer,
             elements=self._run.elements,
             sparse=self._run.sparse,
-            norm=self._norms[candidate.header],
+            norm=self._norms[candidate.blob],
             tokens=candidate.tokens,
             arrived=candidate.place,
             scores_parts=candidate.scores,

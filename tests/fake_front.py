@@ -11,6 +11,7 @@ import trio
 
 from node.errors import RequestError, UnknownModel
 from node.front import FrontStatistics, ModelRow, Readiness, RouteHint
+from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Piece, Started, TokenLogprob
 
 PEER = "12D3KooWFakeFakeFakeFakeFakeFakeFakeFakeFakeFakeFake"
@@ -49,6 +50,36 @@ def told(words: Sequence[str]) -> list[Step]:
     return [started(), *pieces, finished(len(words), "stop")]
 
 
+class FakeTraining:
+    """Notes what the operator said."""
+
+    def __init__(self) -> None:
+        self.said: list[object] = []
+        self.fails: RequestError | None = None
+
+    def status(self) -> dict[str, Any]:
+        return {"state": "idle", "run": None}
+
+    async def begin(self, asked: Begin) -> dict[str, Any]:
+        return await self._note(asked)
+
+    async def join(self, asked: Join) -> dict[str, Any]:
+        return await self._note(asked)
+
+    async def pause(self, *, is_paused: bool) -> dict[str, Any]:
+        return await self._note("pause" if is_paused else "resume")
+
+    async def leave(self) -> dict[str, Any]:
+        return await self._note("leave")
+
+    async def _note(self, said: object) -> dict[str, Any]:
+        await trio.lowlevel.checkpoint()
+        if self.fails is not None:
+            raise self.fails
+        self.said.append(said)
+        return self.status()
+
+
 class FakeFront:
     """Records what was asked; `running` counts answers under way, `cancelled` those that were left early."""
 
@@ -70,6 +101,7 @@ class FakeFront:
         self.items = 0
         self.changed = trio.Event()
         self.embed_wait_s = 0.0
+        self.trains = FakeTraining()
 
     def _change(self) -> None:
         self.changed.set()
@@ -157,6 +189,10 @@ class FakeFront:
 
     def peers(self) -> list[dict[str, Any]]:
         return [{"peer_id": PEER, "rtt_ms": 1.25, "models": [{"name": "fairy", "revision": "sha256-0123456789ab"}]}]
+
+    @property
+    def training(self) -> FakeTraining:
+        return self.trains
 
     def statistics(self) -> FrontStatistics:
         return FrontStatistics()

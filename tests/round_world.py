@@ -96,8 +96,9 @@ class HashOwner:
         self._write(self.round + 1, random.Random(name).randbytes(SIZE))
         self.round += 1
 
-    async def adopt(self, number: int, state: Path) -> None:
+    async def adopt(self, manifest: Manifest, state: Path) -> None:
         await trio.sleep(0.1)
+        number = manifest.round
         self.adopted.append(number)
         self._write(number, await inline(state.read_bytes))
         self.round = number

@@ -30,6 +30,7 @@ from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, DoorConfig
 from node.web.embeddings import Embeddings
 from node.web.errors import MethodNotAllowed, NotFound, error_answer
 from node.web.generation import Generations
+from node.web.training import Training
 
 log = logging.getLogger("node.web")
 
@@ -41,6 +42,7 @@ def build_app(front: Front, rng: Random, config: DoorConfig | None = None) -> Do
     embeddings = Embeddings(front)
     generations = Generations(front, rng, embeddings)
     facts = Facts(front)
+    training = Training(front)
 
     def get(path: str, endpoint: Endpoint) -> Route:
         return Route(path, endpoint, methods=["GET"])
@@ -60,6 +62,12 @@ def build_app(front: Front, rng: Random, config: DoorConfig | None = None) -> Do
         get("/metrics", facts.metrics),
         get("/api/v1/status", facts.status),
         get("/api/v1/peers", facts.peers),
+        get("/api/v1/training", training.status),
+        post("/api/v1/training/start", training.start),
+        post("/api/v1/training/join", training.join),
+        post("/api/v1/training/pause", training.pause),
+        post("/api/v1/training/resume", training.resume),
+        post("/api/v1/training/leave", training.leave),
     ]
     handlers: Any = {
         RequestError: _on_request_error,

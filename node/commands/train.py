@@ -1,0 +1,162 @@
+"""`python -m node train`: begin or join a run with a running node, look at it, pause it, leave it.
+
+Rules: the node does it; here is only said what the operator wants, and shown what the node tells.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from node.commands.client import NODE_URL, NodeClient, NodeUrl, plainly
+from node.commands.tables import print_table
+
+train = typer.Typer(help="Train a model together with others, on text that stays here.", no_args_is_help=True)
+Data = Annotated[list[Path], typer.Option("--data", help="Text to train on, file or folder; may be repeated.")]
+WATCH_S = 2.0
+
+
+@train.command()
+def start(
+    name: Annotated[str, typer.Argument(help="What others join it by: a-z 0-9 . _ -")],
+    data: Data,
+    node: NodeUrl = NODE_URL,
+    founder: Annotated[list[str] | None, typer.Option(help="Peer id of another founder; may be repeated.")] = None,
+    member: Annotated[list[str] | None, typer.Option(help="Peer id that may join; none: anybody.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps in a round.")] = 20,
+    rows: Annotated[int, typer.Option(help="Rows of text at once: how long a request may wait.")] = 2,
+    context: Annotated[int, typer.Option(help="Tokens of a row.")] = 128,
+    accumulation: Annotated[int, typer.Option(help="Times `rows` that make a step.")] = 4,
+    rate: Annotated[float, typer.Option(help="Rate of the optimiser.")] = 3e-4,
+    codec: Annotated[str | None, typer.Option(help="int4, int8, bf16, fp32, ef64.2b or ef256.2b.")] = None,
+    rule: Annotated[str, typer.Option(help="How updates are merged: adaptive, weighted, multi_krum, ...")] = "adaptive",
+    probation: Annotated[int, typer.Option(help="Rounds before a newcomer counts.")] = 3,
+) -> None:
+    """Begin a run from the model that the node hosts."""
+    asked = {
+        "name": name,
+        "data": _paths(data),
+        "founders": founder or [],
+        "members": member or [],
+        "steps": steps,
+        "rows": rows,
+        "context": context,
+        "accumulation": accumulation,
+        "rate": rate,
+        "codec": codec,
+        "rule": rule,
+        "probation": probation,
+    }
+    told = _said(node, "start", asked)
+    print(f"run {told['run']} has begun; others join by: python -m node train join {told['run']} --data THEIR_TEXT")
+    print(f"its id is {told['id']}")
+
+
+@train.command()
+def join(
+    run: Annotated[str, typer.Argument(help="The run's name, or the first 8 or more digits of its id.")],
+    data: Data,
+    node: NodeUrl = NODE_URL,
+) -> None:
+    """Join a run that a connected peer is in."""
+    _said(node, "join", {"run": run, "data": _paths(data)})
+    print(f"joining {run}; `python -m node train status` says how far it is")
+
+
+@train.command()
+def status(
+    node: NodeUrl = NODE_URL,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the node's own JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until Ctrl-C.")] = False,
+) -> None:
+    """Show the run: rounds, losses, members, what was refused and why."""
+    with plainly(), NodeClient(node) as client:
+        while True:
+            told = client.get("/api/v1/training")
+            if as_json:
+                print(json.dumps(told, ensure_ascii=False, indent=2))
+            else:
+                _show(told)
+            if not watch:
+                return
+            time.sleep(WATCH_S)
+
+
+@train.command()
+def pause(node: NodeUrl = NODE_URL) -> None:
+    """Train no more until `resume`; the node stays a member, and sits rounds out."""
+    _said(node, "pause", {})
+    print("paused; `python -m node train resume` goes on")
+
+
+@train.command()
+def resume(node: NodeUrl = NODE_URL) -> None:
+    """Train again."""
+    _said(node, "resume", {})
+    print("training goes on")
+
+
+@train.command()
+def leave(node: NodeUrl = NODE_URL) -> None:
+    """Leave the run, and tell the others. What was learnt is served until the node ends."""
+    _said(node, "leave", {})
+    print("leaving; the others go on without this node")
+
+
+def _said(node: str, what: str, body: dict[str, Any]) -> dict[str, Any]:
+    with plainly(), NodeClient(node) as client:
+        told, _ = client.post(f"/api/v1/training/{what}", body, {})
+        answer: dict[str, Any] = told
+        return answer
+    raise AssertionError("plainly ends the process")
+
+
+def _paths(data: list[Path]) -> list[str]:
+    return [str(path.expanduser().absolute()) for path in data]
+
+
+def _show(told: dict[str, Any]) -> None:
+    run = told["run"]
+    facts = [("state", f"{told['state']}{': ' if told['why'] else ''}{told['why']}")]
+    if told["problem"]:
+        facts.append(("problem", told["problem"]))
+    if run is None:
+        return print_table("training", ("what", "value"), facts)
+    facts += [
+        ("run", f"{run['name']} ({run['id'][:16]})"),
+        ("from", f"{run['model']} {run['started_from']}, {run['parameters']:,} parameters"),
+        ("round", f"{told['round']}, step {told['step']} of {run['steps']}"),
+        ("serving", told["revision"]),
+        ("loss", f"{_number(told['loss'])} in training, {_number(told['held_out_loss'])} held out (nats a token)"),
+        ("update", f"{run['codec']}, merged by {run['rule']}, at most {run['update_bytes_max'] / 1e6:.2f} MB a round"),
+        ("trained here", f"{told['work']['steps']:,} steps, {told['work']['tokens']:,} tokens"),
+    ]
+    print_table("training", ("what", "value"), facts)
+    print_table("members", ("peer", "votes", "there", "missed", "connected"), [
+        (each["peer_id"], _yes(each["votes"]), str(each["rounds_there"]), str(each["rounds_missed"]),
+         _yes(each["connected"]))
+        for each in told["members"]
+    ])  # fmt: skip
+    print_table("rounds", ("round", "contributed", "missing", "not counted", "by", "held out", "s"), [
+        (str(each["round"]), str(len(each["contributed"])), _peers(each["missing"]),
+         _peers(list(each["not_counted"])), each["rule"], _number(each["held_out_loss"]), f"{each['seconds']:.1f}")
+        for each in told["rounds"][-10:]
+    ])  # fmt: skip
+    if told["refused"]:
+        print_table("refused", ("peer", "why"), list(told["refused"].items()))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _peers(peers: list[str]) -> str:
+    return ", ".join(peer[-6:] for peer in peers) or "-"

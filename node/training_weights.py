@@ -1,0 +1,322 @@
+"""A run's weights at this node: what came is looked at, committed rounds change them, the engine goes on under them.
+
+Rules: implements gossip.round_history.Owner. Torch works in the engine's thread only while no request runs (each row of
+a score is a loan of its own), and in a thread of its own for what touches the flat vector alone; one lock keeps
+training, looking and changing apart. A state is a file that is whole or absent; the newest that fits is where a restart
+begins. The engine is switched by a task of its own, since it waits for requests and a round does not.
+Source: TRAINING.md 3 (8), 4, 6.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import trio
+
+from crypto.digest import Digest
+from crypto.disk import write_whole
+from crypto.identity import PeerId
+from gossip.errors import CannotStore
+from gossip.round_history import Unsound
+from gossip.rounds import Contribution, Header, Manifest, Statement
+from model.errors import BadState, BadUpdate, Diverged
+from model.gate import Run
+from model.participant import Line, Participant, Payload, Settled
+from model.scores import Scores
+from node.hosting import Hosting
+from node.training_choice import Choice
+from node.training_plan import Plan
+
+STATE = "state-"  # and the number of the round that begins with it
+STATES_KEPT = 3  # this one, and the two that are offered
+SCORED_ROWS = 16
+SCORE_S_MAX = 30.0  # for the engine's thread to be free; then this node has no score to give
+ROUNDS_TOLD = 200
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundTold:
+    """A committed round, for people. held_out_loss: of the weights that it made, on this node's own text."""
+
+    round: int
+    revision: str
+    contributed: tuple[str, ...]
+    sat_out: tuple[str, ...]
+    missing: tuple[str, ...]
+    not_counted: dict[str, str]  # peer -> why its part has no weight
+    rule: str
+    why: str
+    moved: float
+    seconds: float
+    held_out_loss: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class WeightsTold:
+    """What was found and done since start, for people."""
+
+    rounds: deque[RoundTold] = field(default_factory=lambda: deque(maxlen=ROUNDS_TOLD))
+    refused: dict[str, str] = field(default_factory=dict)  # peer -> why its payload was refused when it last was
+    held_out_loss: float | None = None  # of the weights before the round to come
+    revision: str = ""
+
+
+class Weights:
+    """One run's. `lock` is held by whoever touches the participant."""
+
+    def __init__(self, participant: Participant, plan: Plan, hosting: Hosting, own: PeerId, folder: Path) -> None:
+        self.participant, self.plan = participant, plan
+        run = Run(elements=participant.layout.size, sparse=participant.course.codec.name.startswith("ef"))
+        self.choice = Choice(run)
+        self.lock = trio.Lock()
+        self.told = WeightsTold()
+        self.round = 0
+        self.voters: tuple[str, ...] = ()  # as the round began, to say who was missing; the session keeps it
+        self._hosting, self._own, self._folder = hosting, own, folder
+        self._payloads: dict[Digest, Payload] = {}  # by blob, of the round that is open
+        self._scores = Scores()
+        self._began_s = trio.current_time()
+        self._newest: tuple[str, Mapping[str, object]] = ("", {})  # what the engine should go on under
+        self._changed = trio.Event()
+
+    # ---- see gossip.round_history.Owner ----
+
+    @property
+    def state_path(self) -> Path:
+        """The weights before this round."""
+        return self._folder / f"{STATE}{self.round}"
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a state."""
+        return self.participant.state_bytes
+
+    @property
+    def payload_bytes_max(self) -> int:
+        """Of an update."""
+        return self.participant.payload_bytes_max
+
+    def check(self, header: Statement) -> None:
+        """Raises Unsound for numbers that no member of this run can have."""
+        contribution, plan = _contribution(header), self.plan
+        size_max, tokens_max = self.payload_bytes_max, self.tokens_of(plan.steps)
+        if contribution.payload_bytes > size_max:
+            self._refuse(header, f"a payload of {contribution.payload_bytes:,} bytes, an update has {size_max:,}")
+        if contribution.steps > plan.steps or contribution.tokens > tokens_max:
+            self._refuse(
+                header,
+                f"it claims {contribution.steps:,} steps and {contribution.tokens:,} tokens, a round has at most "
+                f"{plan.steps:,} and {tokens_max:,}",
+            )
+
+    async def examine(self, header: Statement, payload: Path) -> int | None:
+        """Its score by this node's own held-out text. Raises Unsound, CannotStore."""
+        contribution, body = _contribution(header), header.body
+        try:
+            raw = await _in_thread(payload.read_bytes)
+        except OSError as exc:
+            raise CannotStore(f"{payload} cannot be read: {exc.strerror}") from exc
+        base = Digest(body.base)
+        try:
+            found = await _in_thread(self.participant.read, raw, body.round, base, str(header.sender))
+        except BadUpdate as exc:
+            self._refuse(header, str(exc))
+        if (found.steps, found.tokens) != (contribution.steps, contribution.tokens):
+            self._refuse(
+                header,
+                f"the header says {contribution.steps:,} steps and {contribution.tokens:,} tokens, the update "
+                f"{found.steps:,} and {found.tokens:,}",
+            )
+        await self._note(body.round, Digest(contribution.blob), found)
+        return None if header.sender == self._own else await self._score(str(header.sender), found, body.round)
+
+    async def apply(self, manifest: Manifest, payloads: Mapping[Digest, Path]) -> None:
+        """Change the weights by a committed round; they are on the disk when this returns. Raises CannotStore."""
+        async with self.lock:
+            lines = []
+            for share in manifest.shares:
+                if share.blob is not None and share.weight:
+                    payload = await self._payload_of(manifest, share.peer, Digest(share.blob), payloads)
+                    lines.append(Line(payload=payload, weight_parts=share.weight, clip_parts=share.clip))
+            took_ours = any(share.peer == self._own and share.blob is not None for share in manifest.shares)
+            settled = await _in_thread(partial(self.participant.settle, lines, took_ours=took_ours))
+            await self._begin(manifest.round + 1, manifest.next_base)
+        self._tell(manifest, settled)
+
+    async def adopt(self, manifest: Manifest, state: Path) -> None:
+        """Take over the weights before a committed round. Raises Unsound, CannotStore."""
+        async with self.lock:
+            try:
+                await _in_thread(lambda: self.participant.adopt(state.read_bytes()))
+            except (BadState, OSError) as exc:
+                raise Unsound(str(exc)) from exc
+            await self._begin(manifest.round, manifest.base)
+
+    # ---- for the session ----
+
+    def tokens_of(self, steps: int) -> int:
+        """How many tokens so many steps are."""
+        return steps * self.plan.accumulation * self.plan.rows * self.plan.context
+
+    async def restore(self, records: int, base_of: Callable[[int], bytes]) -> None:
+        """Begin where the newest state of at most so many rounds ends; there may be none. Raises CannotStore."""
+        for number in sorted(self._states(), reverse=True):
+            if 0 < number <= records:
+                try:
+                    await _in_thread(
+                        lambda n=number: self.participant.adopt((self._folder / f"{STATE}{n}").read_bytes())
+                    )
+                except (BadState, OSError) as exc:
+                    _log.warning("the weights of round %d cannot be used: %s", number, exc)
+                    continue
+                return await self._begin(number, base_of(number), is_written=True)
+        await self._begin(0, base_of(0))
+
+    async def add_own(self, blob: Digest, raw: bytes, number: int, base: Digest) -> None:
+        """Own update, about to be announced."""
+        payload = await _in_thread(self.participant.read, raw, number, base, str(self._own))
+        await self._note(number, blob, payload)
+
+    async def judge(self) -> None:
+        """The held-out loss of the weights before this round, once."""
+        if self.told.held_out_loss is None:
+            rows = self.participant.trainer.held_out(SCORED_ROWS)
+            self.told.held_out_loss = loss = await self._lent(self.participant.judge(rows))
+            if loss is not None and self.told.rounds and self.told.rounds[-1].round == self.round - 1:
+                self.told.rounds[-1] = replace(self.told.rounds[-1], held_out_loss=loss)
+
+    async def serve_newest(self) -> None:
+        """Have the engine go on under the newest weights, as soon as requests let it, for ever. Raises ModelError."""
+        while True:
+            changed, (revision, weights) = self._changed, self._newest
+            if revision and revision != self._hosting.runtime.facts.revision:
+                await self._hosting.switch(weights, revision)
+                _log.info("serving %s at revision %s", self._hosting.runtime.facts.name, revision)
+            else:
+                await changed.wait()
+
+    # ---- parts ----
+
+    async def _note(self, number: int, blob: Digest, payload: Payload) -> None:
+        if number != self.round:
+            return
+        others = {each: other for each, other in self._payloads.items() if each != blob}
+        overlaps = {each: await _in_thread(self.participant.overlap, payload, other) for each, other in others.items()}
+        if number == self.round:
+            self._payloads[blob] = payload
+            self.choice.note(blob, payload.norm, overlaps)
+
+    async def _score(self, peer: str, payload: Payload, number: int) -> int | None:
+        rows = self.participant.trainer.held_out(SCORED_ROWS)
+        try:
+            fall = await self._lent(self.participant.score(payload, rows, self.told.held_out_loss))
+        except Diverged as exc:
+            _log.warning("round %d: %s", number, exc)
+            return None
+        return None if fall is None else self._scores.note(peer, number, fall)
+
+    async def _lent(self, work: Generator[None, None, _T]) -> _T | None:
+        """All of it, a hop at a time in the engine's thread; None when that is not free for long."""
+        ended: list[_T] = []
+
+        def hop() -> None:
+            try:
+                next(work)
+            except StopIteration as end:
+                ended.append(end.value)
+
+        async with self.lock:
+            try:
+                with trio.move_on_after(SCORE_S_MAX):
+                    while not ended:
+                        await self._hosting.borrow(hop)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await _in_thread(work.close)  # gives the weights back
+        return ended[0] if ended else None
+
+    async def _payload_of(self, manifest: Manifest, peer: str, blob: Digest, paths: Mapping[Digest, Path]) -> Payload:
+        known = self._payloads.get(blob)
+        if known is not None and manifest.round == self.round:
+            return known
+        try:
+            raw = await _in_thread(paths[blob].read_bytes)
+            return await _in_thread(self.participant.read, raw, manifest.round, Digest(manifest.base), peer)
+        except (OSError, BadUpdate) as exc:
+            raise CannotStore(f"the committed payload of {peer} cannot be used: {exc}") from exc
+
+    async def _begin(self, number: int, base: bytes, *, is_written: bool = False) -> None:
+        """The weights are those before this round. Raises CannotStore."""
+        if not is_written:
+            try:
+                await _in_thread(self._write, number)
+            except OSError as exc:
+                raise CannotStore(f"the weights cannot be kept in {self._folder}: {exc.strerror}") from exc
+        self.round = number
+        self._payloads.clear()
+        self.choice.forget()
+        self.told.held_out_loss = None
+        self.told.revision = self.plan.revision_at(number, base) if number else self.plan.revision
+        self._newest = self.told.revision, self.participant.weights()
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def _write(self, number: int) -> None:
+        """Raises OSError."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_whole(self._folder / f"{STATE}{number}", self.participant.state(), over=True)
+        for old in sorted(self._states())[:-STATES_KEPT]:
+            (self._folder / f"{STATE}{old}").unlink(missing_ok=True)
+
+    def _states(self) -> list[int]:
+        names = (path.name.removeprefix(STATE) for path in self._folder.glob(f"{STATE}*"))
+        return [int(name) for name in names if name.isdecimal()]
+
+    def _refuse(self, header: Statement, reason: str) -> NoReturn:
+        self.told.refused[str(header.sender)] = reason
+        raise Unsound(reason)
+
+    def _tell(self, manifest: Manifest, settled: Settled) -> None:
+        why = {each.peer: each.sentence for each in self.choice.verdicts}
+        there = {share.peer for share in manifest.shares}
+        now = trio.current_time()
+        self.told.rounds.append(
+            RoundTold(
+                round=manifest.round,
+                revision=self.told.revision,
+                contributed=tuple(share.peer for share in manifest.shares if share.weight),
+                sat_out=tuple(share.peer for share in manifest.shares if share.blob is None),
+                missing=tuple(peer for peer in self.voters if peer not in there),
+                not_counted={
+                    share.peer: why.get(share.peer, "by the votes of the others")
+                    for share in manifest.shares
+                    if share.blob is not None and not share.weight
+                },
+                rule=settled.rule,
+                why=settled.why,
+                moved=settled.moved,
+                seconds=round(now - self._began_s, 3),
+            )
+        )
+        self._began_s = now
+
+
+def _contribution(header: Statement) -> Contribution:
+    body = header.body
+    assert isinstance(body, Header)
+    assert body.contribution is not None
+    return body.contribution
+
+
+async def _in_thread(act: Callable[..., _T], *arguments: object) -> _T:
+    """What works on a flat vector, or waits for a disk. A cancellation waits for it."""
+    return await trio.to_thread.run_sync(act, *arguments)

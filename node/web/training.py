@@ -1,0 +1,76 @@
+"""The routes of training: what there is to tell, and the operator's words.
+
+Rules: only who sits at this machine may begin, join, pause or leave: a run reads files of this machine. Bodies are JSON
+objects as node/training_wish.py has them; what does not fit is refused with the field's name.
+Source: INTERFACES.md (`train`, GET /api/v1/training).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from node.errors import BadRequest
+from node.front import Front
+from node.training_wish import Begin, Join
+from node.web.door import read_body
+from node.web.errors import Forbidden
+
+_T = TypeVar("_T")
+
+
+class Training:
+    """See the module."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+
+    async def status(self, request: Request) -> Response:
+        return _json(self._front.training.status())
+
+    async def start(self, request: Request) -> Response:
+        return _json(await self._front.training.begin(await _asked(request, Begin)))
+
+    async def join(self, request: Request) -> Response:
+        return _json(await self._front.training.join(await _asked(request, Join)))
+
+    async def pause(self, request: Request) -> Response:
+        _check_is_operator(request)
+        return _json(await self._front.training.pause(is_paused=True))
+
+    async def resume(self, request: Request) -> Response:
+        _check_is_operator(request)
+        return _json(await self._front.training.pause(is_paused=False))
+
+    async def leave(self, request: Request) -> Response:
+        _check_is_operator(request)
+        return _json(await self._front.training.leave())
+
+
+def _check_is_operator(request: Request) -> None:
+    """Raises Forbidden."""
+    host = request.client.host if request.client is not None else ""
+    try:
+        is_here = ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        is_here = False
+    if not is_here:
+        raise Forbidden("training is begun and ended from this machine only: ask on 127.0.0.1")
+
+
+async def _asked(request: Request, kind: type[_T]) -> _T:
+    """Raises Forbidden, BadRequest and what read_body raises."""
+    _check_is_operator(request)
+    raw = await read_body(request.scope, request.receive)
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise BadRequest(f"the body does not fit: {str(exc)[:300]}") from exc
+
+
+def _json(value: dict[str, Any]) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
