@@ -94,7 +94,7 @@ class Training:
         if fault := fault_of(plan):
             raise BadRequest(f"such a run cannot be: {fault}")
         await self._want(Wish(run=plan.id.hex(), data=data, seed=_seed(), plan=plan.raw))
-        return {"run": plan.name, "id": plan.id.hex(), **self.status()}
+        return {**self.status(), "name": plan.name, "id": plan.id.hex()}
 
     async def join(self, asked: Join) -> dict[str, Any]:
         """Join a run that a peer is in. Raises BadRequest."""

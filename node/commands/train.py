@@ -52,7 +52,7 @@ def start(
         "probation": probation,
     }
     told = _said(node, "start", asked)
-    print(f"run {told['run']} has begun; others join by: python -m node train join {told['run']} --data THEIR_TEXT")
+    print(f"run {told['name']} has begun; others join by: python -m node train join {told['name']} --data THEIR_TEXT")
     print(f"its id is {told['id']}")
 
 
