@@ -10,7 +10,6 @@ requests: each answer is made by one revision. Who waits for that holds new requ
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -23,7 +22,7 @@ from model.errors import ComputeFailed, ModelError
 from model.requests import EngineStatistics, GenerationRequest, Output
 from model.runtime_face import Runtime
 from node.errors import NO_ROOM_RETRY_S, NoRoom, NotReady, RequestError, UnknownModel
-from node.hosting_jobs import EmbedJob, Job, Loan, logprobs, parameters, request_error
+from node.hosting_jobs import EmbedJob, Job, Loan, Waiting, logprobs, parameters, request_error
 from node.work import (
     AnswerItem,
     Embedded,
@@ -57,10 +56,7 @@ class Hosting:
         self._changed_at = -math.inf
         self._hop: Hop = hop or partial(trio.to_thread.run_sync, limiter=trio.CapacityLimiter(1))
         self._jobs: dict[str, Job] = {}
-        self._starts: deque[Job] = deque()
-        self._ends: deque[str] = deque()  # keys of requests whose owners left
-        self._loans: deque[Loan] = deque()
-        self._embeds: deque[EmbedJob] = deque()
+        self._waiting = Waiting()
         self._wake = trio.Event()
         self._open = 0  # requests whose owner has not left yet
         self._left = trio.lowlevel.ParkingLot()
@@ -71,21 +67,21 @@ class Hosting:
         """Step the engine while there is work. Cancelled, it waits for the step under way and drops the rest."""
         task_status.started()
         while True:
-            if not (self._ends or self._embeds or self._jobs or self._loans):
+            if not (self._waiting.ends or self._waiting.embeds or self._jobs or self._waiting.loans):
                 self._wake = trio.Event()
                 await self._wake.wait()
-            if self._loans and self._is_free():
-                await self._lend(self._loans.popleft())
+            if self._waiting.loans and self._is_free():
+                await self._lend(self._waiting.loans.popleft())
                 continue
-            starts, ends = [] if self._is_held() else list(self._starts), list(self._ends)
-            self._ends.clear()
+            starts, ends = [] if self._is_held() else list(self._waiting.starts), list(self._waiting.ends)
+            self._waiting.ends.clear()
             if starts:
-                self._starts.clear()
-            embed = self._embeds[0] if self._embeds else None
+                self._waiting.starts.clear()
+            embed = self._waiting.next_embed(is_held=self._is_held())
             for output in await self._hop(partial(self._turn, starts, ends, embed)):
                 self._deliver(output)
             if embed is not None and (embed.cancelled or embed.result is not None):
-                self._embeds.popleft()
+                self._waiting.embeds.popleft()
                 embed.done.set()
             self._tell_progress()
             self._tell_change()
@@ -109,7 +105,7 @@ class Hosting:
         self._on_change()
 
     async def _lent(self, loan: Loan) -> Any:
-        self._loans.append(loan)
+        self._waiting.loans.append(loan)
         self._wake.set()
         try:
             await loan.done.wait()
@@ -121,13 +117,14 @@ class Hosting:
 
     def _is_free(self) -> bool:
         """Whether the thread may be lent now."""
-        if self._is_held():
-            return not (self._ends or self._embeds or self.runtime.has_work)
-        return not (self._ends or self._embeds or self._jobs)
+        waiting, is_held = self._waiting, self._is_held()
+        if waiting.ends or waiting.next_embed(is_held=is_held) is not None:
+            return False
+        return not self.runtime.has_work if is_held else not self._jobs
 
     def _is_held(self) -> bool:
         """Whether new requests wait for a loan."""
-        return any(loan.hold_at <= trio.current_time() for loan in self._loans)
+        return any(loan.hold_at <= trio.current_time() for loan in self._waiting.loans)
 
     async def _lend(self, loan: Loan) -> None:
         if loan.is_left:
@@ -159,7 +156,7 @@ class Hosting:
     @property
     def embeds_waiting(self) -> int:
         """Embedding requests not ended, the one under way included."""
-        return len(self._embeds)
+        return len(self._waiting.embeds)
 
     def facts(self, kind: str) -> ModelFacts | None:
         """The model that answers requests of a kind (causal: text, encoder: vectors), None when there is none."""
@@ -191,24 +188,24 @@ class Hosting:
         self._count += 1
         job = Job(work=work, send=send, key=f"{self._count}")
         self._jobs[job.key] = job
-        self._starts.append(job)
+        self._waiting.starts.append(job)
         self._wake.set()
         with self._admitted():
             try:
                 yield receive
             finally:
                 if self._jobs.pop(job.key, None) is not None:
-                    self._ends.append(job.key)
+                    self._waiting.ends.append(job.key)
                     self._wake.set()
                 receive.close()
 
     async def embed(self, work: EmbedWork) -> Embedded:
         """Embed texts, a few between two steps. Raises RequestError kinds. If cancelled, what is left is dropped."""
         self._check(work.model, None, "encoder")
-        if len(self._embeds) >= EMBED_QUEUE_MAX:
+        if len(self._waiting.embeds) >= EMBED_QUEUE_MAX:
             raise NoRoom(f"{EMBED_QUEUE_MAX} embedding requests are waiting here", retry_after_s=NO_ROOM_RETRY_S)
         job = EmbedJob(work=work)
-        self._embeds.append(job)
+        self._waiting.embeds.append(job)
         self._wake.set()
         with self._admitted():
             try:

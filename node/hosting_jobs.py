@@ -6,6 +6,7 @@ Rules: no task and no clock; node/hosting.py owns them and says when.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -73,6 +74,21 @@ class Loan:
             self.result = self.act()
         except ModelError as exc:
             self.failure = exc
+
+
+@dataclass(slots=True)
+class Waiting:
+    """All that waits. ends: keys of requests whose owners left."""
+
+    starts: deque[Job] = field(default_factory=deque)
+    ends: deque[str] = field(default_factory=deque)
+    embeds: deque[EmbedJob] = field(default_factory=deque)
+    loans: deque[Loan] = field(default_factory=deque)
+
+    def next_embed(self, *, is_held: bool) -> EmbedJob | None:
+        """Whose texts come next; while new work is held back, only one that has begun."""
+        first = self.embeds[0] if self.embeds else None
+        return None if is_held and first is not None and not first.made else first
 
 
 def parameters(work: GenerateWork) -> SamplingParameters:

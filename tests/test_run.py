@@ -50,6 +50,7 @@ TASKS = {
     "signals": "node.run._signals",
     "control calls": "p2p.calls.Calls.run",
     "inference calls": "p2p.calls.Calls.run",
+    "round calls": "p2p.calls.Calls.run",
     "direct channels": "p2p.direct.Direct.run",
     "gossip": "gossip.service.GossipService.run",
     "peering": "p2p.peering.Peering.run",
@@ -57,6 +58,7 @@ TASKS = {
     "measure": "node.run.Node._measure",
     "host the model": "node.run.Node._host_model",
     "hosting": "node.hosting.Hosting.run",
+    "training": "node.training.Training.run",
     "web": "node.run.Node._web",
 }
 # the same, one floor deeper; what Hypercorn starts is its own
