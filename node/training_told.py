@@ -40,6 +40,7 @@ def told_run(session: Session, drops: Mapping[str, int]) -> dict[str, Any]:
         },
         "round": history.chain.round,
         "revision": weights.told.revision,
+        "root": weights.told.root,
         "phase": None if now is None else str(now.phase),
         "view": None if now is None else now.view,
         "step": told.step,

@@ -19,12 +19,13 @@ from typing import NoReturn, TypeVar
 
 import trio
 
-from crypto.digest import Digest
+from crypto.digest import Digest, digest
 from crypto.disk import write_whole
 from crypto.identity import PeerId
 from gossip.errors import CannotStore
 from gossip.round_history import Unsound
 from gossip.rounds import Contribution, Header, Manifest, Statement
+from gossip.transfer import manifest_of
 from model.errors import BadState, BadUpdate, Diverged
 from model.gate import Run
 from model.participant import Line, Participant, Payload, Settled
@@ -45,10 +46,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundTold:
-    """A committed round, for people. held_out_loss: of the weights that it made, on this node's own text."""
+    """A committed round, for people. held_out_loss: of the weights that it made, on this node's own text.
+
+    root: the name of those weights as this node has them (hex): equal at all members.
+    """
 
     round: int
     revision: str
+    root: str
     contributed: tuple[str, ...]
     sat_out: tuple[str, ...]
     missing: tuple[str, ...]
@@ -68,6 +73,7 @@ class WeightsTold:
     refused: dict[str, str] = field(default_factory=dict)  # peer -> why its payload was refused when it last was
     held_out_loss: float | None = None  # of the weights before the round to come
     revision: str = ""
+    root: str = ""  # of the same weights, hex
 
 
 class Weights:
@@ -256,11 +262,10 @@ class Weights:
 
     async def _begin(self, number: int, base: bytes, *, is_written: bool = False) -> None:
         """The weights are those before this round. Raises CannotStore."""
-        if not is_written:
-            try:
-                await _in_thread(self._write, number)
-            except OSError as exc:
-                raise CannotStore(f"the weights cannot be kept in {self._folder}: {exc.strerror}") from exc
+        try:
+            self.told.root = await _in_thread(self._write, number, is_written)
+        except OSError as exc:
+            raise CannotStore(f"the weights cannot be kept in {self._folder}: {exc.strerror}") from exc
         self.round = number
         self._payloads.clear()
         self.choice.forget()
@@ -270,12 +275,17 @@ class Weights:
         self._changed.set()
         self._changed = trio.Event()
 
-    def _write(self, number: int) -> None:
-        """Raises OSError."""
+    def _write(self, number: int, is_written: bool) -> str:
+        """The weights' name. Raises OSError."""
+        state = self.participant.state()
+        root = digest(manifest_of(state).encode()).hex()
+        if is_written:
+            return root
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_whole(self._folder / f"{STATE}{number}", self.participant.state(), over=True)
+        write_whole(self._folder / f"{STATE}{number}", state, over=True)
         for old in sorted(self._states())[:-STATES_KEPT]:
             (self._folder / f"{STATE}{old}").unlink(missing_ok=True)
+        return root
 
     def _states(self) -> list[int]:
         names = (path.name.removeprefix(STATE) for path in self._folder.glob(f"{STATE}*"))
@@ -293,6 +303,7 @@ class Weights:
             RoundTold(
                 round=manifest.round,
                 revision=self.told.revision,
+                root=self.told.root,
                 contributed=tuple(share.peer for share in manifest.shares if share.weight),
                 sat_out=tuple(share.peer for share in manifest.shares if share.blob is None),
                 missing=tuple(peer for peer in self.voters if peer not in there),
