@@ -149,6 +149,11 @@ class Hosting:
             await self._left.park()
 
     @property
+    def revision(self) -> str:
+        """Of the main model, now."""
+        return self.runtime.facts.revision
+
+    @property
     def requests_running(self) -> int:
         """Requests admitted and not ended."""
         return self._open

@@ -2,12 +2,15 @@
 
 Rules: core. Whoever carries it out asks for the next `step`, does it, and tells what came of it. A server that failed
 is not asked again for this request, unless all it said was that it is full. What the client has is sent along, so that
-the next server goes on where the last one stopped. A request ends once: answered in full, or by a RequestError.
+the next server goes on where the last one stopped, under the same revision; in a run of training, whose members go on
+round by round, under a later one when nobody has it any more. A request ends once: answered in full, or by a
+RequestError.
 Source: SERVING.md "Routing"; docs/ARCHITECTURE.md "A request".
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -32,11 +35,16 @@ from node.work import REMAINING_MS_MAX, AnswerItem, EmbedWork, GenerateWork, Pie
 
 ATTEMPTS_MAX = 8
 DEADLINE_GRACE_MS = 100
+TRAINED = re.compile(r"(.+)-r\d+-[0-9a-f]{12}")  # as node.training_plan.Plan.revision_at names them
 FULL_WAIT_S = 0.5  # between looks for room, for an answer that has begun
 
 
 class Engine(Protocol):
     """The model hosted here, as far as the choice needs it."""
+
+    @property
+    def revision(self) -> str:
+        """Of the main model, now."""
 
     def serves(self, model: str | None, revision: str | None, kind: str) -> bool:
         """Whether it can answer such a request at all."""
@@ -96,12 +104,16 @@ class Pursuit(Generic[H]):
     last_error: RequestError | None = None
     tries: int = 0
     has_sought: bool = False
+    goes_on_later: bool = False  # nobody has the run's revision any more: an answer goes on under a later one
 
     def step(self) -> H | Candidate | Wait | Seek:
         """The engine here, or the peer, to ask now, or what to do before. Raises RequestError: it ends so."""
         if self.tries >= ATTEMPTS_MAX:
             raise self.last_error or PeerFailed("no attempt was made")
         target = self._choose()
+        if isinstance(target, WhyNot) and target.why is Why.NONE_SERVES and self._lineage() and not self.goes_on_later:
+            self.goes_on_later = True
+            target = self._choose()
         if isinstance(target, WhyNot):
             if self._may_seek(target):
                 self.has_sought = True
@@ -141,7 +153,7 @@ class Pursuit(Generic[H]):
         if self.started is not None and isinstance(self.work, GenerateWork):
             changes |= {
                 "model": self.started.model,
-                "revision": self.started.revision,
+                "revision": self._revision(),
                 "delivered": (*self.work.delivered, *self.tokens),
                 "delivered_chars": self.work.delivered_chars + self.chars,
             }
@@ -165,10 +177,22 @@ class Pursuit(Generic[H]):
             return here
         if stays:
             return WhyNot.none_serves()
-        ranking = self.around.rank(self._need())
+        ranking = self._related(self.around.rank(self._need()))
         if here is not None and (isinstance(ranking, WhyNot) or ranking[0].offer.capacity.slots_free < 1):
             return here
         return ranking if isinstance(ranking, WhyNot) else ranking[0]
+
+    def _related(self, ranking: tuple[Candidate, ...] | WhyNot) -> tuple[Candidate, ...] | WhyNot:
+        """When any revision will do, only those of the same run of training."""
+        if isinstance(ranking, WhyNot) or not self.goes_on_later:
+            return ranking
+        return (
+            tuple(each for each in ranking if lineage_of(each.model.revision) == self._lineage())
+            or WhyNot.none_serves()
+        )
+
+    def _lineage(self) -> str:
+        return "" if self.started is None else lineage_of(self.started.revision)
 
     def _may_seek(self, why: WhyNot) -> bool:
         """Whether nobody known serves it, and others may know somebody."""
@@ -180,7 +204,9 @@ class Pursuit(Generic[H]):
         own, here = self.around.own, self.around.hosting
         if here is None or self.route.route is Route.REMOTE or self.route.peer not in (None, own) or own in self.tried:
             return None
-        return here if here.serves(self._model(), self._revision(), self._kind()) else None
+        if not here.serves(self._model(), self._revision(), self._kind()):
+            return None
+        return here if not self.goes_on_later or lineage_of(here.revision) == self._lineage() else None
 
     def _need(self) -> Need:
         work = self.work
@@ -201,7 +227,7 @@ class Pursuit(Generic[H]):
 
     def _revision(self) -> str | None:
         if self.started is not None:
-            return self.started.revision
+            return None if self.goes_on_later else self.started.revision
         return self.work.revision if isinstance(self.work, GenerateWork) else None
 
     def _nobody(self, why: WhyNot) -> RequestError:
@@ -224,6 +250,12 @@ class Pursuit(Generic[H]):
                 return UnknownModel(
                     f"no live peer that was asked for serves {asked}; served now: {known}", param="model"
                 )
+
+
+def lineage_of(revision: str) -> str:
+    """The run of training that a revision is of; '' for weights that are of none."""
+    found = TRAINED.fullmatch(revision)
+    return found[1] if found is not None else ""
 
 
 def pursue(work: GenerateWork | EmbedWork, route: RouteHint, around: Surroundings[H], now: float) -> Pursuit[H]:

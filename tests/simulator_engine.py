@@ -55,6 +55,8 @@ class Job:
 class Engine:
     """Slots, a queue, and a token for each running request at each step."""
 
+    revision = "r1"  # of every model here
+
     def __init__(
         self, process: Machine, model: str, *, slots: int = 2, queue_max: int = 4, step_s: float = 0.08
     ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
+from msgspec.structs import replace
 
 from crypto.identity import PeerId
 from gossip.messages import Advert, Capacity, ModelKind, ModelOffer
@@ -18,23 +19,26 @@ from node.work import GenerateWork, Sampling, Started
 TALE = ModelOffer(name="tale", revision="r1", kind=ModelKind.CAUSAL, context_tokens=100, dtype="bf16")
 
 
-def candidate(name: str) -> Candidate:
-    said = Advert(instance="0" * 16, started_ms=0, agent="t", capacity=Capacity(models=(TALE,), slots_free=0))
+def candidate(name: str, revision: str = "r1") -> Candidate:
+    model = replace(TALE, revision=revision)
+    said = Advert(instance="0" * 16, started_ms=0, agent="t", capacity=Capacity(models=(model,), slots_free=0))
     offer = Offer(peer=PeerId(name), sequence=1, advert=said, received_s=0.0, expires_s=9.0)
-    return Candidate(offer=offer, model=TALE, cost_s=1.0, in_doubt=False)
+    return Candidate(offer=offer, model=model, cost_s=1.0, in_doubt=False)
 
 
 @dataclass
 class Around:
-    """Surroundings in which `known` serve the model."""
+    """Surroundings in which `known` serve the model, at `revision`."""
 
     known: list[str] = field(default_factory=list)
+    revision: str = "r1"
     why: Why = Why.NONE_SERVES
     own = PeerId("us")
     hosting = None
 
     def rank(self, need: Need) -> tuple[Candidate, ...] | WhyNot:
-        found = tuple(candidate(name) for name in self.known if name not in need.exclude)
+        names = self.known if need.revision in (None, self.revision) else []
+        found = tuple(candidate(name, self.revision) for name in names if name not in need.exclude)
         return found or WhyNot(why=self.why)
 
     def served_names(self) -> set[str]:
@@ -93,3 +97,50 @@ def test_half_an_answer_is_worth_a_search_for_its_model() -> None:
     assert one.step() == Seek("tale")
     around.known.append("far")
     assert isinstance(one.step(), Candidate)
+
+
+def begun(around: Around, revision: str) -> Pursuit:  # type: ignore[type-arg]
+    """An answer of `near` at a revision, whose peer then failed."""
+    around.known.append("near")
+    around.revision = revision
+    one = pursuit(around)
+    target = one.step()
+    assert isinstance(target, Candidate)
+    one.take(Started(served_by="near", model="tale", revision=revision, prompt_tokens=1))
+    one.failed(target, PeerFailed("gone"))
+    return one
+
+
+def test_an_answer_of_a_run_goes_on_under_its_next_round() -> None:
+    around = Around()
+    one = begun(around, "tales-r7-0123456789ab")
+    around.known, around.revision = ["far"], "tales-r8-ba9876543210"
+    target = one.step()
+    assert isinstance(target, Candidate)
+    assert target.peer == "far"
+    assert one.continued(0.0).revision is None
+
+
+@pytest.mark.parametrize("later", ["other-r8-ba9876543210", "sha256-0123456789ab"])
+def test_an_answer_never_goes_on_under_weights_of_another_run(later: str) -> None:
+    around = Around()
+    one = begun(around, "tales-r7-0123456789ab")
+    around.known, around.revision = ["far"], later
+    assert one.step() == Seek("tale")
+    with pytest.raises(PeerFailed, match="tales-r7"):
+        one.step()
+
+
+def test_an_answer_of_plain_weights_goes_on_under_the_same() -> None:
+    around = Around()
+    one = begun(around, "sha256-0123456789ab")
+    around.known, around.revision = ["far"], "sha256-ba9876543210"
+    assert one.step() == Seek("tale")
+
+
+def test_the_same_revision_comes_before_a_later_one() -> None:
+    around = Around()
+    one = begun(around, "tales-r7-0123456789ab")
+    around.known = ["far"]
+    assert isinstance(one.step(), Candidate)
+    assert one.continued(0.0).revision == "tales-r7-0123456789ab"
