@@ -8,7 +8,7 @@ row by itself with just that rate, and told nobody which. A charge is saved befo
 is taken: a kill in between counts a step that never was, never the other way round. The ledger is one for all runs of a
 text; what it promises is about rows of one length.
 Source: Mironov, Talwar, Zhang, "Renyi Differential Privacy of the Sampled Gaussian Mechanism" (arXiv 1908.10530);
-pytorch/opacus opacus/accountants/rdp.py and analysis/rdp.py; RDP to (epsilon, delta): arXiv 2004.00010, proposition 12.
+pytorch/opacus opacus/accountants/rdp.py, analysis/rdp.py; RDP to (epsilon, delta): arXiv 1905.09982, theorem 21.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Budget:
             # opacus warns when its first or last order is the best: the bound holds all the same, a little loose
             warnings.filterwarnings("ignore", "Optimal order is")
             epsilon, _ = self._analysis.get_privacy_spent(orders=self._orders, rdp=rdp, delta=self.config.delta)
-        return float(epsilon)
+        return 0.0 if epsilon < 0.0 else float(epsilon)  # the bound of next to nothing goes below
 
     def _rdp(self, kind: Kind) -> Any:
         """Of one step, at each order: 10 to 200 ms, so once for each kind."""

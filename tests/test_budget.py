@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from opacus.accountants import RDPAccountant
 
 from crypto.canonical import decode, encode
+from crypto.disk import StateFile
 from model.budget import KINDS_MAX, STEPS_MAX, VERSION, Budget
 from model.config import PrivacyConfig
 from model.errors import BadInput, BadState, BudgetSpent, BudgetUnsaved
@@ -89,8 +91,34 @@ def test_no_noise_promises_nothing() -> None:
     assert charged(silent, [0.1]).spent() == math.inf
 
 
-def test_nothing_spent_is_nothing() -> None:
+def test_nothing_spent_is_nothing_and_nothing_is_less() -> None:
     assert (budget().spent(), budget().steps) == (0.0, 0)
+    generous = replace(CONFIG, noise_multiplier=50.0, delta=0.3)
+    accountant = RDPAccountant()
+    accountant.step(noise_multiplier=50.0, sample_rate=1.0)
+    assert accountant.get_epsilon(0.3) < 0.0  # as opacus has it
+    assert charged(generous, [1.0]).spent() == 0.0
+
+
+def test_a_ledger_lasts_in_a_state_file(tmp_path: Path) -> None:
+    """As the node is to bind them."""
+
+    def file() -> StateFile:
+        return StateFile(tmp_path / "privacy.ledger", kind="privacy_ledger", version=VERSION, bytes_max=65_536)
+
+    first = file()
+    assert first.read(bytes) is None
+    made = Budget(CONFIG, context=CONTEXT, save=first.write)
+    made.charge(0.05)
+    made.charge(0.05)
+    kept = file().read(bytes)
+    assert kept is not None
+    assert budget(ledger=kept).spent() == made.spent() > 0.0
+    unwritable = tmp_path / "file"
+    unwritable.touch()
+    nowhere = StateFile(unwritable / "privacy.ledger", kind="privacy_ledger", version=VERSION, bytes_max=65_536)
+    with pytest.raises(BudgetUnsaved):
+        Budget(CONFIG, context=CONTEXT, save=nowhere.write).charge(0.05)
 
 
 def test_a_restart_goes_on_counting_also_with_other_settings() -> None:

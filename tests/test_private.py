@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import random
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -46,6 +48,7 @@ PRIVATE = PrivacyConfig(noise_multiplier=1.0, clip_norm=1.0, delta=1e-6, epsilon
 SILENT = replace(PRIVATE, noise_multiplier=0.0)
 OPEN = replace(SILENT, clip_norm=math.inf)
 CONTEXT = 8
+DRAW_BYTES = 19 * 8  # to draw from the rows of a text of 20
 
 
 def tiny(kind: str, **changes: Any) -> Any:
@@ -224,12 +227,23 @@ def test_a_row_whose_numbers_are_not_finite_adds_nothing_and_stops_nothing() -> 
     assert torch.equal(weights(first), weights(second))
 
 
+def test_an_infinite_loss_adds_nothing_though_its_gradient_is_finite() -> None:
+    model = Toy()
+    model.sure = {0}
+    trainer = private(model, some(rows=19), SILENT)
+    (one,) = step(trainer)
+    assert trainer.unusable_rows == 1
+    assert math.isfinite(one.loss)
+
+
 def test_weights_that_are_not_finite_end_training_and_cost_nothing() -> None:
     trainer = private(Toy(), some(rows=19))
+    step(trainer)
+    spent = trainer.spent()
     trainer.rebase(torch.full((trainer.layout.size,), math.nan))
     with pytest.raises(Diverged, match="the weights are not finite"):
         trainer.micro_step()
-    assert trainer.spent() == 0.0
+    assert trainer.spent() == spent
 
 
 # noise
@@ -286,6 +300,7 @@ def test_no_seed_gives_the_noise_away_and_no_restart_repeats_it() -> None:
         return PrivateTrainer(Toy(), some(rows=19), CONFIG, budget())
 
     one, other = trainer(), trainer()
+    assert inspect.signature(PrivateTrainer).parameters["chance"].default is secrets.token_bytes
     step(one)
     step(other)
     assert not torch.equal(one.delta(), other.delta())
@@ -481,20 +496,36 @@ def test_a_failure_in_a_step_costs_nothing_and_draws_anew() -> None:
     assert not first_gradient(trainer).any()
 
 
-def test_no_memory_for_noise_takes_no_step() -> None:
+def test_no_memory_for_noise_takes_no_step_and_the_next_draws_anew() -> None:
+    asked: list[int] = []
+
     def short(count: int) -> bytes:
-        if count > 19 * 8:
+        asked.append(count)
+        if count > DRAW_BYTES and len(asked) < 30:
             raise MemoryError
-        return random.Random(1).randbytes(count)
+        return random.Random(len(asked)).randbytes(count)
 
     trainer = PrivateTrainer(Toy(), some(rows=2), CONFIG, budget(), chance=short)
     with pytest.raises(OutOfMemory, match="step 0"):
         step(trainer)
     assert not trainer.delta().any()
     assert trainer.spent() > 0.0  # on the safe side
-    trainer._chance = random.Random(1).randbytes
+    before = len(asked)
+    asked += [0] * 30
     step(trainer)
+    assert asked[before + 30] == DRAW_BYTES
     assert trainer.step == 1
+
+
+def test_a_step_that_could_not_be_charged_is_drawn_anew() -> None:
+    answers = [False, True]
+    unsaved = Budget(SILENT, context=CONTEXT, save=lambda content: answers.pop(0))
+    trainer = PrivateTrainer(Toy(), some(rows=2), CONFIG, unsaved, chance=Forced(0))
+    with pytest.raises(BudgetUnsaved):
+        step(trainer)
+    trainer._chance = Forced(255)
+    step(trainer)
+    assert not first_gradient(trainer).any()  # nothing of the rows drawn first
 
 
 def test_dropout_is_drawn_in_secret_and_the_chance_of_others_given_back() -> None:
