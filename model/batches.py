@@ -12,6 +12,7 @@ Legend: N tokens of the text, B rows, T = context + 1 tokens of a row.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 
@@ -49,6 +50,11 @@ class Batches:
         begin = step * self.rows
         return self._rows([self._position(seed, index) for index in range(begin, begin + self.rows)])
 
+    def training(self, places: Sequence[int]) -> torch.Tensor:
+        """ids_BT (int64) of any training rows, by their number among those (0 to training_rows - 1); B may be 0."""
+        assert all(0 <= place < self.training_rows for place in places), "there are no such training rows"
+        return self._rows([_past_held_out(place) for place in places])
+
     def held_out(self, rows_max: int, turn: int = 0) -> torch.Tensor:
         """ids_BT (int64) of at most rows_max held-out rows, spread over the text; other turns give others."""
         count = min(rows_max, self.held_out_rows)
@@ -59,12 +65,18 @@ class Batches:
         """The row that is the index-th in the endless order of a seed."""
         epoch, index = divmod(index, self.training_rows)
         key = hashlib.sha256(encode([ORDER_DOMAIN, self.text.digest, seed, epoch])).digest()
-        place = permuted(index, self.training_rows, key)
-        return place + place // (HELD_OUT_EVERY - 1)  # over those held out
+        return _past_held_out(permuted(index, self.training_rows, key))
 
     def _rows(self, positions: list[int]) -> torch.Tensor:
         length = self.context + 1
+        if not positions:
+            return torch.empty((0, length), dtype=torch.int64)
         return torch.stack([self.text.ids_N[p * length : (p + 1) * length].to(torch.int64) for p in positions])
+
+
+def _past_held_out(place: int) -> int:
+    """The position in the text of a training row."""
+    return place + place // (HELD_OUT_EVERY - 1)
 
 
 def permuted(index: int, count: int, key: bytes) -> int:

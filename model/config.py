@@ -102,3 +102,27 @@ class TrainConfig:
             raise ValueError(f"rate is between 0 and 1, weight_decay 0 to 1, clip_norm above 0, not {self}")
         if self.autocast not in AUTOCAST:
             raise ValueError(f"autocast must be one of {', '.join(AUTOCAST)}, not {self.autocast!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacyConfig:
+    """What example-level privacy is to cost. No defaults: each is the operator's choice.
+
+    noise_multiplier: standard deviation of the noise on a step's summed gradient, in units of clip_norm. 0: none, and
+    then one step spends an infinite epsilon. clip_norm: to which norm each row's gradient is cut; inf: not, without
+    noise only. (epsilon, delta): the promise, add or remove one row; epsilon_max: what may be spent; inf: count only.
+    """
+
+    noise_multiplier: float
+    clip_norm: float
+    delta: float
+    epsilon_max: float
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a number out of its range."""
+        if not 0.0 <= self.noise_multiplier < math.inf or not self.clip_norm > 0.0:
+            raise ValueError(f"noise_multiplier is 0 or more and finite, clip_norm above 0, not {self}")
+        if math.isinf(self.clip_norm) and self.noise_multiplier > 0.0:
+            raise ValueError(f"noise is measured by clip_norm, which must be finite then, not {self}")
+        if not 0.0 < self.delta < 1.0 or not self.epsilon_max > 0.0:
+            raise ValueError(f"delta is between 0 and 1, epsilon_max above 0, not {self}")

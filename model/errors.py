@@ -11,7 +11,9 @@
     |- CannotMerge    these contributions and this rule give no update; nothing has changed
     |- BadText        the operator's text cannot be trained on: missing, not UTF-8, too small
     |- BadState       a saved state of training is damaged, or of another model, text or order
-    `- Diverged       training made numbers that are not finite, three steps in a row
+    |- Diverged       training made numbers that are not finite, three steps in a row
+    |- BudgetSpent    one more private step would promise less than the operator asked for
+    `- BudgetUnsaved  what a private step spends could not be written down, so it is not taken
 
 Rules: each message says what came, what was wanted and what to do. FOREIGN names what torch, transformers and the
 template engine raise for bad files or bad input, so that their errors are mapped at the door; anything else is a bug.
@@ -66,6 +68,14 @@ class BadState(ModelError):
 
 class Diverged(ModelError):
     """Training cannot go on: its numbers are not finite."""
+
+
+class BudgetSpent(ModelError):
+    """Private training is over: the next step would go past epsilon_max."""
+
+
+class BudgetUnsaved(ModelError):
+    """Private training waits: the ledger of what was spent cannot be saved."""
 
 
 class CannotMerge(ModelError):

@@ -102,15 +102,14 @@ class Trainer:
         assert self.model.training, "an evaluation is under way: its weights are not those to train"
         began = self._clock()
         step = self._step
-        index = step * self.config.accumulation + self._micro
-        ids_BT = self._batches.batch(self.config.seed, index).to(self._device)
+        index, ids_BT = self._next_rows()
         try:
-            loss = self._forward_backward(ids_BT, index)
+            loss = self._forward_backward(ids_BT.to(self._device), index)
         except FOREIGN as exc:
             self._drop_gradients()
-            raise _compute_error(exc, step) from exc
+            raise compute_error(exc, step) from exc
         self._micro += 1
-        norm = self._end_step() if self._micro == self.config.accumulation else None
+        norm = self._end_step() if self._is_last() else None
         return MicroStep(
             step=step,
             loss=loss,
@@ -147,6 +146,7 @@ class Trainer:
     def restore(self, saved: SavedState) -> None:
         """Goes on from a state. Raises BadState, and then nothing has changed."""
         numbers, (start_N, weights_N, *moments_N) = unpack(saved, self._course(), self.layout.size)
+        self._check_saved(numbers)
         self.layout.load_into(self.named, weights_N)
         for key, moment_N in zip(MOMENTS, moments_N, strict=True):
             self.layout.load_into(self._moments(key), moment_N)
@@ -165,6 +165,18 @@ class Trainer:
             accumulation=self.config.accumulation,
             seed=self.config.seed,
         )
+
+    def _check_saved(self, numbers: Numbers) -> None:
+        """Whether a state of this course may be gone on from. Raises BadState."""
+
+    def _next_rows(self) -> tuple[int, torch.Tensor]:
+        """The number of the next micro-batch, counted from 0, and its ids_BT on the CPU."""
+        index = self._step * self.config.accumulation + self._micro
+        return index, self._batches.batch(self.config.seed, index)
+
+    def _is_last(self) -> bool:
+        """Whether the micro-batches that are done make a step."""
+        return self._micro == self.config.accumulation
 
     def _moments(self, key: str) -> dict[str, torch.Tensor]:
         return {name: self._optimizer.state[parameter][key] for name, parameter in self.named.items()}
@@ -251,7 +263,8 @@ def _chance(seed: int, index: int) -> int:
     return int.from_bytes(hashlib.sha256(encode([CHANCE_DOMAIN, seed, index])).digest()[:8], "big") >> 1
 
 
-def _compute_error(exc: BaseException, step: int) -> ModelError:
+def compute_error(exc: BaseException, step: int) -> ModelError:
+    """What a foreign error in a step is called in the rest of the node."""
     if isinstance(exc, MemoryError | torch.OutOfMemoryError) or any(text in str(exc) for text in OUT_OF_MEMORY_TEXT):
         return OutOfMemory(
             f"there is no memory left for step {step:,} of training ({first_line(exc)}); choose fewer rows, a shorter "

@@ -20,13 +20,14 @@ from model.load import MEMORY_SHARE_MAX, Loaded, device_free_bytes
 FP32_BYTES = 4
 VECTORS = 4  # weights, the start of the round, two moments
 PASSING_VECTORS = 2  # of which one is filled while a delta or a score is made
+PRIVATE_VECTORS = 1  # the sum of the clipped gradients, beside the gradient of one row
 LOGIT_COPIES = 3  # logits, their log-softmax, the gradient
 MATRIX_COPIES = 2  # norms, activations and dropout keep copies: 1.1 (Llama) to 1.9 (GPT-2)
 ATTENTION_COPIES = 4  # 2 (Gemma 2) to 3 (GPT-2), and the gradient of one layer's
 
 
-def training_copy(loaded: Loaded, batches: Batches, config: TrainConfig) -> Any:
-    """An fp32 copy of the model, every parameter of it trainable, on the same device.
+def training_copy(loaded: Loaded, batches: Batches, config: TrainConfig, *, private: bool = False) -> Any:
+    """An fp32 copy of the model, every parameter of it trainable, on the same device. private: for a PrivateTrainer.
 
     Raises BadInput (an encoder, a context or ids beyond the model's), OutOfMemory.
     """
@@ -42,7 +43,8 @@ def training_copy(loaded: Loaded, batches: Batches, config: TrainConfig) -> Any:
             f"the text has token id {id_max:,}, and {facts.name} knows {facts.vocabulary:,}: tokenise it with that "
             "model's own tokenizer"
         )
-    needed, free = needed_bytes(loaded.model, batches, config), device_free_bytes(loaded.device)
+    needed = needed_bytes(loaded.model, batches, config, private=private)
+    free = device_free_bytes(loaded.device)
     if needed > free * MEMORY_SHARE_MAX:
         raise OutOfMemory(
             f"training {facts.name} needs {needed / 1e9:.1f} GB beside what serves it, and {loaded.device.type} has "
@@ -51,13 +53,17 @@ def training_copy(loaded: Loaded, batches: Batches, config: TrainConfig) -> Any:
     return copy.deepcopy(loaded.model).float().requires_grad_(True)
 
 
-def needed_bytes(model: Any, batches: Batches, config: TrainConfig) -> int:
-    """An estimate of the memory that training takes beside the model itself; takes none."""
+def needed_bytes(model: Any, batches: Batches, config: TrainConfig, *, private: bool = False) -> int:
+    """An estimate of the memory that training takes beside the model itself; takes none.
+
+    Private training goes row by row, so that it keeps the activations of one.
+    """
+    rows, vectors = (1, VECTORS + PRIVATE_VECTORS) if private else (batches.rows, VECTORS)
     vector_bytes: int = FP32_BYTES * sum(p.numel() for p in model.parameters())  # a shared parameter comes once
     activation_bytes = (
-        FP32_BYTES * batches.rows * batches.context * _floats_per_token(model, batches.context, config.checkpointing)
+        FP32_BYTES * rows * batches.context * _floats_per_token(model, batches.context, config.checkpointing)
     )
-    return VECTORS * vector_bytes + max(vector_bytes + activation_bytes, PASSING_VECTORS * vector_bytes)
+    return vectors * vector_bytes + max(vector_bytes + activation_bytes, PASSING_VECTORS * vector_bytes)
 
 
 def _floats_per_token(model: Any, context: int, checkpointing: bool) -> int:

@@ -30,7 +30,10 @@ _Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 
 
 class Course(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What decides which numbers a step sees: equal course, equal continuation. layout, text: digests."""
+    """What decides which numbers a step sees: equal course, equal continuation. layout, text: digests.
+
+    privacy: every step since the start was a private one (model/private.py).
+    """
 
     layout: _Digest
     text: _Digest
@@ -38,6 +41,7 @@ class Course(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rows: _Count
     accumulation: _Count
     seed: _Count
+    privacy: bool = False
 
 
 class Numbers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

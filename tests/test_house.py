@@ -27,6 +27,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "starlette": ("node/web/",),
     "hypercorn": ("node/web/",),
     "peft": ("model/adapters.py",),
+    "opacus": ("model/budget.py",),
     "sqlite3": ("node/store.py",),
     "msgpack": ("crypto/canonical.py",),
     "zeroconf": ("p2p/mdns.py",),

@@ -1,16 +1,19 @@
-"""Targets: what peers send of their training, and what this node keeps of its own. Updates, error feedback."""
+"""Targets: what peers send of their training, and what this node keeps of its own: error feedback, privacy ledger."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
 
 from crypto import canonical
 from crypto.digest import digest
+from model.budget import Budget
 from model.codecs import CODECS, encode
+from model.config import PrivacyConfig
 from model.delta import CHUNK
-from model.errors import BadModel, BadUpdate
+from model.errors import BadModel, BadState, BadUpdate
 from model.feedback import Feedback
 from model.update import Expected, read_update, write_update
 from tests.fuzz.target import Target
@@ -50,7 +53,23 @@ def feedback() -> Target:
     return Target(read=read, errors=(BadModel,), seeds=(kept.save(LAYOUT), Feedback(SIZE).save(LAYOUT)))
 
 
+def privacy_ledger() -> Target:
+    """What private training has spent."""
+    config = PrivacyConfig(noise_multiplier=1.0, clip_norm=1.0, delta=1e-6, epsilon_max=math.inf)
+
+    def read(raw: bytes) -> None:
+        found = Budget(config, context=8, save=lambda content: True, ledger=raw)
+        assert found.ledger() == raw
+
+    spent = Budget(config, context=8, save=lambda content: True)
+    unspent = spent.ledger()
+    spent.charge(1.0)
+    spent.charge(1.0)
+    return Target(read=read, errors=(BadState,), seeds=(unspent, spent.ledger()))
+
+
 TARGETS: Final[Mapping[str, Callable[[], Target]]] = {
     **{f"update_{name}": partial(update, name) for name in CODECS},
     "feedback": feedback,
+    "privacy_ledger": privacy_ledger,
 }
