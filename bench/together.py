@@ -37,7 +37,7 @@ from node.commands.processes import Cluster, NodeProcess
 NODES = 4
 RUN = "together"
 LOOK_S = 0.1
-HANG_S = 300.0
+HANG_S = 900.0
 HELD_OUT_ROWS = 128
 
 

@@ -1,0 +1,114 @@
+"""`python -m bench.averaging`: one averaging round of 25 million parameters between real processes, as hivemind counts it.
+
+Rules: 2 and 4 processes (bench/averaging_end.py) over libp2p and direct channels on loopback, each with the node's own
+rounds, blobs, codecs, gate and merge; there is no model and no training: every round each has a new random change to
+send, which is made beforehand and counts nowhere. CPU is that of a whole process from the start of the round, the work
+being done, to the next round, the weights changed and on the disk, signatures and the rule included; divided by rounds,
+median over the processes. A round's seconds are the wall's. group_forms_s: from the first member's word that it is ready
+to the moment at which all know that all are. Replicas are compared by the digest of their weights.
+Source: MEASURE.md (averaging); the rival's figures: TRAINING.md 7, hivemind 1.1.12 on another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.harness import Options, Row, report
+
+ELEMENTS = 25_500_000
+HIVEMIND_CPU_S = {2: 0.98, 4: 1.53}
+HIVEMIND_S = {2: 1.51, 4: 4.12}
+HIVEMIND_GROUP_S = 5.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One group. name: as figures are named."""
+
+    name: str
+    processes: int
+    codec: str
+    rule: str
+
+
+CASES = (
+    Case(name="sparse_n4", processes=4, codec="ef64.2b", rule="adaptive"),
+    Case(name="int4_n4", processes=4, codec="int4", rule="adaptive"),
+    Case(name="dense_fp32_n2", processes=2, codec="fp32", rule="mean"),
+    Case(name="dense_fp32_n4", processes=4, codec="fp32", rule="mean"),
+)
+
+
+def measure(case: Case, rounds: int, elements: int) -> list[dict[str, Any]]:
+    """What each process says in the end. Raises RuntimeError when one failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "bench.averaging_end", folder, str(number), str(case.processes), case.codec,
+                 case.rule, str(rounds), str(elements)],
+                stdout=subprocess.PIPE,
+            )
+            for number in range(case.processes)
+        ]  # fmt: skip
+        told = []
+        for process in processes:
+            out, _ = process.communicate(timeout=900)
+            if process.returncode:
+                raise RuntimeError(f"a process of {case.name} ended with {process.returncode}")
+            told.append(json.loads(out.decode().strip().splitlines()[-1]))
+    return told
+
+
+def rows_of(case: Case, told: list[dict[str, Any]]) -> list[Row]:
+    """The figures of one group."""
+    count = case.processes
+    is_dense = case.codec == "fp32"
+    cpu_s = statistics.median(each["cpu_s"] for each in told)
+    roots = {each["root"] for each in told}
+    rows = [
+        Row(figure=f"{case.name}_cpu_s", value=cpu_s, unit="CPU-s a peer a round", better="lower",
+            rival="hivemind fp32" if is_dense else None, rival_value=HIVEMIND_CPU_S[count] if is_dense else None),
+        Row(figure=f"{case.name}_s", value=statistics.median(each["round_s"] for each in told), unit="s a round",
+            better="lower", rival="hivemind fp32" if is_dense else None,
+            rival_value=HIVEMIND_S[count] if is_dense else None),
+        Row(figure=f"{case.name}_bytes", value=told[0]["payload_bytes"], unit="B a peer a round", better="lower"),
+        Row(figure=f"{case.name}_replicas", value=len(roots), unit="different weights after the last round",
+            better="lower"),
+        Row(figure=f"{case.name}_rss_mb", value=max(each["rss_mb"] for each in told), unit="MB, the largest process",
+            better="lower"),
+    ]  # fmt: skip
+    if case.name == "sparse_n4":
+        rows.append(
+            Row(figure="group_forms_s", value=max(each["group_s"] for each in told), unit="s", better="lower",
+                rival="hivemind", rival_value=HIVEMIND_GROUP_S)
+        )  # fmt: skip
+    return rows
+
+
+def main() -> int:
+    """Run every group, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two groups, a tenth of the parameters")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    chosen = parser.parse_args()
+    cases = (CASES[0], CASES[2]) if chosen.quick else CASES
+    rows = list[Row]()
+    for case in cases:
+        told = measure(case, 3 if chosen.quick else 5, ELEMENTS // 10 if chosen.quick else ELEMENTS)
+        rows += rows_of(case, told)
+        for row in rows_of(case, told):
+            print(f"{row.figure}: {row.value:.4g} {row.unit}", flush=True)
+    report("averaging", rows, Options(quick=chosen.quick, json_path=chosen.json))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

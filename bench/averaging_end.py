@@ -1,0 +1,205 @@
+"""One member of bench.averaging's group, in a process of its own: a host, blobs, rounds and weights, without a model.
+
+Rules: what a node has (node/training_weights.py, gossip/round_service.py), over a stand-in for the trainer that only
+holds a vector. Random changes are made before a round begins. Prints one line of JSON in the end.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import trio
+
+from crypto.digest import Digest, digest
+from crypto.disk import write_whole
+from crypto.identity import Identity, PeerId
+from gossip.agreement import Timing
+from gossip.blobs import Blobs, BlobsConfig
+from gossip.round_door import RoundDoor
+from gossip.round_history import RoundHistory, RunPlace
+from gossip.round_payloads import Payloads
+from gossip.round_service import RoundService, Work
+from gossip.round_store import RoundStore
+from gossip.rounds import round_topic
+from gossip.transfer import manifest_of
+from model.codecs import codec_named
+from model.layout import Layout, TensorSpec
+from model.participant import Course, Participant
+from model.rules import Rule
+from node.training_plan import PARTS, Plan
+from node.training_weights import Weights
+from p2p.direct import Direct, DirectConfig
+from p2p.host import open_host
+from p2p.host_config import HostConfig
+
+NETWORK = "averaging"
+CHANGE = 1e-3
+
+
+class Vector:
+    """Stands for a model.train.Trainer: a vector, and a change of it."""
+
+    def __init__(self, elements: int) -> None:
+        self.layout = Layout((TensorSpec("weights", (elements,)),))
+        self.start_vector_N = torch.zeros(elements)
+        self.change_N = torch.zeros(elements)
+
+    def delta(self) -> torch.Tensor:
+        """What was 'trained'."""
+        return self.change_N
+
+    def rebase(self, vector_N: torch.Tensor) -> None:
+        """As Trainer.rebase."""
+        self.start_vector_N = vector_N.clone()
+
+    def held_out(self, _rows: int) -> torch.Tensor:
+        """No text: no scores."""
+        return torch.zeros(0, 2, dtype=torch.int64)
+
+    def train(self, rng: np.random.Generator) -> None:
+        """A new change, outside of what is measured."""
+        self.change_N = torch.from_numpy(rng.standard_normal(len(self.change_N), dtype=np.float32) * CHANGE)
+
+
+class Lender:
+    """Stands for a node.hosting.Hosting without an engine."""
+
+    async def borrow(self, act: Callable[[], Any]) -> Any:
+        """In a thread."""
+        return await trio.to_thread.run_sync(act)
+
+
+async def meet(folder: Path, number: int, count: int, address: str) -> list[str]:
+    """Everybody's address, through files."""
+    write_whole(folder / f"address-{number}", address.encode(), over=True)
+    while True:
+        found = [folder / f"address-{each}" for each in range(count)]
+        if all(each.exists() for each in found):
+            return [each.read_text() for each in found]
+        await trio.sleep(0.05)
+
+
+async def main(arguments: list[str]) -> None:
+    """FOLDER NUMBER COUNT CODEC RULE ROUNDS ELEMENTS."""
+    folder, number, count = Path(arguments[0]), int(arguments[1]), int(arguments[2])
+    codec, rule, rounds, elements = arguments[3], arguments[4], int(arguments[5]), int(arguments[6])
+    torch.set_num_threads(1)
+    identity = Identity.make()
+    own = folder / f"member-{number}"
+    config = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), topics=frozenset({round_topic(NETWORK)}))
+    async with open_host(identity, config) as transport, trio.open_nursery() as nursery:
+        direct = Direct(transport, DirectConfig())
+        await nursery.start(direct.run)
+        addresses = await meet(folder, number, count, transport.addresses()[0])
+        for address in addresses[:number]:
+            await transport.dial(address)
+        while len(transport.peers()) < count - 1:
+            await trio.sleep(0.02)
+        vector = Vector(elements)
+        plan = _plan([address.rpartition("/")[2] for address in addresses], vector, codec, rule)
+        participant = Participant(
+            vector,
+            Course(run=plan.id, codec=codec_named(codec), rule=Rule(rule)),
+            identity.peer_id,  # type: ignore[arg-type]  # stands for a Trainer
+        )
+        weights = Weights(participant, plan, Lender(), identity.peer_id, own)  # type: ignore[arg-type]  # stands for a Hosting
+        blobs = Blobs(transport, direct, BlobsConfig(folder=own / "blobs"))
+        door = RoundDoor(transport, NETWORK, lambda *_: None, lambda: time.time_ns() // 1_000_000)
+        await nursery.start(door.calls.run)
+        place = RunPlace(
+            identity=identity, transport=transport, network=NETWORK, door=door, genesis=plan.genesis, plan=plan.raw,
+            timing=Timing(),
+        )  # fmt: skip
+        history = RoundHistory(place, weights, RoundStore(own, NETWORK), Payloads(blobs, own, 2, place.admits))
+        service = RoundService(place, history, weights.choice)
+        await weights.restore(0, lambda _number: plan.genesis.base)
+        nursery.start_soon(service.run)
+        print(json.dumps(await _measure(service, weights, vector, Numbers(number, rounds))), flush=True)
+        await trio.sleep(2)  # for the others' last fetches
+        nursery.cancel_scope.cancel()
+
+
+class Numbers:
+    """Who this is, and how many rounds to measure after the first."""
+
+    def __init__(self, own: int, rounds: int) -> None:
+        self.own, self.rounds = own, rounds
+
+
+async def _measure(service: RoundService, weights: Weights, vector: Vector, numbers: Numbers) -> dict[str, Any]:
+    """The first round warms up; how long the group took to form is told by it."""
+    rng = np.random.default_rng(numbers.own)
+    cpu_s, wall_s, size, group_s = list[float](), list[float](), 0, 0.0
+    for number in range(numbers.rounds + 1):
+        chain = await service.opened()
+        vector.train(rng)
+        participant = weights.participant
+        participant._is_unnoted = True  # as a step does
+        await _together(service, number)
+        began_cpu, began = _cpu_s(), time.monotonic()
+        base = Digest(chain.base)
+        raw = await trio.to_thread.run_sync(lambda: participant.write(chain.round, base, steps=1, tokens=1))  # noqa: B023  # run at once
+        write_whole(service.history.payloads.own_path(chain.round), raw, over=True)
+        await weights.add_own(digest(manifest_of(raw).encode()), raw, chain.round, base)
+        await service.contribute(chain, Work(steps=1, tokens=1))
+        size = len(raw)
+        if number == 0:
+            group_s = await _all_known(service, chain.base)
+        while service.history.chain.round == chain.round or not service.history.is_whole:
+            await trio.sleep(0.01)
+        if number:
+            cpu_s.append(_cpu_s() - began_cpu)
+            wall_s.append(time.monotonic() - began)
+    return {
+        "cpu_s": sorted(cpu_s)[len(cpu_s) // 2],
+        "round_s": sorted(wall_s)[len(wall_s) // 2],
+        "group_s": group_s,
+        "payload_bytes": size,
+        "root": weights.told.root,
+        "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+async def _together(service: RoundService, number: int) -> None:
+    """All begin a round at about one time: the slowest random numbers are waited for."""
+    await trio.sleep(1.0 + 0.01 * random.Random(number).random())
+    del service
+
+
+async def _all_known(service: RoundService, base: bytes) -> float:
+    """How long until every member's header of this round is here."""
+    began = trio.current_time()
+    voters = len(service.history.chain.electors.voters)
+    while service.history.chain.base == base:
+        senders = {each.sender for each in service.known() if type(each.body).__name__ == "Header"}
+        if len(senders) == voters:
+            break
+        await trio.sleep(0.005)
+    return trio.current_time() - began
+
+
+def _cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def _plan(founders: list[str], vector: Vector, codec: str, rule: str) -> Plan:
+    return Plan(
+        name="averaging", network=NETWORK, model="none", revision="none", layout=vector.layout.digest,
+        elements=vector.layout.size, start=bytes(32), codec=codec, rule=rule, outer_rate=PARTS, steps=1, rows=1,
+        context=1, accumulation=1, rate=1, warmup_steps=0, founders=tuple(sorted(map(PeerId, founders))), probation=3,
+        absent_max=2, created_ms=0,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    trio.run(main, sys.argv[1:])
