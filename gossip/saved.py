@@ -46,6 +46,7 @@ class Keeper:
             self._file = StateFile(path, kind="gossip_state", version=1, bytes_max=FILE_BYTES_MAX, system=system)
             self._journal = Journal(path, system)
         self._due_s = float("-inf")
+        self.is_closed = False
 
     def load(self) -> SavedState:
         """The saved state, with what was heard after it; an empty one when there is none or it is broken."""
@@ -87,7 +88,8 @@ class Keeper:
         return True
 
     def close(self) -> None:
-        """Nothing is heard any more."""
+        """The last state is saved: who hears more must not believe it, for a restart would know nothing of it."""
+        self.is_closed = True
         if self._journal is not None:
             self._journal.close()
 

@@ -236,7 +236,9 @@ class GossipService:
     # --- listening ---
 
     def _heard(self, publisher: PeerId, raw: bytes) -> bool:
-        """Gossip came; True when it is worth forwarding."""
+        """Gossip came; True when it is worth forwarding. The transport has ears for a moment after the last save."""
+        if self._keeper.is_closed:
+            return False
         return self._hearing.heard(publisher, raw, trio.current_time(), self._config.wall_clock_ms())
 
     # --- peers that come and go ---

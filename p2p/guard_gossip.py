@@ -76,7 +76,12 @@ class Frames:
 
 
 class GuardedGossipSub(GossipSub):  # type: ignore[misc]  # libp2p's types are not followed
-    """The router, with contained tasks and the settings of Rules."""
+    """The router, with contained tasks and the settings of Rules.
+
+    Around: it scores without being asked to. When all have the score 0 it takes two more peers into the mesh at each
+    beat until there are over 12, cuts down to 6, and those that are cut refuse and are refused for a minute: of many
+    nodes some run out of peers that would have them.
+    """
 
     def __init__(self, drops: Drops) -> None:
         self._drops = drops
@@ -90,6 +95,7 @@ class GuardedGossipSub(GossipSub):  # type: ignore[misc]  # libp2p's types are n
             spam_protection_enabled=False,
             eclipse_protection_enabled=False,
         )
+        self.scorer = None
 
     @property
     def manager(self) -> Any:

@@ -402,6 +402,30 @@ async def test_a_restart_keeps_sequences_and_bans(
         assert again.gossip.statistics().directory.outcomes == {"stale": 1}
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(item.name for item in folder.iterdir())
+
+
+async def test_what_comes_after_the_last_save_is_not_believed_and_leaves_no_page_beside(
+    network: LoopbackNetwork, autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    who, other = Identity.make(), Identity.make()
+    async with network.join(who) as transport:
+        gossip = GossipService(transport, who, config(state_path=tmp_path / "gossip.json"), random.Random(1))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(gossip.run)
+            assert gossip._heard(other.peer_id, statement(other, 7))
+            assert names(tmp_path) == ["gossip.json", "gossip.json.heard-0"]
+            nursery.cancel_scope.cancel()
+        async with node(network) as late:  # the transport hears until it is closed
+            await late.transport.dial(transport.addresses()[0])
+            late.gossip.offer(CAPACITY)
+            await trio.sleep(2)
+            assert late.gossip.statistics().adverts_sent
+        assert names(tmp_path) == ["gossip.json"]
+        assert gossip.statistics().directory.outcomes == {"accepted": 1}
+
+
 async def test_after_a_kill_no_sequence_is_used_twice_though_the_clock_was_set_back(
     network: LoopbackNetwork, autojump_clock: MockClock, tmp_path: Path
 ) -> None:
