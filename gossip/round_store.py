@@ -41,7 +41,7 @@ from gossip.rounds import (
 RECORDS, KEPT = "records.log", "round.state"
 KEPT_BYTES_MAX = 16 << 20  # 64 members, each with a header, a report and votes of several views
 STATEMENTS_MAX = 16_384
-HEAD_BYTES = 4 + DIGEST_BYTES  # an entry's length, and its digest
+HEAD_BYTES = 4 + DIGEST_BYTES  # an entry's length, and the digest of that and of the record
 _LIMITS = Limits(
     bytes_max=KEPT_BYTES_MAX, array_max=STATEMENTS_MAX, items_max=4 * STATEMENTS_MAX, bin_max=RECORD_BYTES_MAX
 )
@@ -103,7 +103,7 @@ class RoundStore:
                 for start, length in self._spans[first : first + count_max]:
                     file.seek(start - HEAD_BYTES)
                     head, record = file.read(HEAD_BYTES), file.read(length)
-                    if self._entry(head) != (length, sha256(record).digest()):
+                    if head != _head(record):
                         raise CannotStore(
                             f"record {first + len(found)} in {self._path} is damaged: the disk is failing"
                         )
@@ -115,8 +115,8 @@ class RoundStore:
     def append(self, record: bytes) -> None:
         """The record of the round to come, on the disk when this returns. Raises CannotStore, and then it is not there:
         what part of it was written is taken away, at once or, when that fails too, before the next."""
-        assert self._entry(len(record).to_bytes(4, "big") + bytes(DIGEST_BYTES)) is not None, len(record)
-        entry = len(record).to_bytes(4, "big") + sha256(record).digest() + record
+        assert 0 < len(record) <= RECORD_BYTES_MAX, len(record)
+        entry = _head(record) + record
         try:
             if os.fstat(self._handle).st_size != self._end:
                 os.truncate(self._handle, self._end)
@@ -136,9 +136,9 @@ class RoundStore:
     def _read_through(self) -> None:
         """Find the records; what follows the last whole one is taken away. Raises OSError."""
         with self._path.open("rb") as file:
-            while (entry := self._entry(file.read(HEAD_BYTES))) is not None:
-                length, wanted = entry
-                if sha256(file.read(length)).digest() != wanted:
+            while len(head := file.read(HEAD_BYTES)) == HEAD_BYTES:
+                length = int.from_bytes(head[:4], "big")
+                if not 0 < length <= RECORD_BYTES_MAX or head != _head(file.read(length)):
                     break
                 self._spans.append((self._end + HEAD_BYTES, length))
                 self._end += HEAD_BYTES + length
@@ -155,10 +155,6 @@ class RoundStore:
             os.truncate(self._handle, self._end)
         self._system.sync(self._handle)  # a kill may have come before the flush of the last one
         self._system.sync_folder(self._path.parent)
-
-    def _entry(self, head: bytes) -> tuple[int, bytes] | None:
-        length = int.from_bytes(head[:4], "big")
-        return (length, head[4:]) if len(head) == HEAD_BYTES and 0 < length <= RECORD_BYTES_MAX else None
 
     # ---- what was said ----
 
@@ -186,6 +182,12 @@ class RoundStore:
         if handle >= 0:
             with suppress(OSError):
                 os.close(handle)
+
+
+def _head(record: bytes) -> bytes:
+    """What stands before a record."""
+    length = len(record).to_bytes(4, "big")
+    return length + sha256(length + record).digest()
 
 
 def _packed(kept: Kept) -> _Kept:
