@@ -52,9 +52,11 @@ def live(folder: Path) -> None:
     """Never returns."""
     store = RoundStore(folder, NETWORK)
     say(f"R {store.count - 1}")
+    kept = store.kept()
     while True:
         number = store.count
-        for view in range(VIEWS):
+        first = kept.agreement.view + 1 if kept is not None and kept.round == number else 0
+        for view in range(first, VIEWS):
             store.keep(kept_of(number, view))
             say(f"S {number} {view}")
         store.append(record_of(number))
