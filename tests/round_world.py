@@ -74,6 +74,11 @@ class HashOwner:
     def weights(self) -> bytes:
         return self.state_path.read_bytes()
 
+    @property
+    def states(self) -> dict[int, bytes]:
+        """All weights that there were, by the round that began with them."""
+        return {int(path.name.removeprefix("state-")): path.read_bytes() for path in self._folder.glob("state-*")}
+
     def check(self, header: Statement) -> None:
         body = header.body
         assert isinstance(body, Header)
@@ -126,6 +131,7 @@ class Member:
     owner: HashOwner
     service: RoundService
     door: RoundDoor
+    blobs: Blobs
     blames: list[tuple[PeerId, str]]
     disk: Disk
     work_s: float = 1.0
@@ -138,6 +144,14 @@ class Member:
     @property
     def id(self) -> PeerId:
         return self.transport.peer_id
+
+    @property
+    def history(self) -> RoundHistory:
+        return self.service.history
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        return self.history.manifests(0, self.service.round)
 
     async def train(self) -> None:
         """Work that takes work_s a round."""
@@ -160,8 +174,8 @@ class Member:
 class World:
     """Members that know each other."""
 
-    def __init__(self, path: Path, nursery: trio.Nursery) -> None:
-        self.network = LoopbackNetwork(random.Random(3))
+    def __init__(self, path: Path, nursery: trio.Nursery, seed: int = 3) -> None:
+        self.network = LoopbackNetwork(random.Random(seed))
         self._path, self._nursery = path, nursery
         self.members: list[Member] = []
         self.identities = [Identity.make() for _ in range(8)]
@@ -205,7 +219,7 @@ class World:
         payloads = Payloads(blobs, folder, changes.pop("rounds_kept", 3), place.admits)
         history = RoundHistory(place, owner, RoundStore(folder, NETWORK, disk), payloads)
         service = RoundService(place, history, Everybody())
-        return Member(transport, owner, service, door, blames, disk, **changes)
+        return Member(transport, owner, service, door, blobs, blames, disk, **changes)
 
     def now_ms(self) -> int:
         return START_MS + round((trio.current_time() - self.began) * 1000)
@@ -224,6 +238,15 @@ class World:
                     nursery.cancel_scope.cancel()
             member.service.history.store.close()
         member.ended.set()
+
+    def agree(self) -> None:
+        """No two members hold different records, or different weights before one round."""
+        longest: list[Manifest] = max((each.manifests for each in self.members), key=len)
+        states: dict[int, bytes] = {}
+        for member in self.members:
+            assert member.manifests == longest[: member.service.round]
+            for number, weights in member.owner.states.items():
+                assert states.setdefault(number, weights) == weights, f"the weights before round {number} differ"
 
     async def until(self, number: int, *members: Member, within_s: float = 60.0) -> None:
         """All these (or all that live) stand at this round or later, with weights to match."""
