@@ -64,11 +64,14 @@ class Averaging:
 
     # ---- what happens ----
 
-    def begin(self, now: float, kept: Kept | None = None) -> list[Effect]:
-        """Time runs from now. kept: what was last kept; when it is of another round it is of no use."""
+    def begin(self, now: float, kept: Kept | None = None, *, has_forgotten: bool = False) -> list[Effect]:
+        """Time runs from now. kept: what was last kept, of use for its own round. has_forgotten: it is lost."""
         if kept is not None and (kept.round, kept.base) != (self.chain.round, self.chain.base):
             kept = None
-        return self._enter(self.chain, now, kept)
+        effects = self._enter(self.chain, now, kept)
+        if has_forgotten:
+            self._round.forget()
+        return effects
 
     def contribute(self, header: Header, score: int | None, now: float) -> list[Effect]:
         """Own work is done and its payload is offered (or this member sits the round out). Once a round.
@@ -94,8 +97,7 @@ class Averaging:
         if not state.is_open or statement.id in state.statements:
             return self._drop("known")
         if statement.sender == self._own:
-            state.has_forgotten = True
-            state.agreement.mute()
+            state.forget()
             return self._drop("forgotten_own")
         if not isinstance(body, Header) and not self.chain.electors.is_voter(statement.sender):
             return self._drop("not_a_voter")
@@ -156,8 +158,8 @@ class Averaging:
         return min(closes_at, state.agreement.deadline(), state.resay_at, state.propose_at)
 
     def known(self) -> tuple[Statement, ...]:
-        """All that was said of this round, for who asks."""
-        return tuple(self._round.statements.values())
+        """What was said of this round, for who asks."""
+        return self._round.known()
 
     def statistics(self) -> AveragingStatistics:
         """A snapshot."""

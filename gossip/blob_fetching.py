@@ -31,7 +31,7 @@ from gossip.blob_wire import (
     decode_answer,
 )
 from gossip.donors import Donors, DonorsConfig
-from gossip.errors import CannotStore, RemoteProtocolError, Unavailable
+from gossip.errors import CannotStore, RemoteProtocolError, TooLarge, Unavailable
 from gossip.transfer import Ask, Drop, Effect, Finished, Manifest, Store, Transfer, TransferConfig, decode_manifest
 from p2p.errors import P2PError, Refused
 from p2p.errors import RemoteProtocolError as BadFrame
@@ -178,7 +178,7 @@ class Fetch:
     async def _begin(self, manifest: Manifest) -> None:
         """What is to come is known: open the file, and see what it holds. Raises CannotStore."""
         if manifest.blob_bytes > self._config.blob_bytes_max:
-            raise CannotStore(
+            raise TooLarge(
                 f"{text_of(self._blob)} has {manifest.blob_bytes} bytes, this node fetches at most "
                 f"{self._config.blob_bytes_max}"
             )

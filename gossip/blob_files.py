@@ -10,11 +10,11 @@ Source: BEP 3; NETWORK.md "Our rules" 4.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from crypto.digest import Digest, digest
+from crypto.digest import DIGEST_BYTES, Digest, digest
 from crypto.disk import SYSTEM, System, write_whole
 from gossip.errors import CannotStore, LocalProtocolError, RemoteProtocolError
 from gossip.transfer import (
@@ -193,6 +193,22 @@ class BlobFolder:
                 path.unlink(missing_ok=True)
         except OSError as exc:
             raise _cannot(self.path(blob), exc) from exc
+
+    def sweep(self, keeps: Callable[[Digest], bool]) -> frozenset[Digest]:
+        """Remove all blobs but those that are kept; of these the whole ones. Raises CannotStore."""
+        whole = set[Digest]()
+        try:
+            for path in list(self._path.iterdir()) if self._path.exists() else []:
+                name = path.name.removesuffix(PART).removesuffix(MANIFEST)
+                if len(name) != 2 * DIGEST_BYTES or set(name) - set("0123456789abcdef"):
+                    continue  # not ours
+                if not keeps(Digest(bytes.fromhex(name))):
+                    path.unlink(missing_ok=True)
+                elif path.name == name:
+                    whole.add(Digest(bytes.fromhex(name)))
+        except OSError as exc:
+            raise _cannot(self._path, exc) from exc
+        return frozenset(whole)
 
     def _beside(self, blob: Digest, kind: str) -> Path:
         return self._path / f"{blob.hex()}{kind}"

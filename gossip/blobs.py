@@ -9,7 +9,7 @@ Source: NETWORK.md "Our rules" 4, 5; BEP 3.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Container, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,13 +17,14 @@ from pathlib import Path
 
 import trio
 
-from crypto.digest import Digest
+from crypto.digest import Digest, digest, text_of
 from crypto.disk import SYSTEM, System
 from crypto.identity import PeerId
 from gossip.blob_fetching import Fetch, FetchConfig, Place, Progress
 from gossip.blob_files import BlobFolder, FileSource, MemorySource
 from gossip.blob_serving import Allowed, BlobServing, Blocking, FaultReport, ServingConfig, Streams
 from gossip.blob_wire import BLOB_PROTOCOL
+from gossip.errors import RemoteProtocolError
 from p2p.transport import PeerChange, Transport
 
 DISK_THREADS_MAX = 4
@@ -108,13 +109,16 @@ class Blobs:
         """
         return self._serving.offer(MemorySource(content))
 
-    async def offer_file(self, path: Path, allowed: Allowed | None = None) -> Digest:
+    async def offer_file(self, path: Path, allowed: Allowed | None = None, *, named: Digest | None = None) -> Digest:
         """Give this file to whoever asks for its digest (and is allowed it). When it is changed or removed later, it is
         withdrawn.
 
-        Raises LocalProtocolError (over a bound, or changed meanwhile), OSError. Cancelled: it is not offered.
+        Raises LocalProtocolError (over a bound, or changed meanwhile), OSError, RemoteProtocolError (it was fetched as
+        `named` and has another digest here: its chunks are not of the usual size). Cancelled: it is not offered.
         """
         source = await self._blocking(FileSource, path)
+        if named is not None and digest(source.manifest.encode()) != named:
+            raise RemoteProtocolError(f"{text_of(named)} is not in chunks of {source.manifest.chunk_bytes} bytes")
         return self._serving.offer(source) if allowed is None else self._serving.offer(source, allowed)
 
     def withdraw(self, blob: Digest) -> None:
@@ -152,10 +156,25 @@ class Blobs:
         self._fetched["blobs"] += 1
         return self._folder.path(blob)
 
+    def path(self, blob: Digest) -> Path:
+        """Where a blob lies once it is whole."""
+        return self._folder.path(blob)
+
     async def forget(self, blob: Digest) -> None:
         """Remove what was fetched of it, once no fetch of it runs. Raises CannotStore."""
         async with self._alone(blob):
             await self._blocking(self._folder.forget, blob)
+
+    async def sweep(self, keep: Container[Digest]) -> frozenset[Digest]:
+        """Remove what was fetched, whole or in part, but these and what is fetched now; the whole ones that stay.
+
+        Raises CannotStore.
+        """
+        running = frozenset(self._running)
+        whole: frozenset[Digest] = await self._blocking(
+            self._folder.sweep, lambda blob: blob in keep or blob in running
+        )
+        return whole
 
     @asynccontextmanager
     async def _alone(self, blob: Digest) -> AsyncIterator[None]:

@@ -5,6 +5,7 @@ GossipError
 |- RemoteProtocolError    a peer said what the protocol forbids: drop it, lower its standing
 |- Unavailable            nobody gave what was asked for: says what each peer did
 `- CannotStore            what peers gave cannot be kept here: says what to do
+   `- TooLarge            it is larger than it may be, and always will be
 """
 
 from __future__ import annotations
@@ -28,3 +29,7 @@ class Unavailable(GossipError):
 
 class CannotStore(GossipError):
     """The disk, or a bound of this node, does not let it be kept."""
+
+
+class TooLarge(CannotStore):
+    """It has more bytes than whoever asked for it allows."""

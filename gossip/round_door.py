@@ -1,15 +1,18 @@
 """Where rounds come in: the topic on which they are told, and what peers may ask of a run (ROUND_PROTOCOL).
 
-Rules: a shell. Quotas come before any signature is looked at. What is gossiped comes from whom it is signed by; what is
-handed on over a stream need not. Statements of runs that are not ours are forwarded, within the quotas, and not kept.
-The topic is subscribed to when the first run begins here, so that a node that does not train hears none of it.
+Rules: a shell. Quotas come before any signature is looked at. What is gossiped comes from whom it is signed by, and not
+long ago, lest somebody replay a member's old words to use up its quota; what is handed on over a stream need not, and
+no clock is asked: its base dates it. Statements of runs that are not ours are forwarded, within the quotas, and not
+kept. An answer has a bound in items and in time, and little of it is in memory while a peer takes it. The topic is
+subscribed to when the first run begins here, so that a node that does not train hears none of it.
 Source: NETWORK.md "Our rules"; SECURITY.md P9, P12.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
@@ -18,20 +21,35 @@ from msgspec import Meta, Struct
 
 from crypto.canonical import Limits, Value, convert
 from crypto.digest import Digest, digest
+from crypto.envelope import SKEW_MS, time_ms_of
 from crypto.errors import BadEncoding, BadSignature
 from crypto.identity import PeerId
-from gossip.errors import RemoteProtocolError
-from gossip.rounds import RECORD_BYTES_MAX, Id, Round, Statement, open_statement, round_topic, statement_of
+from gossip.errors import CannotStore, RemoteProtocolError
+from gossip.round_state import HANDED_ON_MAX
+from gossip.rounds import (
+    ANY_TIME_MS,
+    RECORD_BYTES_MAX,
+    Id,
+    Round,
+    Statement,
+    open_statement,
+    round_topic,
+    statement_of,
+)
 from gossip.standing import Fault
 from p2p.allowance import Buckets
 from p2p.calls import Calls, Handler, Incoming
-from p2p.errors import P2PError, RemoteError
+from p2p.errors import P2PError, RemoteError, Unreachable
 from p2p.transport import Transport
 
 ROUND_PROTOCOL = "/openagi/round/1"
 PLAN_BYTES_MAX = 32_768
+RUNS_MAX = 16  # that a peer is in
 RECORDS_A_CALL = 64
-STATEMENTS_A_CALL = 4096  # of a round: 64 members, each with a few votes in a few views
+RECORDS_AT_ONCE = 8  # in memory, for each call that is answered
+FOLLOWS_OF_ONE_MAX = 2  # calls of one peer that are answered at a time
+ANSWER_S = 60.0  # for a whole answer
+SAID_MS_MAX = 900_000  # what is gossiped was made no longer ago
 ROUND_LIMITS = Limits(bytes_max=RECORD_BYTES_MAX + 1024, bin_max=RECORD_BYTES_MAX, array_max=64, items_max=256)
 SAID_PER_S, SAID_BURST = 20.0, 400.0  # statements of one peer: a round has six, and some of them again
 ASKED_PER_S, ASKED_BURST = 2.0, 20.0
@@ -117,6 +135,7 @@ class RoundDoor:
         self._said = Buckets(rate_per_s=SAID_PER_S, burst=SAID_BURST)
         self._asked = Buckets(rate_per_s=ASKED_PER_S, burst=ASKED_BURST)
         self._seen: dict[Digest, None] = {}
+        self._following: Counter[PeerId] = Counter()
         self._is_subscribed = False
         self.calls = Calls(transport, ROUND_PROTOCOL, self._handlers(), self._breach, ROUND_LIMITS)
 
@@ -142,34 +161,59 @@ class RoundDoor:
 
     async def plans(self, peer: PeerId) -> list[bytes]:
         """The runs of a peer, as plans. Raises P2PError, RemoteProtocolError."""
-        answer = await self.calls.call(peer, "runs", None)
-        if not isinstance(answer, list) or not all(isinstance(each, bytes) for each in answer):
+        answer = await self._asked_of(peer, "runs", None)
+        plans = [each for each in answer if isinstance(each, bytes)] if isinstance(answer, list) else []
+        if answer != plans:
             raise RemoteProtocolError(f"{peer} answered `runs` with no list of plans")
-        return [each for each in answer if isinstance(each, bytes)]
+        if len(plans) > RUNS_MAX or max(map(len, plans), default=0) > PLAN_BYTES_MAX:
+            raise RemoteProtocolError(
+                f"{peer} answered `runs` with more than {RUNS_MAX} plans of {PLAN_BYTES_MAX} bytes"
+            )
+        return plans
 
     async def follow(self, peer: PeerId, run: Digest, number: int) -> Given:
         """A peer's records from a round on, then what it knows of its own round, then how far it is.
 
-        Raises P2PError, RemoteProtocolError (also for more than we asked for).
+        Raises P2PError (also after ANSWER_S), RemoteProtocolError (also for more than we asked for).
         """
         records, statements = list[bytes](), list[bytes]()
-        async with self.calls.open(peer, "follow", {"run": run, "round": number}) as outgoing:
-            async for item in outgoing:
-                handed = _decoded(item, Handed)
-                records += [handed.record] if handed.record is not None else []
-                statements += [handed.statement] if handed.statement is not None else []
-                if len(records) > RECORDS_A_CALL or len(statements) > STATEMENTS_A_CALL:
-                    raise RemoteProtocolError(f"{peer} hands on {len(records)} records, {len(statements)} statements")
-            end = _decoded(outgoing.result, Followed)
+        with self._in_time(peer):
+            async with self.calls.open(peer, "follow", {"run": run, "round": number}) as outgoing:
+                async for item in outgoing:
+                    handed = _decoded(item, Handed)
+                    if (handed.record is None) == (handed.statement is None):
+                        raise RemoteProtocolError(f"{peer} hands on an item that is not one record or one statement")
+                    records += [handed.record] if handed.record is not None else []
+                    statements += [handed.statement] if handed.statement is not None else []
+                    if len(records) > RECORDS_A_CALL or len(statements) > HANDED_ON_MAX:
+                        raise RemoteProtocolError(
+                            f"{peer} hands on over {RECORDS_A_CALL} records, or {HANDED_ON_MAX} words"
+                        )
+                end = _decoded(outgoing.result, Followed)
         return Given(records=records, statements=statements, round=end.round)
 
     async def say_behind(self, peer: PeerId, run: Digest, number: int) -> None:
         """Tell a peer that there are records for it; it asks for them itself. Raises P2PError."""
-        await self.calls.call(peer, "behind", {"run": run, "round": number})
+        await self._asked_of(peer, "behind", {"run": run, "round": number})
 
     def handed(self, raw: bytes) -> Statement:
         """A statement that a peer handed on. Raises RemoteProtocolError, BadSignature."""
-        return statement_of(raw, network=self._network, now_ms=self.now_ms())
+        return statement_of(raw, network=self._network, now_ms=ANY_TIME_MS)
+
+    async def _asked_of(self, peer: PeerId, method: str, body: Value) -> Value:
+        """Raises P2PError."""
+        with self._in_time(peer):
+            return await self.calls.call(peer, method, body)
+
+    @contextmanager
+    def _in_time(self, peer: PeerId) -> Iterator[None]:
+        """An answer that does not end is none, and blamed. Raises Unreachable."""
+        try:
+            with trio.fail_after(ANSWER_S):
+                yield
+        except trio.TooSlowError as exc:
+            self.blame(peer, Fault.TIMEOUT, f"did not answer a question about a run within {ANSWER_S:g} s")
+            raise Unreachable(f"{peer} did not answer within {ANSWER_S:g} s") from exc
 
     # ---- what comes ----
 
@@ -178,6 +222,13 @@ class RoundDoor:
         name = digest(raw)
         if name in self._seen:
             return self._drop("doubled")
+        try:
+            age_ms = self.now_ms() - time_ms_of(raw)
+        except BadEncoding as exc:
+            self.blame(publisher, Fault.MALFORMED, f"an envelope of a round cannot be opened: {exc}")
+            return self._drop("malformed")
+        if not -SKEW_MS <= age_ms <= SAID_MS_MAX:  # replayed, or a clock is wrong: nobody's fault that can be told
+            return self._drop("of_another_time")
         if not self._said.take(publisher, trio.current_time()):
             self.blame(publisher, Fault.OVER_QUOTA, "more statements of rounds than its quota")
             return self._drop("over_quota")
@@ -209,13 +260,31 @@ class RoundDoor:
         return [] if run is None or not run.admits(incoming.peer) else [run.plan]
 
     async def _follow(self, incoming: Incoming) -> Value:
-        asked, run = self._run_of(incoming)
-        for record in await run.records(asked.round, RECORDS_A_CALL):
-            await incoming.send({"record": record, "statement": None})
-        if run.round <= asked.round + RECORDS_A_CALL:
+        (asked, run), peer = self._run_of(incoming), incoming.peer
+        if self._following[peer] >= FOLLOWS_OF_ONE_MAX:
+            raise RemoteError("busy", f"{FOLLOWS_OF_ONE_MAX} such calls of yours are being answered", retryable=True)
+        self._following[peer] += 1
+        try:
+            with trio.fail_after(ANSWER_S):
+                await self._hand_on(incoming, run, asked.round)
+        except CannotStore as exc:
+            raise RemoteError("unavailable", "the records here cannot be read now", retryable=True) from exc
+        except trio.TooSlowError as exc:
+            raise RemoteError("too_slow", "what you asked for was not taken in time", retryable=True) from exc
+        finally:
+            self._following[peer] -= 1
+            if not self._following[peer]:
+                del self._following[peer]
+        return {"round": run.round}
+
+    async def _hand_on(self, incoming: Incoming, run: RunHere, number: int) -> None:
+        """Raises CannotStore."""
+        for first in range(number, number + RECORDS_A_CALL, RECORDS_AT_ONCE):
+            for record in await run.records(first, RECORDS_AT_ONCE):
+                await incoming.send({"record": record, "statement": None})
+        if run.round <= number + RECORDS_A_CALL:
             for statement in run.known():
                 await incoming.send({"record": None, "statement": statement.raw})
-        return {"round": run.round}
 
     async def _behind(self, incoming: Incoming) -> Value:
         await trio.lowlevel.checkpoint()

@@ -2,15 +2,17 @@
 
 Rules: a shell. A record is taken only when the chain so far proves it. Weights that are behind are brought on by the
 payloads of the rounds between, or by a state that a quorum named, whichever is less to fetch; a state is compared with
-its name chunk by chunk, so it matters not who gives it. Weights that are not what a quorum names are given up.
+its name chunk by chunk, so it matters not who gives it. Weights that are not what a quorum names are given up, and no
+round changes them. What is asked of members is asked of all in turn. A disk on which the owner cannot keep weights that
+have changed already ends the run: the next start reads those from before.
 Source: TRAINING.md 3 (5, 6, 8).
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -27,7 +29,7 @@ from gossip.round_door import RoundDoor
 from gossip.round_payloads import Payloads
 from gossip.round_state import Chain, checked_record
 from gossip.round_store import RoundStore
-from gossip.rounds import Committed, Manifest, Statement, record_of, recorded_manifest
+from gossip.rounds import ANY_TIME_MS, Committed, Header, Manifest, Statement, record_of, recorded_manifest
 from gossip.standing import Fault
 from p2p.errors import P2PError
 from p2p.transport import Transport
@@ -35,6 +37,8 @@ from p2p.transport import Transport
 RETRY_S = 2.0
 TRIES = 4  # to have the payloads of a committed round; then a state is fetched instead
 PATIENCE_S = 300.0  # for all that is missed, before peers are asked for records again
+ASKED_AT_ONCE = 4  # peers, for what they know of a run
+READ_AT_ONCE = 256  # records
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -70,10 +74,13 @@ class Owner(Protocol):
         """Its score, as in a report. Raises Unsound."""
 
     async def apply(self, manifest: Manifest, payloads: Mapping[Digest, Path]) -> None:
-        """Change the weights by a committed round, and write their file. payloads: of the shares that have a weight."""
+        """Change the weights by a committed round, and write their file. payloads: of the shares that have a weight.
+
+        Raises CannotStore: they were changed and cannot be written, so that nothing here may go on with them.
+        """
 
     async def adopt(self, manifest: Manifest, state: Path) -> None:
-        """Take over the weights before a committed round, and write their file. Raises Unsound."""
+        """Take over the weights before a committed round, and write their file. Raises Unsound, and as `apply`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,26 +120,50 @@ class RoundHistory:
         self.chain = place.genesis
         self.counts: Counter[str] = Counter()
         self.trouble = ""  # why nothing goes on now; '' when it does
+        self.loaded = 0  # how many records there were at the start
+        self._is_wrong = False  # a quorum named other weights than ours, and we have not got those yet
+        self._turn = 0  # which members are asked next
+        self._sought: Digest | None = None  # the state that was fetched last, or in part
 
     async def load(self) -> None:
-        """The chain as far as the disk has it. Raises CannotStore."""
-        for manifest in await self._place.disk(self.manifests, 0, self.store.count):
-            self.chain = self.chain.after(manifest)
+        """The chain as far as the disk has it. Once more is the same as once. Raises CannotStore."""
+        chain, newest = self._place.genesis, deque[Manifest](maxlen=self.payloads.rounds_kept)
+        for first in range(0, self.store.count, READ_AT_ONCE):
+            for manifest in await self._place.disk(self.manifests, first, READ_AT_ONCE):
+                if not chain.names(manifest):
+                    raise CannotStore(
+                        f"record {chain.round} on the disk is of another history: move the run's folder away"
+                    )
+                chain = chain.after(manifest)
+                newest.append(manifest)
+        self.chain, self.loaded = chain, chain.round
+        kept = await self._place.disk(self.store.kept)
+        await self.payloads.restore(newest, announced(kept.heard) if kept is not None else ())
 
     def manifests(self, first: int, count_max: int) -> list[Manifest]:
         """Committed rounds. Blocks for the disk. Raises CannotStore."""
-        return [recorded_manifest(raw) for raw in self.store.records(first, count_max)]
+        try:
+            return [recorded_manifest(raw) for raw in self.store.records(first, count_max)]
+        except RemoteProtocolError as exc:
+            raise CannotStore(f"records from {first} on were written whole and cannot be read: {exc}") from exc
 
     def members_here(self) -> list[PeerId]:
         """Peers that are connected and may be members, voters first."""
         electors, peers = self.chain.electors, self._place.transport.peers()
-        return sorted(filter(self._place.admits, peers), key=lambda each: not electors.is_voter(each))
+        return sorted(filter(self._place.admits, peers), key=lambda each: (not electors.is_voter(each), each))
+
+    def asked_next(self) -> list[PeerId]:
+        """A few of them, all in turn: some may be liars, or know nothing."""
+        here = self.members_here()
+        start = self._turn % max(1, len(here))
+        self._turn = start + ASKED_AT_ONCE
+        return (here[start:] + here[:start])[:ASKED_AT_ONCE]
 
     # ---- records ----
 
     def record(self, raw: bytes) -> Committed:
         """Raises RemoteProtocolError, BadSignature."""
-        return record_of(raw, network=self._place.network, now_ms=self._place.door.now_ms())
+        return record_of(raw, network=self._place.network, now_ms=ANY_TIME_MS)
 
     async def append(self, committed: Committed) -> None:
         """A record that is proven: on the disk when this returns."""
@@ -183,26 +214,45 @@ class RoundHistory:
             await trio.sleep(RETRY_S)
 
     async def mend(self, manifest: Manifest) -> None:
-        """A quorum names other weights than ours before this round: take those. Raises Unavailable, CannotStore."""
+        """A quorum names other weights than ours before this round: take those. Raises Unavailable, Unsound."""
         assert manifest.root is not None
         self.counts["diverged"] += 1
+        self._is_wrong = True
         await self._adopt(manifest, Digest(manifest.root))
 
     async def catch_up(self) -> None:
         """Once, as far as it goes now: look at `is_whole` afterwards, and at `trouble`."""
-        behind = await self._place.disk(self.manifests, self.owner.round, self.store.count)
+        why = f"not within {PATIENCE_S:g} s"
         try:
             with trio.move_on_after(PATIENCE_S):
-                if not self._is_replay_cheaper(behind) or not await self._replay(behind):
+                if (
+                    self._is_wrong
+                    or not await self._is_replay_cheaper()
+                    or not await self._replay(await self._behind())
+                ):
                     await self._take_state()
-                    await self._replay(await self._place.disk(self.manifests, self.owner.round, self.store.count))
-        except (Unavailable, CannotStore, Unsound) as exc:
-            self.trouble = f"the weights of round {self.chain.round} cannot be had: {exc}"
+                    await self._replay(await self._behind())
+                why = (
+                    "their payloads are not to be had"
+                    if self.owner.round < self.chain.round
+                    else "records are lost here"
+                )
+        except (Unavailable, Unsound) as exc:
+            why = str(exc)
+        if not self.is_whole:
+            self.trouble = f"the weights of round {self.chain.round} cannot be had: {why}"
             _log.info("%s", self.trouble)
 
-    def _is_replay_cheaper(self, behind: list[Manifest]) -> bool:
-        """Whether the payloads of these rounds are fewer bytes than the weights themselves."""
-        payloads = sum(share.weight > 0 for manifest in behind for share in manifest.shares)
+    async def _behind(self) -> list[Manifest]:
+        """Rounds that the weights lack, the oldest first. Raises CannotStore."""
+        missed: list[Manifest] = await self._place.disk(self.manifests, self.owner.round, READ_AT_ONCE)
+        return missed
+
+    async def _is_replay_cheaper(self) -> bool:
+        """Whether the payloads of the rounds that the weights lack are fewer bytes than the weights themselves."""
+        if self.store.count - self.owner.round > READ_AT_ONCE:
+            return False
+        payloads = sum(share.weight > 0 for manifest in await self._behind() for share in manifest.shares)
         return payloads * self.owner.payload_bytes_max <= self.owner.state_bytes
 
     async def _replay(self, behind: list[Manifest]) -> bool:
@@ -210,17 +260,20 @@ class RoundHistory:
         for manifest in behind:
             try:
                 payloads = await self._payloads_of(manifest)
-            except (Unavailable, CannotStore) as exc:
+            except (Unavailable, CannotStore, RemoteProtocolError) as exc:
                 _log.info("round %d is committed and its payloads are not here: %s", manifest.round, exc)
                 return False
             with trio.CancelScope(shield=True):  # half a change is none
                 await self.owner.apply(manifest, payloads)
-                await self.payloads.over(manifest.round)
             self.counts["applied"] += 1
+            try:
+                await self.payloads.over(manifest.round)
+            except CannotStore as exc:
+                _log.warning("what is not needed any more stays: %s", exc)
         return True
 
     async def _payloads_of(self, manifest: Manifest) -> dict[Digest, Path]:
-        """Raises Unavailable, CannotStore."""
+        """Raises Unavailable, CannotStore, RemoteProtocolError."""
         found: dict[Digest, Path] = {}
         for share in manifest.shares:
             if share.blob is not None and share.weight:
@@ -231,15 +284,36 @@ class RoundHistory:
 
     async def _take_state(self) -> None:
         """The newest weights that a quorum named. Raises Unavailable, CannotStore, Unsound."""
-        for first in range(self.store.count - 1, self.owner.round, -1):
+        least = self.owner.round + (not self._is_wrong)
+        for first in range(self.store.count - 1, least - 1, -1):
             (manifest,) = await self._place.disk(self.manifests, first, 1)
             if manifest.root is not None:
                 return await self._adopt(manifest, Digest(manifest.root))
         raise Unavailable("no round since has weights that a quorum named")
 
     async def _adopt(self, manifest: Manifest, root: Digest) -> None:
-        path = await self.payloads.get_state(root, self.members_here(), self.owner.state_bytes)
-        with trio.CancelScope(shield=True):
-            await self.owner.adopt(manifest, path)
-            await self.payloads.forget(root)
+        """Raises Unavailable, Unsound, and CannotStore as the owner does."""
+        try:
+            if self._sought is not None and self._sought != root:  # what came of it would lie there for ever
+                await self.payloads.forget(self._sought)
+            self._sought = root
+            path = await self.payloads.get_state(root, self.members_here(), self.owner.state_bytes)
+        except CannotStore as exc:
+            raise Unavailable(str(exc)) from exc
+        try:
+            with trio.CancelScope(shield=True):
+                await self.owner.adopt(manifest, path)
+        finally:
+            with trio.CancelScope(shield=True):
+                try:
+                    await self.payloads.forget(root)
+                except CannotStore as exc:
+                    _log.warning("weights that were fetched stay: %s", exc)
+        self._is_wrong = False
         self.counts["states_fetched"] += 1
+
+
+def announced(statements: Iterable[Statement]) -> list[Digest]:
+    """The payloads that these announce."""
+    bodies = [each.body for each in statements if isinstance(each.body, Header)]
+    return [Digest(each.contribution.blob) for each in bodies if each.contribution is not None]

@@ -1,24 +1,29 @@
 """The payloads and states of one run that this node has: offered to the others for some rounds, then let go.
 
 Rules: a shell over gossip/blobs.py. Own payloads are files in the run's folder, so that a restart finds what was
-announced. A payload that came is offered as well, so that who is slow, or joins, has several
-donors. A state is a file of the owner's. What is let go is withdrawn first, and removed when it was fetched here.
+announced. A payload that came is offered as well, under the name that was announced or not at all, so that who is
+slow, or joins, has several donors. A state is a file of the owner's. What is let go is withdrawn first, and removed
+when it was fetched here, whole or in part; what a kill left, when the next run begins.
 Source: TRAINING.md 3 (1, 6).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from crypto.digest import Digest
 from crypto.identity import PeerId
 from gossip.blob_serving import Allowed
 from gossip.blobs import Blobs
-from gossip.errors import CannotStore, LocalProtocolError
+from gossip.errors import CannotStore, LocalProtocolError, RemoteProtocolError
+from gossip.rounds import Manifest
 
 OWN = "own-"  # and the number of the round
 STATES_KEPT = 2  # the newest that a quorum names, and the one that comes after it
+
+_log = logging.getLogger(__name__)
 
 
 class Payloads:
@@ -29,11 +34,30 @@ class Payloads:
 
         allowed: to whom they may be given.
         """
-        self._blobs, self._folder, self._rounds_kept = blobs, folder, max(1, rounds_kept)
+        self._blobs, self._folder, self.rounds_kept = blobs, folder, max(1, rounds_kept)
         self._allowed = allowed
         self._paths: dict[Digest, Path] = {}
         self._rounds: dict[int, set[Digest]] = {}
         self._states: list[Digest] = []  # the oldest first
+
+    async def restore(self, newest: Collection[Manifest], others: Iterable[Digest]) -> None:
+        """After a restart: offer what is here of the newest rounds, and of the one to come, and remove all else.
+
+        others: what else may be here, in part.
+        """
+        blobs = {Digest(share.blob): each.round for each in newest for share in each.shares if share.blob is not None}
+        roots = {Digest(each.root) for each in newest if each.root is not None}
+        own: dict[Path, tuple[int, Digest | None]] = {path: (number, None) for number, path in self._own_files()}
+        try:
+            whole = await self._blobs.sweep({*blobs, *roots, *others})
+        except CannotStore as exc:
+            return _log.warning("what was fetched before cannot be looked through: %s", exc)
+        fetched = {self._blobs.path(blob): (blobs[blob], blob) for blob in whole & blobs.keys()}
+        for path, (number, blob) in {**own, **fetched}.items():
+            try:
+                self._note(number, await self._offer(path, blob), path)
+            except (CannotStore, RemoteProtocolError) as exc:
+                _log.warning("a payload of round %d is not offered again: %s", number, exc)
 
     def own_path(self, number: int) -> Path:
         """Where this member's own payload of a round is to be written, before it is announced."""
@@ -42,21 +66,24 @@ class Payloads:
     async def add_own(self, number: int) -> Digest:
         """Offer own payload of a round. Raises CannotStore."""
         path = self.own_path(number)
-        return self._note(number, await self._offer(path), path)
+        return self._note(number, await self._offer(path, None), path)
 
     async def get(self, number: int, blob: Digest, holders: Iterable[PeerId], bytes_max: int) -> Path:
-        """A payload of a round, from here or from these. Raises Unavailable, CannotStore."""
+        """A payload of a round, from here or from these. What came of it is let go with its round.
+
+        Raises Unavailable, CannotStore (TooLarge: it has more bytes), RemoteProtocolError (nobody can give it on).
+        """
+        self._rounds.setdefault(number, set()).add(blob)
         known = self._paths.get(blob)
         if known is not None and known.exists():
-            self._rounds.setdefault(number, set()).add(blob)
             return known
         path = await self._blobs.fetch(blob, holders, bytes_max=bytes_max)
-        self._note(number, await self._offer(path), path)
+        self._note(number, await self._offer(path, blob), path)
         return path
 
     async def offer_state(self, path: Path) -> Digest:
         """Offer the weights of a round to come; their name. Raises CannotStore."""
-        root = await self._offer(path)
+        root = await self._offer(path, None)
         if root in self._states:
             self._states.remove(root)
         self._states.append(root)
@@ -75,14 +102,19 @@ class Payloads:
         await self._blobs.forget(blob)
 
     async def over(self, number: int) -> None:
-        """This round is committed and applied: what is too old goes. Raises CannotStore."""
-        for old in [each for each in self._rounds if each <= number - self._rounds_kept]:
-            for blob in self._rounds.pop(old):
-                if not any(blob in others for others in self._rounds.values()):
+        """This round is committed and applied: what is too old goes. Raises CannotStore; what stayed goes next time."""
+        for old in [each for each in self._rounds if each <= number - self.rounds_kept]:
+            for blob in list(self._rounds[old]):
+                if not any(blob in others for each, others in self._rounds.items() if each != old):
                     await self.forget(blob)
-        for own in self._folder.glob(f"{OWN}*"):
-            if (text := own.name.removeprefix(OWN)).isdecimal() and int(text) <= number - self._rounds_kept:
-                own.unlink(missing_ok=True)
+                self._rounds[old].discard(blob)
+            del self._rounds[old]
+        try:
+            for own, path in self._own_files():
+                if own <= number - self.rounds_kept:
+                    path.unlink(missing_ok=True)
+        except OSError as exc:
+            raise CannotStore(f"own payloads in {self._folder} cannot be removed: {exc.strerror}") from exc
 
     def close(self) -> None:
         """Offer nothing any more; the files stay."""
@@ -94,8 +126,13 @@ class Payloads:
         self._rounds.setdefault(number, set()).add(blob)
         return blob
 
-    async def _offer(self, path: Path) -> Digest:
+    def _own_files(self) -> list[tuple[int, Path]]:
+        named = [(path.name.removeprefix(OWN), path) for path in self._folder.glob(f"{OWN}*")]
+        return [(int(text), path) for text, path in named if text.isdecimal()]
+
+    async def _offer(self, path: Path, named: Digest | None) -> Digest:
+        """Raises CannotStore, RemoteProtocolError."""
         try:
-            return await self._blobs.offer_file(path, self._allowed)
+            return await self._blobs.offer_file(path, self._allowed, named=named)
         except (OSError, LocalProtocolError) as exc:
             raise CannotStore(f"{path} cannot be offered: {exc}") from exc

@@ -1,7 +1,8 @@
 """One run as this node lives it: gossip/averaging.py's effects carried out, in order.
 
-Rules: a shell. One task carries effects out; what is to be kept is on the disk before the effects after it. Everything
-slow (a fetch, a look at a payload, the change of weights) has a task of its own, which tells the core when it is done.
+Rules: a shell. One task carries effects out; what is to be kept is on the disk before the effects after it, and before
+anybody who asks is told. Everything slow (a fetch, a look at a payload, the change of weights) has a task of its own,
+which tells the core when it is done. What a peer hands on is proven before anything follows from it.
 A session lasts as long as the weights keep up with the records; before it, and again after it, gossip/round_history.py
 brings both up to date. What the owner of the weights cannot do for good it raises, and the run ends here.
 Source: TRAINING.md 3.
@@ -15,21 +16,21 @@ from dataclasses import dataclass
 
 import trio
 
-from crypto.digest import Digest
+from crypto.digest import Digest, digest
 from crypto.errors import BadSignature
 from crypto.identity import PeerId
 from gossip.averaging import Averaging
-from gossip.errors import CannotStore, RemoteProtocolError, Unavailable
+from gossip.errors import RemoteProtocolError, Unavailable
 from gossip.gathering import Policy
-from gossip.round_effects import Accuse, Apply, Ask, Behind, Effect, Fetch, Keep, Tell
+from gossip.round_effects import Accuse, Apply, Ask, Behind, Effect, Fetch, Keep, Kept, Tell
+from gossip.round_fetching import Fetching
 from gossip.round_history import RETRY_S, RoundHistory, RunPlace, Unsound
-from gossip.round_state import OPEN, AveragingStatistics, Chain, Phase
+from gossip.round_state import OPEN, AveragingStatistics, Chain, Phase, checked_record
 from gossip.rounds import Body, Committed, Contribution, Header, Statement, sign_statement
 from gossip.standing import Fault
 from p2p.errors import P2PError
 from p2p.transport import PeerChange, Transport
 
-ASKED_AT_ONCE = 4  # peers, for what they know of a run
 REPLAYED_MAX = 2  # rounds behind that are made good without a new session
 
 _log = logging.getLogger(__name__)
@@ -52,9 +53,12 @@ class RoundService:
         self._effects: deque[Effect] = deque()
         self._waiting: dict[int, Committed] = {}  # records that come after the one that is applied now
         self._root: tuple[int, Digest] | None = None  # of the weights before a round, as far as they were offered
+        self._followed: set[PeerId] = set()  # who is being asked for what it knows
+        self._promised: frozenset[Digest] = frozenset()  # own statements of this round that are on the disk
         self._woken = trio.Event()
         self._opened = trio.Event()
         self._session: trio.Nursery | None = None
+        self._fetching: Fetching | None = None
 
     # ---- for the owner ----
 
@@ -144,8 +148,11 @@ class RoundService:
         return found
 
     def known(self) -> tuple[Statement, ...]:
-        """What is known of the round to come."""
-        return () if self._averaging is None else self._averaging.known()
+        """What is known of the round to come; of what this member says, only what a kill cannot undo any more."""
+        averaging, own = self._averaging, self._place.own
+        if averaging is None or averaging.chain.round != self.round:
+            return ()
+        return tuple(each for each in averaging.known() if each.sender != own or each.id in self._promised)
 
     def heard(self, statement: Statement) -> None:
         """Somebody said this."""
@@ -177,7 +184,7 @@ class RoundService:
         """Records as far as the members here have them, then the weights that belong to them, however long it takes."""
         history = self.history
         while True:
-            for peer in history.members_here()[:ASKED_AT_ONCE]:
+            for peer in history.asked_next():
                 await history.take_records(peer)
             if not history.is_whole:
                 await history.catch_up()
@@ -189,18 +196,24 @@ class RoundService:
     async def _take_part(self) -> None:
         """One session: from weights that stand where the records end, until they fall behind."""
         place, now = self._place, trio.current_time()
-        kept = await place.disk(self.history.store.kept, place.door.now_ms())
-        averaging = Averaging(self.history.chain, place.own, self._sign, self._policy, place.timing)
+        history = self.history
+        kept: Kept | None = await place.disk(history.store.kept)
+        averaging = Averaging(history.chain, place.own, self._sign, self._policy, place.timing)
+        has_forgotten = _has_forgotten(history, kept)
+        if has_forgotten:
+            _log.warning(
+                "what this node said of round %d is lost: it is silent until that is over", history.chain.round
+            )
+        self._promised = frozenset(each.id for each in kept.said) if kept is not None else frozenset()
         self._averaging, self._woken = averaging, trio.Event()
+        self._fetching = Fetching(place, history, averaging, self._take)
         self._effects.clear()
         self._waiting.clear()
         try:
             async with trio.open_nursery() as nursery:
                 self._session = nursery
-                self._take(averaging.begin(now, kept))
+                self._take(averaging.begin(now, kept, has_forgotten=has_forgotten))
                 self._take(averaging.connected(place.transport.peers(), now))
-                if averaging.has_contributed and self.history.payloads.own_path(averaging.chain.round).exists():
-                    await self.history.payloads.add_own(averaging.chain.round)
                 self._tell_opened()
                 nursery.start_soon(self._ask_around)
                 await self._carry_out(averaging)
@@ -223,12 +236,14 @@ class RoundService:
             keeps = [each.kept for each in batch if isinstance(each, Keep)]
             if keeps:  # the last holds all that the others do
                 await self.history.surely(self.history.store.keep, keeps[-1])
+                self._promised = frozenset(each.id for each in keeps[-1].said)
             for effect in batch:
                 await self._perform(effect)
 
     async def _perform(self, effect: Effect) -> None:
         """Opens tasks in the session."""
         assert self._session is not None
+        assert self._fetching is not None
         match effect:
             case Tell(statement):
                 await self._place.door.tell(statement)
@@ -237,7 +252,7 @@ class RoundService:
             case Behind(peer, number):
                 self._session.start_soon(self._say_behind, peer, number)
             case Fetch(header, holders):
-                self._session.start_soon(self._fetch, header, holders)
+                self._session.start_soon(self._fetching.fetch, header, holders)
             case Apply(committed):
                 self._session.start_soon(self._apply, committed)
             case Accuse(peer, _, _):
@@ -246,36 +261,18 @@ class RoundService:
             case Keep():
                 pass  # on the disk
 
-    async def _fetch(self, header: Statement, holders: tuple[PeerId, ...]) -> None:
-        averaging, history, body = self._averaging, self.history, header.body
-        assert averaging is not None
-        assert isinstance(body, Header)
-        assert body.contribution is not None
-        blob = Digest(body.contribution.blob)
-        try:
-            history.owner.check(header)
-            path = await history.payloads.get(body.round, blob, holders, history.owner.payload_bytes_max)
-            score = await history.owner.examine(header, path)
-        except Unsound as exc:
-            history.counts["refused"] += 1
-            self._place.blame(header.sender, Fault.MALFORMED, f"its payload of round {body.round} is refused: {exc}")
-            self._take(averaging.refused(header.id, str(exc), trio.current_time()))
-        except (Unavailable, CannotStore) as exc:  # it is asked for again
-            history.counts["fetch_failed"] += 1
-            _log.info("round %d: %s", body.round, exc)
-        else:
-            self._take(averaging.held(header.id, score, trio.current_time()))
-
     async def _apply(self, committed: Committed) -> None:
         """The record on the disk, then the weights, then the next round. What cannot be had ends the session."""
         averaging, history, manifest = self._averaging, self.history, committed.manifest
         assert averaging is not None
+        assert self._fetching is not None
+        self._fetching.over()
         await history.append(committed)
         own, self._root = self._root, None
         if manifest.root is not None and own not in (None, (manifest.round, manifest.root)):
             try:
                 await history.mend(manifest)
-            except (Unavailable, CannotStore, Unsound) as exc:
+            except (Unavailable, Unsound) as exc:
                 return self._end_session(f"our weights are not those that a quorum names: {exc}")
         await history.change(manifest)
         if not history.is_whole:
@@ -283,6 +280,7 @@ class RoundService:
         self._take(averaging.applied(trio.current_time()))
         self._tell_opened()
         following = self._waiting.pop(averaging.chain.round, None)
+        self._waiting = {number: each for number, each in self._waiting.items() if number > averaging.chain.round}
         if following is not None:
             self._receive_record(averaging, following, self._place.own)
 
@@ -295,37 +293,67 @@ class RoundService:
 
     async def _ask_around(self) -> None:
         """At the start of a session, a few members: this one may have missed what was said."""
-        for peer in self.history.members_here()[:ASKED_AT_ONCE]:
+        for peer in self.history.asked_next():
             await self._follow(peer)
 
     async def _follow(self, peer: PeerId) -> None:
-        averaging, door = self._averaging, self._place.door
+        """Ask a peer, once at a time, and take what it gives as far as it can be proven."""
+        averaging = self._averaging
         assert averaging is not None
+        if peer in self._followed:
+            return
+        self._followed.add(peer)
         try:
-            given = await door.follow(peer, self.id, averaging.chain.round)
-            statements = [door.handed(raw) for raw in given.statements]
-            records = [self.history.record(raw) for raw in given.records]
+            given = await self._place.door.follow(peer, self.id, averaging.chain.round)
+            records = await self._proven(given.records, averaging)
+            statements = await self._opened_of(given.statements, averaging)
         except (RemoteProtocolError, BadSignature) as exc:
             return self._place.blame(peer, Fault.MALFORMED, f"as a member of a run it gave {exc}")
         except P2PError:
             self.history.counts["ask_failed"] += 1
             return
-        if len(records) > REPLAYED_MAX:
+        finally:
+            self._followed.discard(peer)
+        if records and records[-1].manifest.round >= averaging.chain.round + REPLAYED_MAX:
             return self._end_session(f"{peer} is {len(records)} rounds ahead, or more")
         for record in records:
-            if record.manifest.round > averaging.chain.round or averaging.phase is Phase.APPLYING:
+            if record.manifest.round > averaging.chain.round:
                 self._waiting.setdefault(record.manifest.round, record)
             else:
                 self._receive_record(averaging, record, peer)
         for statement in statements:
-            if self.admits(statement.sender):
-                self._take(averaging.receive(statement, trio.current_time()))
+            self._take(averaging.receive(statement, trio.current_time()))
+
+    async def _proven(self, raws: list[bytes], averaging: Averaging) -> list[Committed]:
+        """Those that follow on the history here, as many as tell whether it is far behind.
+
+        Raises RemoteProtocolError, BadSignature.
+        """
+        proven, chain = list[Committed](), averaging.chain
+        for raw in raws[: REPLAYED_MAX + 1]:
+            await trio.lowlevel.checkpoint()
+            record = self.history.record(raw)
+            if record.manifest.round < chain.round:  # it was applied while the answer came
+                continue
+            checked_record(record, chain)
+            chain = chain.after(record.manifest)
+            proven.append(record)
+        return proven
+
+    async def _opened_of(self, raws: list[bytes], averaging: Averaging) -> list[Statement]:
+        """Statements of members that are not known yet. Raises RemoteProtocolError, BadSignature."""
+        known, found = {each.id for each in averaging.known()}, list[Statement]()
+        for raw in raws:
+            if digest(raw) not in known:
+                await trio.lowlevel.checkpoint()  # a signature takes its time, and there may be thousands
+                statement = self._place.door.handed(raw)
+                found += [statement] if self.admits(statement.sender) else []
+        return found
 
     def _receive_record(self, averaging: Averaging, record: Committed, giver: PeerId) -> None:
         try:
             self._take(averaging.receive_record(record, trio.current_time()))
         except RemoteProtocolError as exc:
-            self._waiting.clear()
             self._place.blame(giver, Fault.MALFORMED, str(exc))
 
     async def _say_behind(self, peer: PeerId, number: int) -> None:
@@ -352,3 +380,10 @@ class RoundService:
     def _sign(self, body: Body) -> Statement:
         place, now_ms = self._place, self._place.door.now_ms()
         return sign_statement(place.identity, body, network=place.network, sequence=now_ms, time_ms=now_ms)
+
+
+def _has_forgotten(history: RoundHistory, kept: Kept | None) -> bool:
+    """Whether this member may have said, of the round to come, what its disk does not hold any more."""
+    if kept is not None:
+        return kept.round > history.chain.round
+    return history.store.has_forgotten and history.chain.round == history.loaded

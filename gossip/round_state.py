@@ -20,6 +20,8 @@ from gossip.round_effects import Kept
 from gossip.rounds import Body, Committed, Manifest, Precommit, Statement
 
 NEVER = float("inf")
+HANDED_ON_MAX = 4096  # statements of a round: 64 members, each with a few votes in a few views
+HEARD_KEPT_MAX = 8192
 
 
 class Phase(StrEnum):
@@ -116,6 +118,25 @@ class RoundState:
             drops=dict(drops),
         )
 
+    def forget(self) -> None:
+        """What this member said of the round is lost: it says nothing more in it."""
+        self.has_forgotten = True
+        self.agreement.mute()
+
+    def known(self, count_max: int = HANDED_ON_MAX) -> tuple[Statement, ...]:
+        """What was said of the round, in the order in which it came. Of more: headers, reports, the newest votes and
+        those on which the agreement's valid value rests. A round that cannot end for hours has very many views."""
+        if len(self.statements) <= count_max:
+            return tuple(self.statements.values())
+        valid = self.agreement.save().valid
+
+        def of_use(statement: Statement) -> float:
+            view = getattr(statement.body, "view", NEVER)
+            return NEVER if valid is not None and view == valid[0] else view
+
+        chosen = {each.id for each in sorted(self.statements.values(), key=of_use, reverse=True)[:count_max]}
+        return tuple(each for each in self.statements.values() if each.id in chosen)
+
     def kept(self) -> Kept:
         """What is to be on disk before what was said goes out."""
         said = tuple(self.said)
@@ -124,7 +145,7 @@ class RoundState:
             round=self.chain.round,
             base=self.chain.base,
             said=said,
-            heard=tuple(each for each in self.statements.values() if each.id not in own),
+            heard=tuple(each for each in self.known(HEARD_KEPT_MAX) if each.id not in own),
             agreement=self.agreement.save(),
         )
 

@@ -23,6 +23,7 @@ from crypto.identity import PEER_ID_CHARS_MAX, Identity, PeerId
 from gossip.errors import RemoteProtocolError
 
 ROUND_DOMAIN: Final = "round"
+ANY_TIME_MS: Final = 1 << 62  # a clock to which nothing is of the future
 STATEMENT_LIFE_MS: Final = 30 * 86_400_000  # a certificate is shown to joiners long after; `base` is what dates it
 MEMBERS_MAX: Final = 64  # contributors, and voters, of one round
 VIEWS_MAX: Final = 1 << 16  # by then the time-outs are days long

@@ -10,6 +10,7 @@ import errno
 import os
 import random
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,49 @@ class Everybody:
         return tuple((WEIGHT_ONE if each.is_proven else 0, WEIGHT_ONE) for each in candidates)
 
 
+class Killed(Exception):
+    """The process ends here."""
+
+
+class Disk(System):
+    """A disk that may be full; after so many steps of it (0: at the next) its process is killed, in mid-write too."""
+
+    is_full = False
+    dies_after = -1
+    dies_before_change = False  # of the weights
+
+    def step(self) -> None:
+        if self.dies_after == 0:
+            raise Killed
+        self.dies_after -= 1
+
+    def create(self, path: Path, mode: int) -> int:
+        self.step()
+        if self.is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().create(path, mode)
+
+    def write(self, handle: int, content: memoryview) -> int:
+        self.step()
+        return super().write(handle, content[: max(1, len(content) // 2)] if self.dies_after == 0 else content)
+
+    def sync(self, handle: int) -> None:
+        self.step()
+        super().sync(handle)
+
+    def rename(self, old: Path, new: Path) -> None:
+        self.step()
+        super().rename(old, new)
+
+
 class HashOwner:
     """Weights on disk: the number of the round in the file's name."""
 
     state_bytes = SIZE
     payload_bytes_max = 400
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, disk: Disk) -> None:
+        self._folder, self._disk = folder, disk
         folder.mkdir(parents=True, exist_ok=True)
         found = sorted(int(path.name.removeprefix("state-")) for path in folder.glob("state-*"))
         self.round = found[-1] if found else 0
@@ -74,6 +110,11 @@ class HashOwner:
     def weights(self) -> bytes:
         return self.state_path.read_bytes()
 
+    @property
+    def states(self) -> dict[int, bytes]:
+        """All weights that there were, by the round that began with them."""
+        return {int(path.name.removeprefix("state-")): path.read_bytes() for path in self._folder.glob("state-*")}
+
     def check(self, header: Statement) -> None:
         body = header.body
         assert isinstance(body, Header)
@@ -89,12 +130,16 @@ class HashOwner:
         return 7
 
     async def apply(self, manifest: Manifest, payloads: Mapping[Digest, Path]) -> None:
+        if self._disk.dies_before_change:
+            raise Killed
         await trio.sleep(0.1)
         assert manifest.round == self.round
         self.applied.append(manifest)
         name = digest(self.weights + b"".join(payloads[each].read_bytes() for each in sorted(payloads)))
+        self._disk.step()
         self._write(self.round + 1, random.Random(name).randbytes(SIZE))
         self.round += 1
+        self._disk.step()
 
     async def adopt(self, manifest: Manifest, state: Path) -> None:
         await trio.sleep(0.1)
@@ -107,17 +152,6 @@ class HashOwner:
         (self._folder / f"state-{number}").write_bytes(content)
 
 
-class Disk(System):
-    """A disk that may be full."""
-
-    is_full = False
-
-    def create(self, path: Path, mode: int) -> int:
-        if self.is_full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return super().create(path, mode)
-
-
 @dataclass
 class Member:
     """One node in a run; `stop` is a kill, and `World.start` on the same folder the start after it."""
@@ -126,6 +160,7 @@ class Member:
     owner: HashOwner
     service: RoundService
     door: RoundDoor
+    blobs: Blobs
     blames: list[tuple[PeerId, str]]
     disk: Disk
     work_s: float = 1.0
@@ -138,6 +173,14 @@ class Member:
     @property
     def id(self) -> PeerId:
         return self.transport.peer_id
+
+    @property
+    def history(self) -> RoundHistory:
+        return self.service.history
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        return self.history.manifests(0, self.service.round)
 
     async def train(self) -> None:
         """Work that takes work_s a round."""
@@ -160,8 +203,8 @@ class Member:
 class World:
     """Members that know each other."""
 
-    def __init__(self, path: Path, nursery: trio.Nursery) -> None:
-        self.network = LoopbackNetwork(random.Random(3))
+    def __init__(self, path: Path, nursery: trio.Nursery, seed: int = 3) -> None:
+        self.network = LoopbackNetwork(random.Random(seed))
         self._path, self._nursery = path, nursery
         self.members: list[Member] = []
         self.identities = [Identity.make() for _ in range(8)]
@@ -188,7 +231,7 @@ class World:
         folder = self._path / identity.peer_id
         blames: list[tuple[PeerId, str]] = []
         disk = Disk()
-        owner = HashOwner(folder / "weights")
+        owner = HashOwner(folder / "weights", disk)
         blobs = Blobs(transport, transport, BlobsConfig(folder=folder / "blobs", fetch=FETCH), blocking=inline)
         door = RoundDoor(transport, NETWORK, lambda peer, _fault, what: blames.append((peer, what)), self.now_ms)
         place = RunPlace(
@@ -205,7 +248,7 @@ class World:
         payloads = Payloads(blobs, folder, changes.pop("rounds_kept", 3), place.admits)
         history = RoundHistory(place, owner, RoundStore(folder, NETWORK, disk), payloads)
         service = RoundService(place, history, Everybody())
-        return Member(transport, owner, service, door, blames, disk, **changes)
+        return Member(transport, owner, service, door, blobs, blames, disk, **changes)
 
     def now_ms(self) -> int:
         return START_MS + round((trio.current_time() - self.began) * 1000)
@@ -215,15 +258,32 @@ class World:
     ) -> None:
         async with self.network.join(identity) as transport:
             member = self._made(identity, transport, genesis, changes)
-            with member.scope:
-                async with trio.open_nursery() as nursery:
-                    await nursery.start(member.door.calls.run)
-                    task_status.started(member)
-                    nursery.start_soon(member.train)
-                    await member.service.run()
-                    nursery.cancel_scope.cancel()
-            member.service.history.store.close()
+            with suppress(Killed), member.scope:
+                await self._run(member, task_status)
+            member.scope.cancel()
+            member.history.store.close()
         member.ended.set()
+
+    async def _run(self, member: Member, task_status: trio.TaskStatus[Member]) -> None:
+        """Raises Killed."""
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(member.door.calls.run)
+                task_status.started(member)
+                nursery.start_soon(member.train)
+                await member.service.run()
+                nursery.cancel_scope.cancel()
+        except* Killed as exc:
+            raise Killed from exc
+
+    def agree(self) -> None:
+        """No two members hold different records, or different weights before one round."""
+        longest: list[Manifest] = max((each.manifests for each in self.members), key=len)
+        states: dict[int, bytes] = {}
+        for member in self.members:
+            assert member.manifests == longest[: member.service.round]
+            for number, weights in member.owner.states.items():
+                assert states.setdefault(number, weights) == weights, f"the weights before round {number} differ"
 
     async def until(self, number: int, *members: Member, within_s: float = 60.0) -> None:
         """All these (or all that live) stand at this round or later, with weights to match."""

@@ -1,0 +1,572 @@
+"""gossip/round_door.py: what peers may ask and say of a run, and what becomes of those who ask or say anything else."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from crypto.digest import Digest, digest
+from crypto.envelope import SKEW_MS
+from crypto.errors import BadSignature
+from crypto.identity import Identity, PeerId
+from gossip.errors import CannotStore, RemoteProtocolError
+from gossip.round_door import (
+    ANSWER_S,
+    ASKED_BURST,
+    FOLLOWS_OF_ONE_MAX,
+    PLAN_BYTES_MAX,
+    RECORDS_A_CALL,
+    RECORDS_AT_ONCE,
+    ROUND_LIMITS,
+    ROUND_PROTOCOL,
+    RUNS_MAX,
+    SAID_BURST,
+    SAID_MS_MAX,
+    SEEN_MAX,
+    RoundDoor,
+)
+from gossip.round_state import HANDED_ON_MAX
+from gossip.rounds import Header, Prevote, Statement, round_topic, sign_statement
+from gossip.standing import Fault
+from p2p.calls import Calls, Handler, Incoming
+from p2p.errors import RemoteError, Unreachable
+from p2p.loopback import LoopbackNetwork, LoopbackTransport
+
+NETWORK = "tests"
+RUN, OTHER_RUN, BASE = digest(b"run"), digest(b"another"), digest(b"base")
+START_MS = 1_800_000_000_000
+
+
+def statement(identity: Identity, *, run: Digest = RUN, view: int = 0, time_ms: int = START_MS) -> Statement:
+    body = Prevote(run=run, round=5, base=BASE, view=view, manifest=None)
+    return sign_statement(identity, body, network=NETWORK, sequence=time_ms, time_ms=time_ms)
+
+
+@dataclass
+class Run:
+    """What a member knows; what it was told of."""
+
+    id: Digest = RUN
+    plan: bytes = b"the plan"
+    kept: list[bytes] = field(default_factory=list)
+    statements: tuple[Statement, ...] = ()
+    refuses: frozenset[PeerId] = frozenset()
+    told: list[Statement] = field(default_factory=list)
+    behinds: list[tuple[PeerId, int]] = field(default_factory=list)
+    read: list[tuple[int, int]] = field(default_factory=list)
+    is_broken: bool = False
+
+    @property
+    def round(self) -> int:
+        return len(self.kept)
+
+    def admits(self, peer: PeerId) -> bool:
+        return peer not in self.refuses
+
+    def is_voter(self, peer: PeerId) -> bool:
+        return peer == "voter"
+
+    def heard(self, statement: Statement) -> None:
+        self.told.append(statement)
+
+    def behind(self, peer: PeerId, number: int) -> None:
+        self.behinds.append((peer, number))
+
+    async def records(self, first: int, count_max: int) -> list[bytes]:
+        await trio.lowlevel.checkpoint()
+        if self.is_broken:
+            raise CannotStore("the disk is failing")
+        self.read.append((first, count_max))
+        return self.kept[first : first + count_max]
+
+    def known(self) -> tuple[Statement, ...]:
+        return self.statements
+
+
+@dataclass
+class Member:
+    identity: Identity
+    transport: LoopbackTransport
+    door: RoundDoor
+    run: Run
+    blames: list[tuple[PeerId, Fault, str]]
+
+    @property
+    def id(self) -> PeerId:
+        return self.transport.peer_id
+
+
+class Town:
+    """A member, and strangers with calls of the same protocol."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.network = LoopbackNetwork(random.Random(2))
+        self._nursery = nursery
+        self.clock_ms = START_MS
+
+    async def join(self) -> tuple[Identity, LoopbackTransport]:
+        identity = Identity.make()
+        return identity, await self._nursery.start(self._live, identity)
+
+    async def _live(self, identity: Identity, *, task_status: trio.TaskStatus[LoopbackTransport]) -> None:
+        async with self.network.join(identity) as transport:
+            task_status.started(transport)
+            await trio.sleep_forever()
+
+    async def member(self) -> Member:
+        identity, transport = await self.join()
+        blames: list[tuple[PeerId, Fault, str]] = []
+        door = RoundDoor(transport, NETWORK, lambda *blame: blames.append(blame), lambda: self.clock_ms)
+        await self._nursery.start(door.calls.run)
+        run = Run()
+        await door.open(run)
+        return Member(identity, transport, door, run, blames)
+
+    async def stranger(
+        self, member: Member, handlers: dict[str, Handler] | None = None
+    ) -> tuple[Identity, LoopbackTransport, Calls]:
+        identity, transport = await self.join()
+        calls = Calls(transport, ROUND_PROTOCOL, handlers or {}, limits=ROUND_LIMITS)
+        await self._nursery.start(calls.run)
+        await transport.dial(member.transport.addresses()[0])
+        return identity, transport, calls
+
+
+@asynccontextmanager
+async def town() -> AsyncIterator[Town]:
+    async with trio.open_nursery() as nursery:
+        yield Town(nursery)
+        nursery.cancel_scope.cancel()
+
+
+# ---- what is asked of us ----
+
+
+ASKED: tuple[Any, ...] = (
+    None,
+    5,
+    "run",
+    b"",
+    [],
+    [RUN, 5],
+    {},
+    {"run": RUN},
+    {"round": 5},
+    {"run": RUN, "round": 5, "more": 1},
+    {"run": RUN[:-1], "round": 5},
+    {"run": RUN.hex(), "round": 5},
+    {"run": RUN, "round": -1},
+    {"run": RUN, "round": 1 << 41},
+    {"run": RUN, "round": 5.0},
+    {"run": RUN, "round": "5"},
+    {"run": RUN, "round": None},
+    {"run": RUN, "round": True},
+)
+
+
+@pytest.mark.parametrize("method", ["follow", "behind"])
+async def test_a_question_that_does_not_fit_is_answered_so(autojump_clock: MockClock, method: str) -> None:
+    async with town() as place:
+        member = await place.member()
+        _, _, calls = await place.stranger(member)
+        for body in ASKED:
+            with pytest.raises(RemoteError) as caught:
+                await calls.call(member.id, method, body)
+            assert caught.value.code == "bad_request", body
+            await trio.sleep(1)
+        assert member.run.behinds == []
+        assert member.run.read == []
+        assert await calls.call(member.id, method, {"run": RUN, "round": 5}) in (None, {"round": 0})
+
+
+@pytest.mark.parametrize("method", ["follow", "behind"])
+async def test_of_another_run_and_to_who_is_not_admitted_nothing_is_said(
+    autojump_clock: MockClock, method: str
+) -> None:
+    async with town() as place:
+        member = await place.member()
+        _, stranger, calls = await place.stranger(member)
+
+        async def refused(run: Digest) -> bool:
+            with pytest.raises(RemoteError) as caught:
+                await calls.call(member.id, method, {"run": run, "round": 0})
+            return caught.value.code == "unknown_run"
+
+        assert await refused(OTHER_RUN)
+        assert await calls.call(member.id, "runs", None) == [b"the plan"]
+        member.run.refuses = frozenset([stranger.peer_id])
+        assert await refused(RUN)
+        assert await calls.call(member.id, "runs", None) == []
+        member.door.run = None
+        assert await refused(RUN)
+        assert await calls.call(member.id, "runs", None) == []
+        assert member.run.behinds == []
+
+
+@pytest.mark.parametrize("method", ["runs", "follow", "behind"])
+async def test_each_question_is_within_the_quota_of_its_peer(autojump_clock: MockClock, method: str) -> None:
+    async with town() as place:
+        member = await place.member()
+        _, _, calls = await place.stranger(member)
+        _, _, others = await place.stranger(member)
+        ask = {"run": RUN, "round": 0}
+        for _ in range(int(ASKED_BURST)):
+            await calls.call(member.id, method, ask)
+        for _ in range(3):
+            with pytest.raises(RemoteError) as caught:
+                await calls.call(member.id, method, ask)
+            assert caught.value.code == "too_often"
+            assert caught.value.retryable
+        assert member.door.drops["asked_too_often"] == 3
+        await others.call(member.id, method, ask)
+        await trio.sleep(1)
+        await calls.call(member.id, method, ask)
+        assert member.blames == []
+
+
+async def test_records_are_given_from_a_round_on_and_statements_at_their_end(autojump_clock: MockClock) -> None:
+    async with town() as place:
+        member, asker = await place.member(), await place.member()
+        await asker.transport.dial(member.transport.addresses()[0])
+        member.run.kept = [bytes([number]) for number in range(RECORDS_A_CALL + 10)]
+        member.run.statements = tuple(statement(member.identity, view=view) for view in range(3))
+        raws = [each.raw for each in member.run.statements]
+        first = await asker.door.follow(member.id, RUN, 0)
+        assert (first.records, first.statements) == (member.run.kept[:RECORDS_A_CALL], [])
+        assert first.round == RECORDS_A_CALL + 10
+        assert all(count == RECORDS_AT_ONCE for _, count in member.run.read)
+        rest = await asker.door.follow(member.id, RUN, RECORDS_A_CALL)
+        assert (rest.records, rest.statements) == (member.run.kept[RECORDS_A_CALL:], raws)
+        ahead = await asker.door.follow(member.id, RUN, 1 << 40)
+        assert (ahead.records, ahead.statements) == ([], raws)
+        assert [asker.door.handed(raw) for raw in raws] == list(member.run.statements)
+        assert asker.blames == member.blames == []
+
+
+async def test_who_takes_nothing_holds_few_answers_and_not_for_ever(autojump_clock: MockClock) -> None:
+    async with town() as place:
+        member = await place.member()
+        member.run.kept = [bytes(60_000)] * 200
+        _, _, calls = await place.stranger(member)
+        async with trio.open_nursery() as nursery:
+            codes: list[str] = []
+
+            async def hold() -> None:
+                async with calls.open(member.id, "follow", {"run": RUN, "round": 0}) as outgoing:
+                    await trio.sleep(2 * ANSWER_S)  # reads no item
+                    try:
+                        async for _ in outgoing:
+                            pass
+                    except RemoteError as exc:
+                        codes.append(exc.code)
+
+            for _ in range(FOLLOWS_OF_ONE_MAX):
+                nursery.start_soon(hold)
+            await trio.sleep(1)
+            assert len(member.run.read) <= FOLLOWS_OF_ONE_MAX * 2
+            with pytest.raises(RemoteError) as caught:
+                await calls.call(member.id, "follow", {"run": RUN, "round": 0})
+            assert caught.value.code == "busy"
+        assert codes == ["too_slow"] * FOLLOWS_OF_ONE_MAX
+        await calls.call(member.id, "follow", {"run": RUN, "round": 0})
+        assert dict(member.door._following) == {}
+
+
+async def test_a_disk_that_is_failing_is_told_as_such(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with town() as place:
+        member = await place.member()
+        member.run.is_broken = True
+        _, _, calls = await place.stranger(member)
+        with pytest.raises(RemoteError) as caught:
+            await calls.call(member.id, "follow", {"run": RUN, "round": 0})
+        assert (caught.value.code, caught.value.retryable) == ("unavailable", True)
+        assert caplog.records == []
+
+
+async def test_who_is_behind_is_told_to_the_run(autojump_clock: MockClock) -> None:
+    async with town() as place:
+        member, other = await place.member(), await place.member()
+        await other.transport.dial(member.transport.addresses()[0])
+        await other.door.say_behind(member.id, RUN, 7)
+        assert member.run.behinds == [(other.id, 7)]
+
+
+async def test_who_breaks_a_rule_of_the_protocol_is_blamed(autojump_clock: MockClock) -> None:
+    async with town() as place:
+        member = await place.member()
+        _, stranger, _ = await place.stranger(member)
+        stream = await stranger.open_stream(member.id, ROUND_PROTOCOL)
+        await stream.send(b"\xc1")
+        await trio.sleep(1)
+        assert [(peer, fault) for peer, fault, _ in member.blames] == [(stranger.peer_id, Fault.MALFORMED)]
+
+
+# ---- what others answer ----
+
+
+Give = Callable[[Incoming], Awaitable[Any]]
+
+
+def giving(items: list[Any], result: Any) -> Give:
+    async def give(incoming: Incoming) -> Any:
+        for item in items:
+            await incoming.send(item)
+        return result
+
+    return give
+
+
+def record(raw: bytes = b"r") -> Any:
+    return {"record": raw, "statement": None}
+
+
+def word(raw: bytes = b"s") -> Any:
+    return {"record": None, "statement": raw}
+
+
+@pytest.mark.parametrize(
+    ("items", "result"),
+    [
+        ([record()] * (RECORDS_A_CALL + 1), {"round": 9}),
+        pytest.param([word()] * (HANDED_ON_MAX + 1), {"round": 9}, marks=pytest.mark.slow),
+        ([{"record": None, "statement": None}], {"round": 9}),
+        ([{"record": b"r", "statement": b"s"}], {"round": 9}),
+        ([{}], {"round": 9}),
+        ([{"record": "text"}], {"round": 9}),
+        ([{"record": b"r", "more": 1}], {"round": 9}),
+        ([word(bytes(4097))], {"round": 9}),
+        ([None], {"round": 9}),
+        ([], {"round": -1}),
+        ([], {"round": "9"}),
+        ([], {"round": 9, "more": 1}),
+        ([], None),
+        ([], [9]),
+    ],
+)
+async def test_an_answer_that_does_not_fit_is_not_taken(
+    autojump_clock: MockClock, items: list[Any], result: Any
+) -> None:
+    async with town() as place:
+        member = await place.member()
+        _, liar, _ = await place.stranger(member, {"follow": giving(items, result)})
+        with pytest.raises(RemoteProtocolError):
+            await member.door.follow(liar.peer_id, RUN, 0)
+
+
+async def test_as_much_as_was_asked_for_is_taken(autojump_clock: MockClock) -> None:
+    async with town() as place:
+        member = await place.member()
+        items = [record()] * RECORDS_A_CALL + [word()] * 200
+        _, giver, _ = await place.stranger(member, {"follow": giving(items, {"round": 9})})
+        given = await member.door.follow(giver.peer_id, RUN, 0)
+        assert (len(given.records), len(given.statements), given.round) == (RECORDS_A_CALL, 200, 9)
+
+
+@pytest.mark.parametrize("pace_s", [0.5, 1e9])
+async def test_an_answer_that_does_not_end_is_given_up_and_blamed(autojump_clock: MockClock, pace_s: float) -> None:
+    """One item now and then, or none at all: nothing else waits for it longer than that."""
+
+    async def give(incoming: Incoming) -> Any:
+        for _ in range(HANDED_ON_MAX):
+            await incoming.send(word())
+            await trio.sleep(pace_s)
+
+    async with town() as place:
+        member = await place.member()
+        _, liar, _ = await place.stranger(member, {"follow": give, "runs": give, "behind": give})
+        for ask in (
+            lambda: member.door.follow(liar.peer_id, RUN, 0),
+            lambda: member.door.plans(liar.peer_id),
+            lambda: member.door.say_behind(liar.peer_id, RUN, 0),
+        ):
+            began = trio.current_time()
+            with pytest.raises(Unreachable, match="did not answer"):
+                await ask()
+            assert trio.current_time() - began == pytest.approx(ANSWER_S)
+        assert [(peer, fault) for peer, fault, _ in member.blames] == [(liar.peer_id, Fault.TIMEOUT)] * 3
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        b"plan",
+        {"plan": b"p"},
+        ["text"],
+        [b"plan", 1],
+        [b"plan", None],
+        [bytes(PLAN_BYTES_MAX + 1)],
+        [b"p"] * (RUNS_MAX + 1),
+    ],
+)
+async def test_runs_that_do_not_fit_are_not_taken(autojump_clock: MockClock, answer: Any) -> None:
+    async with town() as place:
+        member = await place.member()
+        _, liar, _ = await place.stranger(member, {"runs": giving([], answer)})
+        with pytest.raises(RemoteProtocolError):
+            await member.door.plans(liar.peer_id)
+
+
+@pytest.mark.parametrize("answer", [[], [b"one", b"two"], [bytes(PLAN_BYTES_MAX)], [b"p"] * RUNS_MAX])
+async def test_runs_that_fit_are_taken(autojump_clock: MockClock, answer: Any) -> None:
+    async with town() as place:
+        member = await place.member()
+        _, peer, _ = await place.stranger(member, {"runs": giving([], answer)})
+        assert await member.door.plans(peer.peer_id) == answer
+
+
+async def test_what_is_handed_on_is_checked_but_not_by_the_clock(autojump_clock: MockClock) -> None:
+    async with town() as place:
+        member = await place.member()
+        ours = statement(Identity.make(), time_ms=1 << 52)  # our clock may be the wrong one
+        assert member.door.handed(ours.raw) == ours
+        with pytest.raises(BadSignature):
+            member.door.handed(ours.raw[:-1] + bytes([ours.raw[-1] ^ 1]))
+        with pytest.raises(RemoteProtocolError):
+            member.door.handed(b"rubbish")
+        other = sign_statement(Identity.make(), ours.body, network="other", sequence=1, time_ms=START_MS)
+        with pytest.raises(RemoteProtocolError):
+            member.door.handed(other.raw)
+
+
+# ---- gossip ----
+
+
+async def test_what_is_gossiped_comes_once_to_the_run_and_goes_on_once(autojump_clock: MockClock) -> None:
+    async with town() as place:
+        member, (alice, _) = await place.member(), await place.join()
+        said = statement(alice)
+        assert member.door._heard(alice.peer_id, said.raw)
+        assert not member.door._heard(alice.peer_id, said.raw)
+        assert member.run.told == [said]
+        assert member.door.drops == {"doubled": 1}
+        assert member.blames == []
+
+
+async def test_who_gossips_what_another_signed_is_blamed(autojump_clock: MockClock) -> None:
+    async with town() as place:
+        member = await place.member()
+        alice, mallory = Identity.make(), Identity.make()
+        assert not member.door._heard(mallory.peer_id, statement(alice).raw)
+        assert [(peer, fault) for peer, fault, _ in member.blames] == [(mallory.peer_id, Fault.MALFORMED)]
+        assert member.run.told == []
+        assert member.door._heard(alice.peer_id, statement(alice).raw), "it was not Alice who is to be doubted"
+
+
+async def test_rubbish_is_blamed_on_who_gossips_it(autojump_clock: MockClock) -> None:
+    async with town() as place:
+        member, alice = await place.member(), Identity.make()
+        good = statement(alice).raw
+        foreign = sign_statement(alice, statement(alice).body, network="other", sequence=1, time_ms=START_MS).raw
+        for raw in (b"", b"rubbish", good[:-1], good[:-1] + bytes([good[-1] ^ 1]), foreign):
+            assert not member.door._heard(alice.peer_id, raw)
+        assert [fault for _, fault, _ in member.blames] == [Fault.MALFORMED] * 5
+        assert member.door.drops == {"malformed": 5}
+        assert member.run.told == []
+
+
+async def test_the_quota_of_gossip_comes_before_any_signature(autojump_clock: MockClock) -> None:
+    async with town() as place:
+        member, alice, bob = await place.member(), Identity.make(), Identity.make()
+        forged = statement(alice).raw[:-8]
+        for number in range(int(SAID_BURST)):
+            assert not member.door._heard(alice.peer_id, forged + number.to_bytes(8, "big"))
+        drops = member.door.drops.copy()
+        assert not member.door._heard(alice.peer_id, statement(alice).raw)
+        assert not member.door._heard(alice.peer_id, forged + b"over one")
+        assert member.door.drops - drops == {"over_quota": 2}
+        assert [fault for _, fault, _ in member.blames[-2:]] == [Fault.OVER_QUOTA] * 2
+        assert member.door._heard(bob.peer_id, statement(bob).raw)
+        await trio.sleep(1)
+        assert member.door._heard(alice.peer_id, statement(alice).raw), "it was not looked at, so it is not doubled"
+
+
+@pytest.mark.slow
+async def test_old_words_of_a_member_that_somebody_replays_cost_it_nothing(autojump_clock: MockClock) -> None:
+    async with town() as place:
+        member, alice = await place.member(), Identity.make()
+        for number in range(int(SAID_BURST) + 50):
+            old = statement(alice, view=number, time_ms=START_MS - SAID_MS_MAX - 1)
+            assert not member.door._heard(alice.peer_id, old.raw)
+        assert member.blames == []
+        assert member.door._heard(alice.peer_id, statement(alice).raw)
+
+
+async def test_a_clock_that_is_wrong_is_nobodys_fault(autojump_clock: MockClock) -> None:
+    async with town() as place:
+        member, alice = await place.member(), Identity.make()
+        for time_ms, is_heard in (
+            (START_MS + SKEW_MS, True),
+            (START_MS + SKEW_MS + 1, False),
+            (START_MS - SAID_MS_MAX, True),
+            (START_MS - SAID_MS_MAX - 1, False),
+        ):
+            assert member.door._heard(alice.peer_id, statement(alice, time_ms=time_ms).raw) is is_heard
+        assert member.blames == []
+        assert member.door.drops == {"of_another_time": 2}
+
+
+async def test_other_runs_are_forwarded_and_not_kept(autojump_clock: MockClock) -> None:
+    async with town() as place:
+        member, alice = await place.member(), Identity.make()
+        assert member.door._heard(alice.peer_id, statement(alice, run=OTHER_RUN).raw)
+        member.door.run = None
+        assert member.door._heard(alice.peer_id, statement(alice).raw)
+        assert member.run.told == []
+
+
+async def test_who_is_not_admitted_is_not_heard_in_our_run(autojump_clock: MockClock) -> None:
+    async with town() as place:
+        member, alice = await place.member(), Identity.make()
+        member.run.refuses = frozenset([alice.peer_id])
+        assert not member.door._heard(alice.peer_id, statement(alice).raw)
+        assert member.door.drops == {"not_a_member": 1}
+        assert member.run.told == []
+        assert member.door._heard(alice.peer_id, statement(alice, run=OTHER_RUN).raw)
+
+
+async def test_what_was_seen_is_remembered_up_to_a_bound(autojump_clock: MockClock, monkeypatch: Any) -> None:
+    monkeypatch.setattr("gossip.round_door.SEEN_MAX", 3)
+    assert SEEN_MAX > 3
+    async with town() as place:
+        member, alice = await place.member(), Identity.make()
+        words = [statement(alice, view=view).raw for view in range(4)]
+        assert all(member.door._heard(alice.peer_id, raw) for raw in words)
+        assert len(member.door._seen) == 3
+        assert not member.door._heard(alice.peer_id, words[3])
+        assert member.door._heard(alice.peer_id, words[0])
+
+
+async def test_a_node_that_does_not_train_hears_nothing(autojump_clock: MockClock) -> None:
+    async with town() as place:
+        member = await place.member()
+        _, transport = await place.join()
+        door = RoundDoor(transport, NETWORK, lambda *_: None, lambda: START_MS)
+        assert round_topic(NETWORK) not in transport._receivers
+        await door.open(member.run)
+        await door.open(member.run)
+        assert round_topic(NETWORK) in transport._receivers
+        assert door.is_member(PeerId("voter"))
+        assert not door.is_member(PeerId("somebody"))
+
+
+async def test_what_is_told_reaches_who_listens_and_a_failure_is_counted(autojump_clock: MockClock) -> None:
+    async with town() as place:
+        member, other = await place.member(), await place.member()
+        await other.transport.dial(member.transport.addresses()[0])
+        said = statement(other.identity)
+        await other.door.tell(said)
+        await trio.sleep(1)
+        assert member.run.told == [said]
+        huge = Statement(sender=other.id, body=Header(run=RUN, round=0, base=BASE), raw=bytes(1 << 20), id=RUN)
+        await other.door.tell(huge)
+        assert other.door.drops == {"publish_failed": 1}
