@@ -166,8 +166,8 @@ def copy(view: View) -> list[Payload]:
 
 
 def equivocation(view: View) -> list[Payload]:
-    """Two payloads each: the honest one to some, the flipped one to the smallest majority, so that it is that one
-    which the manifest lists."""
+    """Two payloads each: the honest one to some, the flipped one to the smallest majority of the voters, so that it is
+    that one which the manifest lists; with the bad ones' own votes that takes few of the honest."""
     most = (len(view.honest) + len(view.bad)) // 2 + 1 - len(view.bad)
     return [replace(payload, held_by=most) for payload in times(-1.0)(view)]
 

@@ -1,10 +1,10 @@
 """`python -m bench.poison`: what bad members do to a run's held-out loss, and whom the gate refuses.
 
 Rules: ten members with books of their own, two of them bad; a byte model of 67,000 parameters, so that a round with all
-its scores takes two CPU seconds; one start, rows and rounds for every attack. Each attack of TRAINING.md 4 on both
-kinds of payload with the rule that a run has by default, and those that need no luck on ef256.2b as well. `late` runs
-begin with a model that has nearly learned what it can: there honest deltas gain nothing on average, and whoever is
-refused for that is refused wrongly. `undefended` is a plain mean without any gate, to see that the attack is one.
+its scores takes two CPU seconds; one start, rows and rounds for every attack. Each attack of TRAINING.md 4 on dense
+payloads with the rule that a run has by default, most on ef64.2b and some on ef256.2b. `late` runs begin with a model
+that has nearly learned what it can: there honest deltas gain little or nothing, and whoever is refused for that is
+refused wrongly. `undefended` is a plain mean without any gate, to see that the attack is one.
 The bar: a loss of at most RATIO_MAX times the clean run's. Losses of two runs differ by 0.02 by chance.
 `--quick`: five members, one bad, four rounds, some of the attacks.
 Source: TRAINING.md 4; MEASURE.md.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,10 +39,14 @@ DENSE = Family(name="dense", codec="int4", rule=Rule.ADAPTIVE, outer_rate=1.0)
 SPARSE_64 = Family(name="sparse64", codec="ef64.2b", rule=Rule.ADAPTIVE, outer_rate=1.0)
 SPARSE_256 = Family(name="sparse256", codec="ef256.2b", rule=Rule.MEAN_NONZERO, outer_rate=0.5)
 FAMILIES = (DENSE, SPARSE_64, SPARSE_256)
-FEW = frozenset({"sign_flip_x1", "sign_flip_x10", "alie", "label_flip", "copy"})  # on the third family
+PLAYED = {
+    DENSE.name: frozenset(attack.name for attack in ATTACKS),
+    SPARSE_64.name: frozenset(attack.name for attack in ATTACKS) - {"replay", "stale_base", "equivocation", "sybils"},
+    SPARSE_256.name: frozenset({"sign_flip_x1", "label_flip", "copy"}),
+}
 LATE = frozenset({"sign_flip_x1", "noise"})  # of the dense family
 QUICK = frozenset({"sign_flip_x1", "sign_flip_x10", "not_finite", "copy"})
-LATE_STEPS = 1_000  # of all workers together: then rounds gain thousandths of a nat
+LATE_STEPS = 600  # of all workers together: then rounds gain thousandths of a nat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +57,7 @@ class Length:
     bad: int
     rounds: int
     late_rounds: int
-    micro_steps: int = 10
+    micro_steps: int = 6
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -60,11 +65,10 @@ def cases(quick: bool) -> Iterator[Case]:
     for family in FAMILIES[:2] if quick else FAMILIES:
         yield Case(family=family, attack=CLEAN)
         for attack in ATTACKS:
-            if attack.name in QUICK if quick else family is not SPARSE_256 or attack.name in FEW:
+            if attack.name in (QUICK if quick else PLAYED[family.name]):
                 yield Case(family=family, attack=attack)
             if attack.name == "sign_flip_x10" and family is DENSE and not quick:
-                plain = replace(family, rule=Rule.MEAN)
-                yield Case(family=plain, attack=attack, is_gated=False)
+                yield Case(family=replace(family, rule=Rule.MEAN), attack=attack, is_gated=False)
     for family in () if quick else FAMILIES:
         yield Case(family=family, attack=CLEAN, is_late=True)
         for attack in ATTACKS if family is DENSE else ():
@@ -94,42 +98,28 @@ def played(case: Case, shards: Shards, length: Length, late_N: torch.Tensor | No
 
 
 def rows_of(results: Sequence[tuple[Case, Result]]) -> list[Row]:
-    """The worst ratio of each attack, and each run's loss and shares of refused payloads."""
+    """Of each attack the worst ratio and how many of its payloads were refused; of each group the clean run's loss, and
+    how many honest payloads were refused in all of its runs."""
     clean = {case.group: result.loss for case, result in results if case.attack is CLEAN}
-    worst = dict[str, float]()
-    rows = list[Row]()
+    ratios = dict[str, float]()
+    bad, honest = dict[str, Counter[str]](), dict[str, Counter[str]]()
     for case, result in results:
-        name = f"{case.group}_{case.name}"
-        is_clean = case.attack is CLEAN
-        if not is_clean:
-            worst[case.name] = max(worst.get(case.name, 0.0), result.loss / clean[case.group])
-        rows.append(
-            Row(
-                figure=f"{name}_loss",
-                value=result.loss,
-                unit="nats a byte, held out",
-                better="lower",
-                rival=None if is_clean else "clean",
-                rival_value=None if is_clean else clean[case.group],
-            )
-        )
-        if not case.is_gated:
-            continue
         tally = result.tally
-        shares = [("honest", tally.refused_honest.total(), tally.honest, "lower")]
-        if not is_clean:
-            shares.append(("bad", tally.refused_bad.total(), tally.bad, "higher"))
-        for who, refused, sent, better in shares:
-            rows.append(
-                Row(figure=f"{name}_refused_{who}", value=refused / max(1, sent), unit="of payloads", better=better)  # type: ignore[arg-type]  # one of two
-            )
-    return [
-        *(
-            Row(figure=f"{name}_loss_ratio", value=ratio, unit="x clean, worst family", better="lower")
-            for name, ratio in worst.items()
-        ),
-        *rows,
-    ]
+        if case.attack is not CLEAN:
+            ratios[case.name] = max(ratios.get(case.name, 0.0), result.loss / clean[case.group])
+            bad.setdefault(case.name, Counter()).update(sent=tally.bad, refused=tally.refused_bad.total())
+        honest.setdefault(case.group, Counter()).update(sent=tally.honest, refused=tally.refused_honest.total())
+    rows = list[Row]()
+    for name, ratio in ratios.items():
+        rows.append(Row(figure=f"{name}_loss_ratio", value=ratio, unit="x clean, the worst run", better="lower"))
+        if not name.startswith(UNDEFENDED):
+            rows.append(Row(figure=f"{name}_refused", value=_share(bad[name]), unit="of its payloads", better="higher"))
+    for group, loss in clean.items():
+        rows.append(Row(figure=f"{group}_clean_loss", value=loss, unit="nats a byte, held out", better="lower"))
+        rows.append(
+            Row(figure=f"{group}_honest_refused", value=_share(honest[group]), unit="of all runs'", better="lower")
+        )
+    return rows
 
 
 def show(results: Sequence[tuple[Case, Result]]) -> None:
@@ -162,14 +152,15 @@ def main() -> int:
     torch.set_num_threads(1)
     members = 5 if chosen.quick else 10
     scale = Scale(workers=members, rows=2, context=64, width=64, layers=1)
-    length = Length(scale=scale, bad=members // 5, rounds=4 if chosen.quick else 8, late_rounds=10)
+    length = Length(scale=scale, bad=members // 5, rounds=4 if chosen.quick else 7, late_rounds=10)
     shards = shards_of(read_text(chosen.text), scale)
     late_N = None if chosen.quick else late_start(shards, scale)
     results = list[tuple[Case, Result]]()
     for case in cases(chosen.quick):
         result = played(case, shards, length, late_N)
         results.append((case, result))
-        print(f"{case.group} {case.name}: {result.loss:.3f} nats, {result.cpu_s:.0f} s CPU", flush=True)
+        refused = _counts(result.tally.refused_bad, result.tally.bad)
+        print(f"{case.group} {case.name}: {result.loss:.3f} nats, {result.cpu_s:.0f} s CPU; {refused}", flush=True)
     show(results)
     print(f"{time.process_time():.0f} s CPU in all")
     rows = rows_of(results)
@@ -182,6 +173,10 @@ def main() -> int:
     for figure in missed:
         print(f"{figure} is over the bar of {RATIO_MAX}", file=sys.stderr)
     return 1 if missed else 0
+
+
+def _share(count: Counter[str]) -> float:
+    return count["refused"] / max(1, count["sent"])
 
 
 def _counts(refused: dict[str, int], sent: int) -> str:

@@ -1,9 +1,9 @@
 """A simulated run with bad members in it: everything that a round passes through, in one process.
 
-Rules: some members are bad, as `bench/attacks.py` has it. Trainers, codecs, error feedback, updates' bytes,
-scores, gate, rule and outer step are the node's own. The agreement is not played: of its outcome the worst for the
-honest is taken, a manifest with the reports of a bare quorum, all liars among them, who praise each other and run all
-others down.
+Rules: some members are bad, as `bench/attacks.py` has it. Trainers, codecs, error feedback, updates' bytes, scores,
+gate, rule and outer step are the node's own. The agreement is not played: of its outcomes the worst for the honest is
+taken, every manifest with the reports of the same bare quorum, all the liars among them, who praise each other and run
+all others down; who is not in it need not score.
 Legend: N elements of the flat vector.
 Source: TRAINING.md 3 and 4.
 """
@@ -242,9 +242,8 @@ class PoisonedRun:
 
     def _scored(self, number: int, sound: Sequence[Payload], deltas: Mapping[str, Delta]) -> dict[str, tuple[int, ...]]:
         """Peer -> what is reported of it, by others. Keys on probation are not scored: they have no weight to lose."""
-        honest = [member for member in self._members if member.name not in self._bad]
         told = dict[str, dict[str, int]]()
-        for place, member in enumerate(honest):
+        for place, member in enumerate(self._reporters):
             peers = [
                 payload.peer
                 for payload in sound
@@ -259,13 +258,18 @@ class PoisonedRun:
             told[member.name] = {
                 peer: member.scores.note(peer, number, fall) for peer, fall in zip(peers, found, strict=True)
             }
-        quorum = 2 * len(self._members) // 3 + 1
-        reporters = self._rng.permutation(list(told))[: quorum - len(self._bad)].tolist()
         scored = {}
         for peer in (payload.peer for payload in sound):
             lies = [PRAISE if peer in self._bad else -PRAISE for bad in self._bad if bad != peer]
-            scored[peer] = (*lies, *(told[name][peer] for name in reporters if peer in told[name]))
+            scored[peer] = (*lies, *(by_peer[peer] for by_peer in told.values() if peer in by_peer))
         return scored
+
+    @property
+    def _reporters(self) -> list[Member]:
+        """The honest ones whose reports the manifest is made of: with all the bad ones they are a bare quorum."""
+        quorum = 2 * len(self._members) // 3 + 1
+        honest = [member for member in self._members if member.name not in self._bad]
+        return honest[: quorum - len(self._bad)]
 
     def _expected(self, peer: str, number: int) -> Expected:
         return Expected(

@@ -99,7 +99,7 @@ def scoring(
         if before >= LOSS_NATS_MAX:
             raise Diverged("the weights that this round began with have no finite held-out loss; join the run anew")
         for delta in deltas:
-            applied = share if norm_max == math.inf else share * norm_max / max(norm(delta), norm_max)
+            applied = share if norm_max == math.inf else share * (norm_max / max(norm(delta), norm_max))
             trainer.layout.load_into(trainer.named, _moved(trainer.start_vector_N, delta, applied))
             after = (yield from held_out_loss(trainer.model, ids_BT)).nats_per_token
             yield Score(fall_nats=before - after, before_nats=before, share=applied)

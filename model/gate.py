@@ -5,7 +5,8 @@ every member computes one update from it. The order of the checks is fixed: layo
 it comes before any median), nothing learned, tokens, copies, scores; then clip and weight among those who are left. A
 median is the lower one: of two peers who disagree the smaller number is the safer. What a peer claims counts for at
 most WEIGHT_CAP times the median; what it says of itself is not asked. Who is on probation moves no median: else a swarm
-of new keys would set the norm. Verdicts are data, a sentence each.
+of new keys would set the norm. What is a copy, and what is harm, is asked of the round itself: how alike its other
+payloads are, and how far apart its scores. Verdicts are data, a sentence each.
 Source: TRAINING.md 4, SECURITY.md G1-G3; scores and overlap after Gauntlet (templar), norm clipping after Sun et al.
 (arXiv 1911.07963).
 """
@@ -26,7 +27,7 @@ WEIGHT_CAP: Final = 2  # times the median claim: TRAINING.md 4
 OVERLAP_MAX: Final = 0.4  # share of top-k indices in common that is no copy, whatever the round's others have
 SCORERS_MIN: Final = 3  # of fewer the median is one member's word, and that one may be a liar
 COMPARED_MIN: Final = 3  # of fewer contributions there is no middle to compare with
-HARM_TIMES: Final = 3  # how many times as far below the middle as the best is above it: 2 refused 1 honest in 40
+HARM_TIMES: Final = 3  # of 500 honest payloads late in runs 1 refuses 25, 2 refuses 4, 3 none, and all flips still
 CONTRIBUTORS_MAX: Final = 64  # beyond it the round's contributors are drawn by lottery (TRAINING.md 1)
 
 _Number = TypeVar("_Number", int, float)
@@ -194,10 +195,10 @@ def _scored(entrants: Sequence[Entrant]) -> dict[str, Verdict]:
     """Who does harm, by the medians of what SCORERS_MIN or more others published; with fewer scorers nobody is out:
     clip and weight cap still bound what it does.
 
-    Near the end of training the best of deltas gains nothing, and half of the honest are below 0 by chance or by what
-    their own text has taught them. So harm is what is below 0 and out of the round's own spread: further below the
-    middle contribution than HARM_TIMES what the best is above it. The upper side is measured, for harm widens the lower
-    one only; and a peer that widens the upper one helps by so much.
+    Near the end of training a delta gains nothing, and half of the honest are below 0 by chance or by what their own
+    text has taught them. So harm is what is not above 0 and is out of the round's own spread: further below the middle
+    contribution than HARM_TIMES what the best is above it. The upper side is measured, since harm widens the lower one
+    only; and a peer that widens the upper one helps by so much.
     """
     scores = {e.peer: lower_median(e.scores_parts) for e in entrants if len(e.scores_parts) >= SCORERS_MIN}
     compared = [scores[e.peer] for e in entrants if e.peer in scores and not e.probation]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench.attacks import ATTACKS, CLEAN, SYBILS, Attack, FalseText, Payload, View, faulty
+from bench.attacks import ATTACKS, CLEAN, SYBILS, Attack, FalseText, Payload, View, faulty, honestly, times
 from bench.learning import Scale, Shards, byte_model, shards_of
-from bench.poison import DENSE, SPARSE_64, Length, cases, played, rows_of
+from bench.poison import DENSE, PLAYED, SPARSE_64, SPARSE_256, Length, cases, played, rows_of
 from bench.poison_run import MALFORMED, UNDEFENDED, Case, Family, Result, Tally
 from crypto.digest import digest
 from model.batches import Batches
@@ -28,7 +28,7 @@ from model.update import Expected, read_update
 
 torch.set_num_threads(1)  # far too small to share
 SCALE = Scale(workers=5, rows=1, context=8, width=16, layers=1)
-LENGTH = Length(scale=SCALE, bad=1, rounds=3, late_rounds=3, micro_steps=5)
+LENGTH = Length(scale=SCALE, bad=1, rounds=3, late_rounds=3, micro_steps=8)
 BY_NAME = {attack.name: attack for attack in (*ATTACKS, CLEAN)}
 RUN = digest(b"a run")
 FAMILIES = pytest.mark.parametrize("family", [DENSE, SPARSE_64], ids=lambda family: family.name)
@@ -173,6 +173,17 @@ def test_the_bad_one_is_refused_for_what_it_does(attack: str, reason: str) -> No
 
 
 @pytest.mark.slow
+def test_false_text_old_weights_and_a_payload_of_which_few_know_make_another_run() -> None:
+    plain = Attack(name="plain", make=honestly)
+    few = Attack(name="few", make=lambda view: [replace(each, held_by=0) for each in times(-1.0)(view)])
+    runs = (plain, BY_NAME["label_flip"], BY_NAME["stale_base"], few, BY_NAME["sign_flip_x1"])
+    results = [played(Case(family=DENSE, attack=attack), shards(), LENGTH, None) for attack in runs]
+    assert len({result.loss for result in results}) == len(runs)
+    refused = [result.tally.refused_bad.total() for result in results]
+    assert (refused[0], refused[3], refused[4]) == (0, 0, 3)  # nobody has scored what nobody has
+
+
+@pytest.mark.slow
 def test_sybils_change_nothing_but_their_own_keys_verdicts() -> None:
     assert run("sybils").loss == run("sign_flip_x10").loss
     assert run("sybils").tally.bad == 3
@@ -185,12 +196,11 @@ def test_without_a_gate_a_flip_does_harm() -> None:
     assert naked.loss > run("sign_flip_x10").loss + 0.1
 
 
-def test_every_attack_meets_both_kinds_of_payload_and_the_clean_run_comes_first() -> None:
+def test_every_attack_is_played_and_the_clean_run_comes_first() -> None:
     every = list(cases(quick=False))
-    for family in (DENSE, SPARSE_64):
-        names = [case.name for case in every if case.group == family.name]
-        assert names[0] == "clean"
-        assert {attack.name for attack in ATTACKS} <= set(names)
+    names = [case.name for case in every if case.group == DENSE.name]
+    assert {attack.name for attack in ATTACKS} <= set(names)
+    assert all(PLAYED[family.name] <= BY_NAME.keys() for family in (DENSE, SPARSE_64, SPARSE_256))
     first = {case.group: case.name for case in reversed(every)}
     assert set(first.values()) == {"clean"}
     assert f"{UNDEFENDED}_sign_flip_x10" in {case.name for case in every}
@@ -206,9 +216,11 @@ def test_figures_have_the_names_that_are_kept_and_the_worst_ratio() -> None:
         (Case(family=SPARSE_64, attack=CLEAN), Result(loss=4.0, tally=Tally(honest=10), cpu_s=1.0)),
         (Case(family=SPARSE_64, attack=flip), Result(loss=4.1, tally=tally, cpu_s=1.0)),
     ]
-    found = {row.figure: (row.value, row.rival_value) for row in rows_of(results)}
-    assert found["sign_flip_x1_loss_ratio"] == (1.05, None)
-    assert found["dense_sign_flip_x1_loss"] == (2.1, 2.0)
-    assert found["sparse64_sign_flip_x1_refused_bad"] == (0.75, None)
-    assert found["sparse64_sign_flip_x1_refused_honest"] == (0.1, None)
-    assert found["dense_clean_refused_honest"] == (0.0, None)
+    assert {row.figure: row.value for row in rows_of(results)} == {
+        "sign_flip_x1_loss_ratio": 1.05,
+        "sign_flip_x1_refused": 0.75,
+        "dense_clean_loss": 2.0,
+        "dense_honest_refused": 0.05,
+        "sparse64_clean_loss": 4.0,
+        "sparse64_honest_refused": 0.05,
+    }
