@@ -1,10 +1,11 @@
 """`python -m bench.poison`: what bad members do to a run's held-out loss, and whom the gate refuses.
 
 Rules: ten members with books of their own, two of them bad; a byte model of 67,000 parameters, so that a round with all
-its scores takes two CPU seconds; one start, rows and rounds for every attack. Each attack of TRAINING.md 4 on dense
-payloads with the rule that a run has by default, most on ef64.2b and some on ef256.2b. `late` runs begin with a model
-that has nearly learned what it can: there honest deltas gain little or nothing, and whoever is refused for that is
-refused wrongly. `undefended` is a plain mean without any gate, to see that the attack is one.
+its scores takes two CPU seconds; one start, rows and rounds for every attack. Runs begin where the model is about to
+learn most: before that a byte model stays for long at the frequencies of letters, whatever anybody does. Each attack of
+TRAINING.md 4 on dense payloads with the rule that a run has by default, most on ef64.2b and some on ef256.2b. `late`
+runs begin with a model that has nearly learned what it can: there honest deltas gain little or nothing, and whoever is
+refused for that is refused wrongly. `undefended` is a plain mean without any gate, to see that the attack is one.
 The bar: a loss of at most RATIO_MAX times the clean run's. Losses of two runs differ by 0.02 by chance.
 `--quick`: five members, one bad, four rounds, some of the attacks.
 Source: TRAINING.md 4; MEASURE.md.
@@ -46,7 +47,8 @@ PLAYED = {
 }
 LATE = frozenset({"sign_flip_x1", "noise"})  # of the dense family
 QUICK = frozenset({"sign_flip_x1", "sign_flip_x10", "not_finite", "copy"})
-LATE_STEPS = 600  # of all workers together: then rounds gain thousandths of a nat
+YOUNG_STEPS = 80  # of all workers together: the model knows how often each letter is, and is about to learn most
+LATE_STEPS = 600  # then rounds gain thousandths of a nat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,7 @@ class Length:
     bad: int
     rounds: int
     late_rounds: int
-    micro_steps: int = 6
+    micro_steps: int = 10
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -76,22 +78,34 @@ def cases(quick: bool) -> Iterator[Case]:
                 yield Case(family=family, attack=attack, is_late=True)
 
 
-def late_start(shards: Shards, scale: Scale) -> torch.Tensor:
-    """The weights, vector_N, after LATE_STEPS steps on everybody's rows."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Starts:
+    """The weights that runs begin with: vectors_N."""
+
+    young: torch.Tensor
+    late: torch.Tensor | None
+
+
+def starts(shards: Shards, scale: Scale, *, with_late: bool) -> Starts:
+    """The weights after YOUNG_STEPS, and LATE_STEPS, on everybody's rows."""
     config = TrainConfig(seed=SEED, accumulation=scale.workers, **INNER)  # type: ignore[arg-type]  # fits
     trainer = Trainer(byte_model(scale), Together(shards.workers), config)
-    steps(trainer, LATE_STEPS * scale.workers)
-    return trainer.layout.flatten(trainer.named)
+    steps(trainer, YOUNG_STEPS * scale.workers)
+    young_N = trainer.layout.flatten(trainer.named)
+    if not with_late:
+        return Starts(young=young_N, late=None)
+    steps(trainer, (LATE_STEPS - YOUNG_STEPS) * scale.workers)
+    return Starts(young=young_N, late=trainer.layout.flatten(trainer.named))
 
 
-def played(case: Case, shards: Shards, length: Length, late_N: torch.Tensor | None) -> Result:
-    """One run from its start to its end."""
+def played(case: Case, shards: Shards, length: Length, begin: Starts | None) -> Result:
+    """One run from its start to its end; begin None: from weights that know nothing."""
     run = PoisonedRun(
         case,
         shards,
         length.scale,
         bad=0 if case.attack is CLEAN else length.bad,
-        start_N=late_N if case.is_late else None,
+        start_N=None if begin is None else begin.late if case.is_late else begin.young,
     )
     rounds = length.late_rounds if case.is_late else length.rounds
     return play(run, shards, rounds=rounds, micro_steps=length.micro_steps)
@@ -152,12 +166,12 @@ def main() -> int:
     torch.set_num_threads(1)
     members = 5 if chosen.quick else 10
     scale = Scale(workers=members, rows=2, context=64, width=64, layers=1)
-    length = Length(scale=scale, bad=members // 5, rounds=4 if chosen.quick else 7, late_rounds=10)
+    length = Length(scale=scale, bad=members // 5, rounds=4 if chosen.quick else 9, late_rounds=10)
     shards = shards_of(read_text(chosen.text), scale)
-    late_N = None if chosen.quick else late_start(shards, scale)
+    begin = starts(shards, scale, with_late=not chosen.quick)
     results = list[tuple[Case, Result]]()
     for case in cases(chosen.quick):
-        result = played(case, shards, length, late_N)
+        result = played(case, shards, length, begin)
         results.append((case, result))
         refused = _counts(result.tally.refused_bad, result.tally.bad)
         print(f"{case.group} {case.name}: {result.loss:.3f} nats, {result.cpu_s:.0f} s CPU; {refused}", flush=True)
