@@ -7,7 +7,6 @@ holds a vector. Random changes are made before a round begins. Prints one line o
 from __future__ import annotations
 
 import json
-import random
 import resource
 import sys
 import time
@@ -102,15 +101,12 @@ async def main(arguments: list[str]) -> None:
         addresses = await meet(folder, number, count, transport.addresses()[0])
         for address in addresses[:number]:
             await transport.dial(address)
-        while len(transport.peers()) < count - 1:
+        while len(transport.peers()) < count - 1:  # noqa: ASYNC110  # they dial, we look
             await trio.sleep(0.02)
         vector = Vector(elements)
         plan = _plan([address.rpartition("/")[2] for address in addresses], vector, codec, rule)
-        participant = Participant(
-            vector,
-            Course(run=plan.id, codec=codec_named(codec), rule=Rule(rule)),
-            identity.peer_id,  # type: ignore[arg-type]  # stands for a Trainer
-        )
+        course = Course(run=plan.id, codec=codec_named(codec), rule=Rule(rule))
+        participant = Participant(vector, course, identity.peer_id)  # type: ignore[arg-type]  # stands for a Trainer
         weights = Weights(participant, plan, Lender(), identity.peer_id, own)  # type: ignore[arg-type]  # stands for a Hosting
         blobs = Blobs(transport, direct, BlobsConfig(folder=own / "blobs"))
         door = RoundDoor(transport, NETWORK, lambda *_: None, lambda: time.time_ns() // 1_000_000)
@@ -123,28 +119,21 @@ async def main(arguments: list[str]) -> None:
         service = RoundService(place, history, weights.choice)
         await weights.restore(0, lambda _number: plan.genesis.base)
         nursery.start_soon(service.run)
-        print(json.dumps(await _measure(service, weights, vector, Numbers(number, rounds))), flush=True)
+        print(json.dumps(await _measure(service, weights, vector, number, rounds)), flush=True)
         await trio.sleep(2)  # for the others' last fetches
         nursery.cancel_scope.cancel()
 
 
-class Numbers:
-    """Who this is, and how many rounds to measure after the first."""
-
-    def __init__(self, own: int, rounds: int) -> None:
-        self.own, self.rounds = own, rounds
-
-
-async def _measure(service: RoundService, weights: Weights, vector: Vector, numbers: Numbers) -> dict[str, Any]:
+async def _measure(service: RoundService, weights: Weights, vector: Vector, own: int, rounds: int) -> dict[str, Any]:
     """The first round warms up; how long the group took to form is told by it."""
-    rng = np.random.default_rng(numbers.own)
+    rng = np.random.default_rng(own)
     cpu_s, wall_s, size, group_s = list[float](), list[float](), 0, 0.0
-    for number in range(numbers.rounds + 1):
+    for number in range(rounds + 1):
         chain = await service.opened()
         vector.train(rng)
         participant = weights.participant
         participant._is_unnoted = True  # as a step does
-        await _together(service, number)
+        await _together()
         began_cpu, began = _cpu_s(), time.monotonic()
         base = Digest(chain.base)
         raw = await trio.to_thread.run_sync(lambda: participant.write(chain.round, base, steps=1, tokens=1))  # noqa: B023  # run at once
@@ -154,7 +143,7 @@ async def _measure(service: RoundService, weights: Weights, vector: Vector, numb
         size = len(raw)
         if number == 0:
             group_s = await _all_known(service, chain.base)
-        while service.history.chain.round == chain.round or not service.history.is_whole:
+        while service.history.chain.round == chain.round or not service.history.is_whole:  # noqa: ASYNC110  # as above
             await trio.sleep(0.01)
         if number:
             cpu_s.append(_cpu_s() - began_cpu)
@@ -169,10 +158,10 @@ async def _measure(service: RoundService, weights: Weights, vector: Vector, numb
     }
 
 
-async def _together(service: RoundService, number: int) -> None:
-    """All begin a round at about one time: the slowest random numbers are waited for."""
-    await trio.sleep(1.0 + 0.01 * random.Random(number).random())
-    del service
+async def _together() -> None:
+    """Wait for the next whole second of the clock that all share: what made the random numbers ready first waits."""
+    now = time.time()
+    await trio.sleep(2.0 - now % 1.0)
 
 
 async def _all_known(service: RoundService, base: bytes) -> float:

@@ -146,11 +146,11 @@ def run(scheme: Scheme, shards: Shards, scale: Scale) -> Outcome:
     if scheme.every:
         for sent_bytes in rounds(scheme, trainers, scale.steps // scheme.every):
             uploaded += sent_bytes
-        losses = [_loss(trainers[0], shards)]  # all hold the same weights after a round
+        losses = [loss_of(trainers[0], shards)]  # all hold the same weights after a round
     else:
         for trainer in trainers:
-            _steps(trainer, scale.steps)
-        losses = [_loss(trainer, shards) for trainer in trainers]
+            steps(trainer, scale.steps)
+        losses = [loss_of(trainer, shards) for trainer in trainers]
     return Outcome(loss=sum(losses) / len(losses), uploaded_bytes=uploaded, cpu_s=time.process_time() - began)
 
 
@@ -164,7 +164,7 @@ def rounds(scheme: Scheme, trainers: list[Trainer], count: int) -> Iterator[int]
         deltas = list[Delta]()
         sent_bytes = 0
         for trainer, feedback in zip(trainers, feedbacks, strict=True):
-            tokens = _steps(trainer, scheme.every)
+            tokens = steps(trainer, scheme.every)
             delta, sent_bytes = _sent(trainer, feedback, _expected(trainer, codec, number), tokens)
             deltas.append(delta)
         outer.step_(theta_N, merge([Contribution(delta=delta) for delta in deltas], scheme.rule).update)
@@ -178,12 +178,12 @@ def synchronous(shards: Shards, scale: Scale) -> Outcome:
     began = time.process_time()
     config = TrainConfig(seed=SEED, accumulation=scale.workers, **INNER)  # type: ignore[arg-type]  # fits
     trainer = Trainer(byte_model(scale), Together(shards.workers), config)
-    tokens = _steps(trainer, scale.steps * scale.workers)
+    tokens = steps(trainer, scale.steps * scale.workers)
     codec = codec_named(DENSE_CODEC)
     sections = encode(trainer.delta(), codec)  # a gradient is as large
     update = write_update(_expected(trainer, codec, 0), sections, steps=1, tokens=tokens)
     return Outcome(
-        loss=_loss(trainer, shards),
+        loss=loss_of(trainer, shards),
         uploaded_bytes=len(update) * scale.steps,
         cpu_s=time.process_time() - began,
     )
@@ -267,12 +267,13 @@ def _batches(share: str, scale: Scale) -> Batches:
     return Batches(text_of(ids_N, text_bytes=len(ids_N), documents=1), context=scale.context, rows=scale.rows)
 
 
-def _steps(trainer: Trainer, micro_steps: int) -> int:
+def steps(trainer: Trainer, micro_steps: int) -> int:
     """Tokens that were trained on."""
     return sum(trainer.micro_step().tokens for _ in range(micro_steps))
 
 
-def _loss(trainer: Trainer, shards: Shards) -> float:
+def loss_of(trainer: Trainer, shards: Shards) -> float:
+    """nats a byte of the trainer's weights on what nobody trains on."""
     return finish(held_out_loss(trainer.model, shards.held_out)).nats_per_token
 
 

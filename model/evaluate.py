@@ -18,6 +18,7 @@ import torch
 
 from model.delta import CHUNK, Delta
 from model.errors import BadText, Diverged
+from model.evidence import norm
 from model.tokens import Tokens
 from model.train import Trainer, next_token_loss
 
@@ -74,14 +75,19 @@ def scoring(
     *,
     share: float = SHARE,
     before_nats: float | None = None,
+    norm_max: float = math.inf,
 ) -> Generator[Score | None, None, None]:
     """Judges deltas one after the other, applied to the start of the trainer's round. Yields None after each row, and
     the Score after each delta, in their order. From the first yield to the end the trainer must not be stepped.
 
     before_nats: the loss of the start on these rows, if it is known.
+    norm_max: a longer delta is first brought down to it, as the merge does by the median norm: ten times a delta turned
+    round may well lower the loss that it raises once it is clipped. Own delta's norm will do, which nobody else can
+    choose.
 
     Raises BadText (fewer than SCORE_ROWS_MIN rows), Diverged (the start itself has no finite loss).
     """
+    assert norm_max > 0.0, f"a norm of at most {norm_max}"
     if len(ids_BT) < SCORE_ROWS_MIN:
         raise BadText(
             f"a score needs {SCORE_ROWS_MIN} held-out rows and this text has {len(ids_BT)}: give "
@@ -97,17 +103,20 @@ def scoring(
         if before >= LOSS_NATS_MAX:
             raise Diverged("the weights that this round began with have no finite held-out loss; join the run anew")
         for delta in deltas:
-            trainer.layout.load_into(trainer.named, _moved(trainer.start_vector_N, delta, share))
+            applied = share if norm_max == math.inf else share * (norm_max / max(norm(delta), norm_max))
+            trainer.layout.load_into(trainer.named, _moved(trainer.start_vector_N, delta, applied))
             after = (yield from held_out_loss(trainer.model, ids_BT)).nats_per_token
-            yield Score(fall_nats=before - after, before_nats=before, share=share)
+            yield Score(fall_nats=before - after, before_nats=before, share=applied)
     finally:
         trainer.layout.load_into(trainer.named, own_N)
         trainer.model.train()
 
 
-def score(trainer: Trainer, delta: Delta, ids_BT: torch.Tensor, *, share: float = SHARE) -> Score:
+def score(
+    trainer: Trainer, delta: Delta, ids_BT: torch.Tensor, *, share: float = SHARE, norm_max: float = math.inf
+) -> Score:
     """`scoring` of one delta, at once. Raises BadText, Diverged."""
-    *_, last = scoring(trainer, (delta,), ids_BT, share=share)
+    *_, last = scoring(trainer, (delta,), ids_BT, share=share, norm_max=norm_max)
     assert last is not None
     return last
 

@@ -5,7 +5,8 @@ every member computes one update from it. The order of the checks is fixed: layo
 it comes before any median), nothing learned, tokens, copies, scores; then clip and weight among those who are left. A
 median is the lower one: of two peers who disagree the smaller number is the safer. What a peer claims counts for at
 most WEIGHT_CAP times the median; what it says of itself is not asked. Who is on probation moves no median: else a swarm
-of new keys would set the norm. Verdicts are data, a sentence each.
+of new keys would set the norm. What is a copy, and what is harm, is asked of the round itself: how alike its other
+payloads are, and how far apart its scores. Verdicts are data, a sentence each.
 Source: TRAINING.md 4, SECURITY.md G1-G3; scores and overlap after Gauntlet (templar), norm clipping after Sun et al.
 (arXiv 1911.07963).
 """
@@ -16,14 +17,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import combinations
 from typing import Final, TypeVar
 
 from model.errors import CannotMerge
 
 ONE: Final = 1 << 20  # parts of a whole; fp32 holds every such fraction of 1 exactly, and a clip of 1e-6 still counts
 WEIGHT_CAP: Final = 2  # times the median claim: TRAINING.md 4
-OVERLAP_MAX: Final = 0.4  # share of top-k indices in common; two honest peers have some in common, a copy nearly all
+OVERLAP_MAX: Final = 0.4  # share of top-k indices in common that is no copy, whatever the round's others have
 SCORERS_MIN: Final = 3  # of fewer the median is one member's word, and that one may be a liar
+COMPARED_MIN: Final = 3  # of fewer contributions there is no middle to compare with
+HARM_TIMES: Final = 3  # of 500 honest payloads late in runs 1 refuses 25, 2 refuses 4, 3 none, and all flips still
 CONTRIBUTORS_MAX: Final = 64  # beyond it the round's contributors are drawn by lottery (TRAINING.md 1)
 
 _Number = TypeVar("_Number", int, float)
@@ -162,31 +166,57 @@ def _alone(entrant: Entrant, run: Run) -> Verdict | None:
 
 def _copies(entrants: Sequence[Entrant], overlaps: Mapping[tuple[str, str], float]) -> dict[str, Verdict]:
     """Who sends what another committed to before. A copy of a copy is held against the first."""
+
+    def shared(one: Entrant, other: Entrant) -> float:
+        pair = (one.peer, other.peer)
+        return overlaps.get(pair, overlaps.get(pair[::-1], 0.0))
+
+    limit = _overlap_limit([shared(*pair) for pair in combinations([e for e in entrants if not e.probation], 2)])
     out: dict[str, Verdict] = {}
     kept: list[Entrant] = []
     for entrant in sorted(entrants, key=lambda entrant: (entrant.arrived, entrant.peer)):
         for first in kept:
-            pair = (first.peer, entrant.peer)
-            overlap = overlaps.get(pair, overlaps.get(pair[::-1], 0.0))
-            if overlap >= OVERLAP_MAX:
+            if (overlap := shared(first, entrant)) >= limit:
                 why = f"{overlap:.0%} of its indices are those of {first.peer}, who came first"
-                out[entrant.peer] = _out(entrant, Reason.COPY, f"{why}; {OVERLAP_MAX:.0%} is a copy")
+                out[entrant.peer] = _out(entrant, Reason.COPY, f"{why}; {limit:.0%} is a copy in this round")
                 break
         else:
             kept.append(entrant)
     return out
 
 
+def _overlap_limit(shares: Sequence[float]) -> float:
+    """Half-way from what the middle pair of this round has in common to all: in a small model's first rounds honest
+    pairs have up to 0.6 in common (0.47 the middle one), later 0.2."""
+    return OVERLAP_MAX if not shares else max(OVERLAP_MAX, (1.0 + lower_median(shares)) / 2.0)
+
+
 def _scored(entrants: Sequence[Entrant]) -> dict[str, Verdict]:
-    """Who does not help, by the median of what SCORERS_MIN or more others published; with fewer scorers nobody is out:
-    clip and weight cap still bound what it does."""
-    out: dict[str, Verdict] = {}
-    for entrant in entrants:
-        scorers = len(entrant.scores_parts)
-        if scorers >= SCORERS_MIN and (score := lower_median(entrant.scores_parts)) <= 0:
-            why = f"by the median of {scorers} members the held-out loss changes by {-score / ONE:+.6f} nats with it"
-            out[entrant.peer] = _out(entrant, Reason.SCORE, f"{why}; it has to fall")
-    return out
+    """Who does harm, by the medians of what SCORERS_MIN or more others published; with fewer scorers nobody is out:
+    clip and weight cap still bound what it does.
+
+    Near the end of training a delta gains nothing, and half of the honest are below 0 by chance or by what their own
+    text has taught them. So harm is what is not above 0 and is out of the round's own spread: further below the middle
+    contribution than HARM_TIMES what the best is above it. The upper side is measured, since harm widens the lower one
+    only; and a peer that widens the upper one helps by so much.
+    """
+    scores = {e.peer: lower_median(e.scores_parts) for e in entrants if len(e.scores_parts) >= SCORERS_MIN}
+    compared = [scores[e.peer] for e in entrants if e.peer in scores and not e.probation]
+    least, beside = 1, "it has to fall"
+    if len(compared) >= COMPARED_MIN:
+        middle = lower_median(compared)
+        least = min(least, middle - HARM_TIMES * (max(compared) - middle))
+        beside = f"the middle one of the round by {-middle / ONE:+.6f}, and {-least / ONE:+.6f} is the most allowed"
+    return {
+        e.peer: _out(
+            e,
+            Reason.SCORE,
+            f"by the median of {len(e.scores_parts)} members the held-out loss changes by {-scores[e.peer] / ONE:+.6f} "
+            f"nats with it; {beside}",
+        )
+        for e in entrants
+        if e.peer in scores and scores[e.peer] < least
+    }
 
 
 def _far(entrants: Sequence[Entrant]) -> dict[str, Verdict]:

@@ -115,6 +115,18 @@ def test_a_score_applies_a_share_of_the_delta_to_the_start(trainer: Trainer, row
     assert whole.before_nats == start
 
 
+def test_what_is_longer_than_the_bound_is_scored_as_long_as_that(trainer: Trainer, rows: torch.Tensor) -> None:
+    learnt_N = trainer.delta()
+    tenfold, length = WholeDelta(-10 * learnt_N), float(learnt_N.norm())
+    clipped = score(trainer, tenfold, rows, norm_max=length)
+    assert clipped.share == pytest.approx(0.02, rel=1e-4)
+    assert clipped.fall_nats == pytest.approx(score(trainer, WholeDelta(-learnt_N), rows).fall_nats, rel=1e-2)
+    assert clipped.fall_nats > score(trainer, tenfold, rows).fall_nats
+    assert score(trainer, WholeDelta(learnt_N), rows, norm_max=2 * length) == score(trainer, WholeDelta(learnt_N), rows)
+    zero = score(trainer, WholeDelta(0 * learnt_N), rows, norm_max=length)
+    assert (zero.fall_nats, zero.share) == (0.0, 0.2)
+
+
 def test_many_deltas_are_judged_in_order_each_from_the_same_start(trainer: Trainer, rows: torch.Tensor) -> None:
     learnt = trainer.delta()
     deltas = [WholeDelta(learnt * factor) for factor in (1.0, -1.0, 0.0, 1.0)]
