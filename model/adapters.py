@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -83,3 +84,17 @@ def start_of(name: str, shape: tuple[int, ...], run: Digest) -> torch.Tensor:
     whole = (raw >> np.uint64(40)).astype(np.float32) - np.float32(1 << 23)  # 24 bits: -2**23 to 2**23 - 1, exact
     bound = np.float32(1.0 / (math.sqrt(math.prod(shape[1:])) * (1 << 23)))
     return torch.from_numpy((whole * bound).reshape(shape))
+
+
+def merged(model: Any, named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of the layers that have adapters, with adapters of these values merged into them, by the names that they
+    have in the model without: what serves then needs no adapters. fp32, on the CPU; the model is only read."""
+    found: dict[str, torch.Tensor] = {}
+    for name, layer in model.named_modules():
+        if ADAPTER not in getattr(layer, "lora_A", ()):
+            continue
+        first_RI, second_OR = (named[f"{name}{part}{ADAPTER}.weight"] for part in (_FIRST, _SECOND))
+        change_OI = (second_OR @ first_RI) * layer.scaling[ADAPTER]
+        base = layer.base_layer.weight.detach().float().cpu()
+        found[f"{name}.weight"] = base + (change_OI.T if layer.fan_in_fan_out else change_OI)
+    return found

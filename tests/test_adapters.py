@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from crypto.digest import Digest, digest
-from model.adapters import RANK_MAX, AdapterConfig, add_adapters, start_of, trainable
+from model.adapters import RANK_MAX, AdapterConfig, add_adapters, merged, start_of, trainable
 from model.codecs import CODECS, decode
 from model.errors import BadInput, BadModel
 from model.feedback import Feedback
@@ -113,6 +113,25 @@ def test_what_one_member_trained_reaches_another(base: Any) -> None:
     with torch.no_grad():
         assert torch.allclose(here(IDS).logits, there(IDS).logits, atol=1e-2)
         assert not torch.equal(there(IDS).logits, base(IDS).logits)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_merged_weights_answer_as_the_model_with_adapters(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="pip install -e '.[adapters]'")
+    plain = save_causal(tmp_path, kind).float().eval()
+    model = with_adapters(plain, rank=4)
+    rng = torch.Generator().manual_seed(3)
+    for tensor in trainable(model).values():
+        tensor.data = torch.randn(tensor.shape, generator=rng) * 0.3
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = merged(model, trainable(model))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    own = dict(plain.named_parameters())
+    with torch.no_grad():
+        assert not torch.allclose(model(IDS).logits, plain(IDS).logits, atol=1e-3)
+        for name, value in weights.items():
+            own[name].copy_(value)
+        assert torch.allclose(model(IDS).logits, plain(IDS).logits, atol=1e-4)
 
 
 def test_what_does_not_fit_is_refused(base: Any) -> None:
