@@ -57,7 +57,11 @@ def add_adapters(model: Any, config: AdapterConfig, run: Digest) -> None:
     if any(_FIRST in name for name, _ in model.named_parameters()):
         raise BadModel("the model has adapters already: start from the model itself")
     wanted = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets) or "all-linear", bias="none"
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=list(config.targets) or "all-linear",
+        bias="none",
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2 keeps W transposed
     )
     try:
         inject_adapter_in_model(wanted, model, adapter_name=ADAPTER)
