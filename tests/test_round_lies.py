@@ -120,8 +120,9 @@ async def test_what_is_not_signed_rightly_is_blamed_on_who_hands_it_on(
 
 
 async def test_who_joins_takes_nothing_from_liars_and_all_from_who_is_honest(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("gossip.round_door.ANSWER_S", 5.0)
     async with world(tmp_path) as run:
         members = [await run.start(number, founders=2, rounds_kept=50) for number in range(2)]
         liars = [await run.start(number, founders=2, rests=True) for number in (4, 5)]
@@ -497,6 +498,8 @@ async def test_records_are_loaded_as_often_as_one_likes(tmp_path: Path, autojump
         await run.until(3)
         await member.stop()
         member = await run.start(0, founders=1)
+        await run.until(4)
+        await trio.sleep(0.5)
         chain = member.history.chain
         await member.history.load()
         assert member.history.chain == chain
