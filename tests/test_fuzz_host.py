@@ -38,7 +38,7 @@ from tests.fuzz_frames import damaged
 from tests.libp2p_peers import bare_connection, node, raw_socket
 from tests.node_swarm import work
 
-FRAMES = 6_000
+FRAMES = 50_000
 FRAMES_SOAK = 1_000_000
 GROWTH_BYTES_MAX = 32 << 20
 LOOKS = 20  # at the memory
