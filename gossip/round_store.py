@@ -41,7 +41,7 @@ from gossip.rounds import (
 RECORDS, KEPT = "records.log", "round.state"
 KEPT_BYTES_MAX = 16 << 20  # 64 members, each with a header, a report and votes of several views
 STATEMENTS_MAX = 16_384
-HEAD_BYTES = 4 + DIGEST_BYTES  # an entry's length, and the digest of that and of the record
+HEAD_BYTES = 4 + DIGEST_BYTES  # a record's length and its digest
 _LIMITS = Limits(
     bytes_max=KEPT_BYTES_MAX, array_max=STATEMENTS_MAX, items_max=4 * STATEMENTS_MAX, bin_max=RECORD_BYTES_MAX
 )
@@ -186,8 +186,7 @@ class RoundStore:
 
 def _head(record: bytes) -> bytes:
     """What stands before a record."""
-    length = len(record).to_bytes(4, "big")
-    return length + sha256(length + record).digest()
+    return len(record).to_bytes(4, "big") + sha256(record).digest()
 
 
 def _packed(kept: Kept) -> _Kept:

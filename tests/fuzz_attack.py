@@ -21,6 +21,7 @@ from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_byt
 from gossip.blob_wire import BLOB_PROTOCOL
 from gossip.finding import FIND_PROTOCOL
 from gossip.messages import advert_topic
+from gossip.round_door import ROUND_PROTOCOL
 from gossip.service import ADVERTS_PROTOCOL
 from node.inference import INFER_PROTOCOL
 from p2p.direct import DIRECT_PROTOCOL
@@ -40,8 +41,9 @@ STREAM_S_MAX = 300.0  # the host ends every stream that we end; on a machine tha
 LED_S = 2.0  # until the host begins a punch with a peer that came through a relay
 # protocol -> share of the frames that we send
 SHARES = {
-    MESHSUB: 0.35,
-    RPC_PROTOCOL: 0.20,
+    MESHSUB: 0.33,
+    RPC_PROTOCOL: 0.19,
+    ROUND_PROTOCOL: 0.03,
     INFER_PROTOCOL: 0.20,
     ADVERTS_PROTOCOL: 0.05,
     PING: 0.04,
@@ -55,7 +57,18 @@ SHARES = {
     DCUTR: 0.01,
 }
 # what the host asks of who connects to it
-ASKED = (IDENTIFY, ADVERTS_PROTOCOL, RPC_PROTOCOL, FIND_PROTOCOL, BLOB_PROTOCOL, DIRECT_PROTOCOL, HOP, STOP, DCUTR)
+ASKED = (
+    IDENTIFY,
+    ADVERTS_PROTOCOL,
+    RPC_PROTOCOL,
+    FIND_PROTOCOL,
+    BLOB_PROTOCOL,
+    ROUND_PROTOCOL,
+    DIRECT_PROTOCOL,
+    HOP,
+    STOP,
+    DCUTR,
+)
 
 
 class Attack:

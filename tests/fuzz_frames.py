@@ -21,10 +21,13 @@ from libp2p.pubsub.pb import rpc_pb2
 from libp2p.utils import encode_varint_prefixed
 
 from crypto import canonical
+from crypto.digest import digest
 from crypto.envelope import seal
 from crypto.errors import BadEncoding
 from crypto.identity import Identity
 from gossip.messages import ADVERT_DOMAIN, Advert, Capacity, ModelKind, ModelOffer
+from gossip.round_door import ROUND_LIMITS, ROUND_PROTOCOL
+from gossip.rounds import Body, Contribution, Header, Precommit, Prevote, Proposal, Report, round_topic, sign_statement
 from gossip.service import ADVERTS_PROTOCOL
 from node.inference import INFER_PROTOCOL
 from node.work import WORK_LIMITS, EmbedWork, GenerateWork, Message, Sampling, to_wire
@@ -41,6 +44,7 @@ PING = "/ipfs/ping/1.0.0"
 PUSH = "/ipfs/id/push/1.0.0"
 IDENTIFY = "/ipfs/id/1.0.0"
 FRAMES_PER_STREAM = 64
+RUN, RUN_BASE = digest(b"the run of tests/fuzz_victim.py"), digest(b"and where it begins")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +118,10 @@ class Attacker:
                 return Frames(fuzz_relay.taken(rng), 1)
             case "/libp2p/dcutr":
                 return Frames(*fuzz_relay.punch(rng))
+            case "/openagi/round/1":
+                return self.answers(self._handed)
             case _:
-                return self.answers()
+                return self.answers(_answer_of)
 
     def identify(self) -> Frames:
         """An identify message with anything in its fields."""
@@ -136,13 +142,24 @@ class Attacker:
         raw = b"".join(map(encode_frame, frames))
         return Frames(raw if self.rng.random() < 0.7 else self._damaged_end(raw), len(frames))
 
-    def answers(self) -> Frames:
+    def _handed(self, rng: random.Random) -> Any:
+        """What the host may be handed of a run."""
+        record = {"manifest": rng.randbytes(rng.randint(0, 300)), "votes": [self._statement()]}
+        return rng.choice(
+            [
+                {"record": None, "statement": self._statement()},
+                {"record": canonical.encode(record), "statement": None},
+                {"round": rng.choice([0, 1, 1 << 40])},
+            ]
+        )
+
+    def answers(self, right: Callable[[random.Random], Any]) -> Frames:
         """What a callee says, unasked and in any order: ends, errors, items."""
         rng, raw = self.rng, bytearray()
         count = rng.randint(1, 8)
         for _ in range(count):
             number = rng.choice([1, 1, 1, 2, 3, 0, 2**53])
-            body = self._odd_value(_answer_of(rng))
+            body = right(rng) if rng.random() < 0.3 else self._odd_value(right(rng))
             fields = rng.choice([["end", number, body], ["item", number, body], ["error", number, "busy", "x", True]])
             raw += encode_frame(self._packed(fields if rng.random() < 0.8 else self._odd_value(fields)))
         return Frames(bytes(raw) if rng.random() < 0.7 else self._damaged_end(bytes(raw)), count)
@@ -231,10 +248,23 @@ class Attacker:
             raw = rng.randbytes(200)
         return raw if rng.random() < 0.98 else damaged(self.rng, raw)
 
+    def _said_on(self, topic: str) -> bytes:
+        if topic != round_topic(self._network):
+            return self._advert()
+        raw = self._statement()
+        return raw if self.rng.random() < 0.98 else damaged(self.rng, raw)
+
+    def _statement(self) -> bytes:
+        """Of the run that the host is in, or of another; properly signed."""
+        now_ms = time.time_ns() // 1_000_000
+        return sign_statement(
+            self.identity, _body(self.rng), network=self._network, sequence=now_ms, time_ms=now_ms
+        ).raw
+
     def _gossip(self) -> bytes:
         """A pubsub RPC with anything in its fields; messages are signed rightly, or not at all rightly."""
         rng, rpc = self.rng, rpc_pb2.RPC()
-        topic = rng.choice([self._topic, self._topic, "", *self._words(1, 40)])
+        topic = rng.choice([self._topic, self._topic, round_topic(self._network), "", *self._words(1, 40)])
         for _ in range(rng.randint(0, 2)):
             rpc.subscriptions.add(subscribe=rng.random() < 0.5, topicid=topic)
         for _ in range(rng.randint(0, 3)):
@@ -255,7 +285,7 @@ class Attacker:
     def _published(self, topic: str) -> rpc_pb2.Message:
         rng = self.rng
         message = rpc_pb2.Message(
-            data=self._advert() if rng.random() < 0.8 else rng.randbytes(rng.randint(0, 200)),
+            data=self._said_on(topic) if rng.random() < 0.8 else rng.randbytes(rng.randint(0, 200)),
             topicIDs=[topic, *self._words(1, 8)] if rng.random() < 0.2 else [topic],
             from_id=_peer_bytes(self.key_pair),
             seqno=rng.randbytes(8),
@@ -373,8 +403,32 @@ def _answer_of(rng: random.Random) -> Any:
     )(rng)
 
 
-_LIMITS = {RPC_PROTOCOL: canonical.CONTROL, INFER_PROTOCOL: WORK_LIMITS}
+def _asked(rng: random.Random) -> Any:
+    return {"run": rng.choice([RUN] * 9 + [rng.randbytes(32)]), "round": rng.choice([0, 0, 1, 5, 1 << 40])}
+
+
+def _body(rng: random.Random) -> Body:
+    """Of a round, by somebody who is no voter."""
+    of: dict[str, Any] = {
+        "run": rng.choice([RUN] * 9 + [rng.randbytes(32)]),
+        "round": rng.choice([0, 1, 2, 3, 5, 8, 1 << 40]),
+        "base": rng.choice([RUN_BASE, rng.randbytes(32)]),
+    }
+    name, view = rng.randbytes(32), rng.choice([0, 1, 2, 17, 1 << 16])
+    contribution = Contribution(blob=name, payload_bytes=rng.choice([1, 300, 1 << 28]), steps=1, tokens=1)
+    bodies: list[Body] = [
+        Header(**of, contribution=rng.choice([None, contribution]), root=rng.choice([None, name])),
+        Report(**of, present=(name,)),
+        Proposal(**of, view=view, valid_view=-1, manifest=name, reports=(name,)),
+        Prevote(**of, view=view, manifest=rng.choice([None, name])),
+        Precommit(**of, view=view, manifest=rng.choice([None, name])),
+    ]
+    return rng.choice(bodies)
+
+
+_LIMITS = {RPC_PROTOCOL: canonical.CONTROL, INFER_PROTOCOL: WORK_LIMITS, ROUND_PROTOCOL: ROUND_LIMITS}
 _BODIES: dict[str, dict[str, Callable[[random.Random], Any]]] = {
     RPC_PROTOCOL: {"hello": _hello, "ping": _ping, "peers": lambda _rng: {}, "reach": _reach},
     INFER_PROTOCOL: {"generate": lambda rng: to_wire(_generate(rng)), "embed": _embed},
+    ROUND_PROTOCOL: {"runs": lambda _rng: None, "follow": _asked, "behind": _asked},
 }

@@ -1,6 +1,7 @@
 """A whole node in a process of its own, for tests/test_fuzz_host.py: the real host, handlers, gossip and engine.
 
-Rules: it offers a blob, and of whoever connects it wants another, and a place as at a relay. It thinks that routers
+Rules: it offers a blob, and of whoever connects it wants another, and a place as at a relay. It is in a run, whose only
+voter it is: its rounds go on, and whoever connects may be a member. It thinks that routers
 show it at an address from which no socket can be bound: hole punching goes its whole way, and no packet leaves. Prints
 its address once the model is served; lives until its standard input ends, then stops in order and prints what it
 counted. FAILED counts log records with a traceback: an exception that a handler did not foresee.
@@ -23,15 +24,24 @@ from multiaddr import Multiaddr
 
 from crypto.identity import Identity, PeerId
 from gossip.blobs import Blobs
+from gossip.electors import Electors, Terms
 from gossip.errors import Unavailable
 from gossip.messages import advert_topic
+from gossip.round_history import RoundHistory, RunPlace
+from gossip.round_payloads import Payloads
+from gossip.round_service import RoundService, Work
+from gossip.round_state import Chain
+from gossip.round_store import RoundStore
+from gossip.rounds import round_topic
 from node.config import NodeConfig
 from node.run import Node
 from p2p.errors import P2PError
 from p2p.host import Libp2pTransport
 from p2p.transport import PeerChange
 from tests.fuzz_bulk import OFFERED, WANTED_ID
+from tests.fuzz_frames import RUN, RUN_BASE
 from tests.libp2p_peers import node
+from tests.round_world import Disk, Everybody, HashOwner
 from tests.tiny_models import save_causal
 
 NETWORK = "fuzz"
@@ -89,12 +99,41 @@ class Wants:
                 self.came["no_blob"] += 1
 
 
+async def take_part(here: Node, identity: Identity, path: Path, services: list[RoundService]) -> None:
+    """In a run with everybody who speaks of it."""
+    electors = Electors.of_founders([identity.peer_id], Terms())
+    chain = Chain(run=RUN, round=0, base=RUN_BASE, electors=electors)
+    place = RunPlace(
+        identity=identity, transport=here._transport, network=NETWORK, door=here._door, genesis=chain, plan=b"the plan"
+    )
+    payloads, owner = Payloads(here.blobs, path, 3, place.admits), HashOwner(path / "weights", Disk())
+    service = RoundService(place, RoundHistory(place, owner, RoundStore(path, NETWORK), payloads), Everybody())
+    services.append(service)
+
+    async def train() -> None:
+        while True:
+            at = await service.opened()
+            await trio.sleep(0.5)
+            payloads.own_path(at.round).write_bytes(at.base)
+            await service.contribute(at, Work(steps=1, tokens=1))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(train)
+        await service.run()
+
+
 class Tracebacks(logging.Handler):
     """Keeps the first of each kind of failure that was logged with a traceback."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info and len(failed) < 20:
             failed.append(self.format(record)[-1500:])
+
+
+def _heard(service: RoundService) -> dict[str, int]:
+    """What became of what strangers said of the run."""
+    told = service.statistics()
+    return {} if told is None else told.drops
 
 
 async def main(path: Path) -> None:
@@ -104,7 +143,7 @@ async def main(path: Path) -> None:
         ready_file=path / "ready.json",
     )  # fmt: skip
     async with (
-        node(identity, upgrade_s=10.0, topics=frozenset({advert_topic(NETWORK)})) as transport,
+        node(identity, upgrade_s=10.0, topics=frozenset({advert_topic(NETWORK), round_topic(NETWORK)})) as transport,
         trio.open_nursery() as nursery,
     ):
         here = Node(config, identity, transport, (), outside=transport.relay)
@@ -112,6 +151,8 @@ async def main(path: Path) -> None:
         while not (path / "ready.json").exists():  # noqa: ASYNC110  # a file
             await trio.sleep(0.05)
         here.blobs.offer_bytes(OFFERED)
+        services: list[RoundService] = []
+        nursery.start_soon(take_part, here, identity, path / "run", services)
         address = transport.addresses()[0]
         puncher: Any = transport._puncher
         puncher._own = lambda: [Multiaddr(f"/ip4/{UNBINDABLE}/tcp/4001").to_bytes()]
@@ -135,6 +176,13 @@ async def main(path: Path) -> None:
             "adverts": {str(outcome): count for outcome, count in gossip.directory.outcomes.items()},
             "infer": {"calls": calls.calls_in, **calls.drops},
             "control": {"calls": here._control.statistics().calls_in, **here._control.statistics().drops},
+            "rounds": {
+                "calls": here._door.calls.statistics().calls_in,
+                "drops": dict(here._door.drops),
+                "committed": services[0].round,
+                "heard": dict(_heard(services[0])),
+                "counts": dict(services[0].history.counts),
+            },
             "engine": asdict(here._inference.hosting.statistics()) if here._inference.hosting else None,
         }
         print("COUNTED " + json.dumps(counted), flush=True)

@@ -248,7 +248,10 @@ class World:
         payloads = Payloads(blobs, folder, changes.pop("rounds_kept", 3), place.admits)
         history = RoundHistory(place, owner, RoundStore(folder, NETWORK, disk), payloads)
         service = RoundService(place, history, Everybody())
-        return Member(transport, owner, service, door, blobs, blames, disk, **changes)
+        prepare = changes.pop("prepare", lambda _member: None)
+        member = Member(transport, owner, service, door, blobs, blames, disk, **changes)
+        prepare(member)
+        return member
 
     def now_ms(self) -> int:
         return START_MS + round((trio.current_time() - self.began) * 1000)

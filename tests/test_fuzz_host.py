@@ -25,6 +25,7 @@ from libp2p.utils import encode_delim
 from crypto.identity import Identity
 from gossip.blob_wire import BLOB_PROTOCOL
 from gossip.finding import FIND_PROTOCOL
+from gossip.round_door import ROUND_PROTOCOL
 from gossip.service import ADVERTS_PROTOCOL
 from node.inference import INFER_PROTOCOL
 from node.work import WORK_LIMITS, Finished, from_wire, to_wire
@@ -184,6 +185,10 @@ def the_first_gate_was_passed(attack: Attack, counted: Any) -> None:
     assert counted["reached"][HOP] > 2 * counted["host"].get("relay_rate", 0)
     assert counted["reached"][STOP] > 2 * counted["host"].get("relay_unasked", 0)
     assert attack.circuits > 0
+    assert counted["rounds"]["calls"] > attack.sent[ROUND_PROTOCOL] / 2
+    assert counted["rounds"]["heard"].get("another_round", 0) > 0
+    assert counted["rounds"]["heard"].get("other_history", 0) > 0
+    assert counted["rounds"]["committed"] > 0
     assert counted["host"]["punch_failed"] > 0  # it dialled
 
 

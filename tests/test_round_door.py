@@ -553,7 +553,11 @@ async def test_a_node_that_does_not_train_hears_nothing(autojump_clock: MockCloc
         door = RoundDoor(transport, NETWORK, lambda *_: None, lambda: START_MS)
         assert round_topic(NETWORK) not in transport._receivers
         await door.open(member.run)
+        receivers = dict(transport._receivers)
+        transport._receivers.clear()
         await door.open(member.run)
+        assert not transport._receivers, "it subscribed twice"
+        transport._receivers.update(receivers)
         assert round_topic(NETWORK) in transport._receivers
         assert door.is_member(PeerId("voter"))
         assert not door.is_member(PeerId("somebody"))

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -229,10 +230,15 @@ def test_a_flipped_byte_anywhere_costs_that_record_and_what_follows_and_is_never
 
 
 def test_rubbish_in_the_place_of_the_log_is_an_empty_one(tmp_path: Path) -> None:
-    for number, rubbish in enumerate((b"x", b"\xff" * 5000, bytes(HEAD_BYTES), bytes(5000))):
+    entries = [
+        len(each).to_bytes(4, "big") + sha256(each).digest() + each for each in (b"", bytes(RECORD_BYTES_MAX + 1))
+    ]
+    for number, rubbish in enumerate((b"x", b"\xff" * 5000, bytes(HEAD_BYTES), bytes(5000), *entries)):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / RECORDS).write_bytes(rubbish)
+        with opened(folder):
+            assert (folder / RECORDS).read_bytes() == b"", "it would be found again each time"
         holds(folder, [])
 
 
@@ -367,8 +373,12 @@ def test_a_record_that_a_kill_left_unflushed_is_flushed_before_it_counts(tmp_pat
         assert disk.synced == 1
         assert store.count == 1
     disk.fails_sync = True
+    held: list[int] = []
+    disk.append_to = lambda path: held.append(System.append_to(disk, path)) or held[-1]  # type: ignore[method-assign,func-returns-value]
     with pytest.raises(CannotStore):
         RoundStore(tmp_path, NETWORK, disk)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(held[0])
 
 
 def test_what_was_said_stands_while_the_disk_takes_nothing(tmp_path: Path) -> None:
