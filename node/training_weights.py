@@ -153,7 +153,7 @@ class Weights:
                 if share.blob is not None and share.weight:
                     payload = await self._payload_of(manifest, share.peer, Digest(share.blob), payloads)
                     lines.append(Line(payload=payload, weight_parts=share.weight, clip_parts=share.clip))
-            took_ours = any(share.peer == self._own and share.blob is not None for share in manifest.shares)
+            took_ours = any(share.peer == self._own and share.weight > 0 for share in manifest.shares)
             settled = await _in_thread(partial(self.participant.settle, lines, took_ours=took_ours))
             await self._begin(manifest.round + 1, manifest.next_base)
         self._tell(manifest, settled)
