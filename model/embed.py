@@ -108,14 +108,14 @@ class Embedder:
 
 def _stated_length(loaded: Loaded) -> int:
     """The length that a sentence encoder was trained for, else no bound."""
-    file = loaded.path / "sentence_bert_config.json"
+    file = loaded.found.path / "sentence_bert_config.json"
     length = read_json(file, CONFIG_BYTES_MAX).get("max_seq_length") if file.is_file() else None
     return length if isinstance(length, int) and length > 0 else 1 << 30
 
 
 def _pools_first_token(loaded: Loaded) -> bool:
     """Whether the model's own pooling is its first token's state. Raises BadModel for what is neither that nor mean."""
-    file = loaded.path / "1_Pooling" / "config.json"
+    file = loaded.found.path / "1_Pooling" / "config.json"
     modes = read_json(file, CONFIG_BYTES_MAX) if file.is_file() else {}
     chosen = sorted(key for key, value in modes.items() if key.startswith("pooling_mode_") and value is True)
     match chosen:

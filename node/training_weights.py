@@ -213,22 +213,29 @@ class Weights:
     # ---- parts ----
 
     async def _note(self, number: int, blob: Digest, payload: Payload) -> None:
-        if number != self.round:
-            return
-        others = {each: other for each, other in self._payloads.items() if each != blob}
-        overlaps = {each: await _in_thread(self.participant.overlap, payload, other) for each, other in others.items()}
-        if number == self.round:
-            self._payloads[blob] = payload
-            self.choice.note(blob, payload.norm, overlaps)
+        """Compared with each that is here, also those that came while it was: no pair may be missing."""
+        overlaps: dict[Digest, float] = {}
+        while number == self.round:
+            other = next((each for each in self._payloads if each != blob and each not in overlaps), None)
+            if other is None:
+                self._payloads[blob] = payload
+                return self.choice.note(blob, payload.norm, overlaps)
+            overlaps[other] = await _in_thread(self.participant.overlap, payload, self._payloads[other])
 
     async def _score(self, peer: str, payload: Payload, number: int) -> int | None:
-        rows = self.participant.trainer.held_out(SCORED_ROWS)
         try:
-            fall = await self._lent(self.participant.score(payload, rows, self.told.held_out_loss))
+            fall = await self._lent(self._scoring(payload, number))
         except Diverged as exc:
             _log.warning("round %d: %s", number, exc)
             return None
         return None if fall is None else self._scores.note(peer, number, fall)
+
+    def _scoring(self, payload: Payload, number: int) -> Generator[None, None, float | None]:
+        """In the engine's thread, under the lock: the round may be over by then, and its weights gone."""
+        if number != self.round:
+            return None
+        rows = self.participant.trainer.held_out(SCORED_ROWS)
+        return (yield from self.participant.score(payload, rows, self.told.held_out_loss))
 
     async def _lent(self, work: Generator[None, None, _T]) -> _T | None:
         """All of it, a hop at a time in the engine's thread; None when that is not free for long."""
@@ -283,8 +290,11 @@ class Weights:
             return root
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_whole(self._folder / f"{STATE}{number}", state, over=True)
-        for old in sorted(self._states())[:-STATES_KEPT]:
-            (self._folder / f"{STATE}{old}").unlink(missing_ok=True)
+        states = sorted(self._states())
+        kept = [each for each in states if each <= number][-STATES_KEPT:]  # what is of later rounds has no records
+        for old in states:
+            if old not in kept:
+                (self._folder / f"{STATE}{old}").unlink(missing_ok=True)
         return root
 
     def _states(self) -> list[int]:

@@ -73,7 +73,7 @@ def test_the_answer_is_in_the_order_of_the_question() -> None:
     made = choice(norms)
     parts = {peer: made.choose((candidate(peer),))[0] for peer in norms}
     assert set(parts.values()) == {(ONE, ONE)}
-    whole = {peer: part for peer, part in zip("abc", made.choose(tuple(map(candidate, "abc"))), strict=True)}
+    whole = dict(zip("abc", made.choose(tuple(map(candidate, "abc"))), strict=True))
     for order in itertools.permutations("abc"):
         assert made.choose(tuple(map(candidate, order))) == tuple(whole[peer] for peer in order)
     assert whole["c"] == (ONE, int(2 / 3 * ONE))  # clipped to the median
