@@ -131,7 +131,7 @@ class Training:
         """JSON for GET /api/v1/training."""
         session = self._session
         told: dict[str, Any] = {
-            "state": session.told.doing if session is not None else self._doing,
+            "state": session.doing if session is not None else self._doing,
             "why": (session.service.history.trouble or session.why) if session is not None else self._why,
             "problem": self._problem or self._wished.file.status().problem,
             "paused": self._wishes.is_paused,
@@ -190,11 +190,9 @@ class Training:
         store = await trio.to_thread.run_sync(RoundStore, folder, parts.network)
         try:
             service = self._service(plan, weights, store, folder)
-            history = service.history
-            await history.load()
+            manifests = service.history.manifests
             await weights.restore(
-                store.count,
-                lambda number: history.manifests(number - 1, 1)[0].next_base if number else plan.genesis.base,
+                store.count, lambda number: manifests(number - 1, 1)[0].next_base if number else plan.genesis.base
             )
             self._session = Session(weights, service, hosting, self._wishes, folder, self._connect)
             await self._session.run()

@@ -110,9 +110,16 @@ class Session:
                 await self._save()
 
     @property
+    def doing(self) -> str:
+        """In a word."""
+        return "leaving" if self.wishes.leaves else self.told.doing
+
+    @property
     def why(self) -> str:
         """Of what it does now: a reason for people; '' when it needs none."""
-        if self.told.doing != "waiting":
+        if self.doing == "leaving":
+            return "until the others have heard it"
+        if self.doing != "waiting":
             return self.told.why
         is_near = self.service.statistics() is not None
         return "for the others, until the round ends" if is_near else "for the run's records and weights"
@@ -217,7 +224,6 @@ class Session:
     async def _leave_in_time(self, scope: trio.CancelScope) -> None:
         """The end of a session that is to end: when the others have heard it, or there is nobody to hear it."""
         await self._while(lambda: not self.wishes.leaves)
-        self._says("leaving", "when the others have heard it")
         with trio.move_on_after(LEAVE_S_MAX):
             await self._left.wait()
         scope.cancel()
@@ -233,8 +239,7 @@ class Session:
         return self.wishes.policy.why(paused=self.wishes.is_paused, hour=time.localtime().tm_hour, plugged=plugged)
 
     def _says(self, doing: str, why: str = "") -> None:
-        if not self.wishes.leaves or doing == "leaving":
-            self.told.doing, self.told.why = doing, why
+        self.told.doing, self.told.why = doing, why
 
     # ---- members ----
 

@@ -10,6 +10,7 @@ Source: TRAINING.md 3 (8), 4, 6.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
@@ -37,7 +38,7 @@ from node.training_plan import Plan
 STATE = "state-"  # and the number of the round that begins with it
 STATES_KEPT = 3  # this one, and the two that are offered
 SCORED_ROWS = 16
-SCORE_S_MAX = 30.0  # for the engine's thread to be free; then this node has no score to give
+BUSY_S_MAX = 10.0  # in a round, for the engine's thread to be free; then this node has no scores to give in it
 ROUNDS_TOLD = 200
 
 _log = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class Weights:
         self._payloads: dict[Digest, Payload] = {}  # by blob, of the round that is open
         self._scores = Scores()
         self._began_s = trio.current_time()
+        self._busy_s = 0.0  # for how long work of this round has waited for the engine, with the lock held
         self._newest: tuple[str, Mapping[str, object]] = ("", {})  # what the engine should go on under
         self._changed = trio.Event()
 
@@ -238,20 +240,25 @@ class Weights:
         return (yield from self.participant.score(payload, rows, self.told.held_out_loss))
 
     async def _lent(self, work: Generator[None, None, _T]) -> _T | None:
-        """All of it, a hop at a time in the engine's thread; None when that is not free for long."""
+        """All of it, a hop at a time in the engine's thread; None when requests leave it no room in this round."""
         ended: list[_T] = []
 
         def hop() -> None:
+            began_s = time.perf_counter()
             try:
                 next(work)
             except StopIteration as end:
                 ended.append(end.value)
+            finally:
+                self._busy_s -= time.perf_counter() - began_s  # it is work, and no waiting
 
         async with self.lock:
             try:
-                with trio.move_on_after(SCORE_S_MAX):
-                    while not ended:
+                while not ended and self._busy_s < BUSY_S_MAX:
+                    began_s = trio.current_time()
+                    with trio.move_on_after(BUSY_S_MAX - self._busy_s):
                         await self._hosting.borrow(hop)
+                    self._busy_s += trio.current_time() - began_s
             finally:
                 with trio.CancelScope(shield=True):
                     await _in_thread(work.close)  # gives the weights back
@@ -276,6 +283,7 @@ class Weights:
         self.round = number
         self._payloads.clear()
         self.choice.forget()
+        self._busy_s = 0.0
         self.told.held_out_loss = None
         self.told.revision = self.plan.revision_at(number, base) if number else self.plan.revision
         self._newest = self.told.revision, self.participant.weights()

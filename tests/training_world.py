@@ -18,6 +18,7 @@ import trio
 from crypto.digest import Digest
 from crypto.identity import Identity, PeerId
 from gossip.blobs import Blobs, BlobsConfig
+from gossip.directory import Offer
 from gossip.round_door import RoundDoor
 from model.config import RuntimeConfig
 from model.runtime import Runtime
@@ -33,7 +34,7 @@ from tests.blob_world import FETCH
 from tests.node_swarm import Node, _assembled
 from tests.tiny_models import LINES
 
-PATIENCE_S = 60.0  # hang guard
+PATIENCE_S = 30.0  # hang guard
 SMALL: dict[str, Any] = {"steps": 2, "rows": 2, "context": 16, "accumulation": 1, "warmup_steps": 0, "rate": 0.003}
 
 
@@ -72,6 +73,12 @@ class Trainee:
         return -1 if session is None else session.weights.round
 
     @property
+    def steps(self) -> int:
+        """Trained here since its session began."""
+        session = self.training._session
+        return 0 if session is None else session.told.steps
+
+    @property
     def session(self) -> Session:
         session = self.training._session
         assert session is not None, self.status
@@ -81,6 +88,10 @@ class Trainee:
     def revision(self) -> str:
         """What is served."""
         return self.hosting.runtime.facts.revision
+
+    def offers(self) -> list[Offer]:
+        """What others advertise, as this node has it."""
+        return list(self.node.network.gossip.directory.offers(trio.current_time()))
 
     def state_at(self, number: int) -> bytes | None:
         """The weights before a round, if they are still kept."""
