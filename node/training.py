@@ -103,7 +103,9 @@ class Training:
         """Join a run that a peer is in. Raises BadRequest."""
         self._check_idle()
         data = await self._checked(asked.data)
-        await self._want(Wish(run=asked.run, data=data, seed=_seed()))
+        wish = _renewed(Wish(run=asked.run, data=data, seed=_seed()), self._wish)  # it may have stopped here
+        assert wish is not None
+        await self._want(structs.replace(wish, paused=False))
         return self.status()
 
     async def pause(self, *, is_paused: bool) -> dict[str, Any]:
@@ -113,6 +115,8 @@ class Training:
         self._wish = structs.replace(self._wish, paused=is_paused)
         await trio.to_thread.run_sync(self._wished.write, self._wish)
         self._wishes.is_paused = is_paused
+        if self._problem and not is_paused:
+            self._tell_changed()  # it begins anew
         return self.status()
 
     async def leave(self) -> dict[str, Any]:
