@@ -27,7 +27,7 @@ class Embedder:
 
     def __init__(self, loaded: Loaded) -> None:
         """Raises BadModel for a pooling other than mean or first token."""
-        self._loaded = loaded
+        self.loaded = loaded  # the same model, whatever its weights are called by now
         self._body = loaded.model if loaded.facts.kind == "encoder" else loaded.model.base_model
         self._length_max = min(loaded.facts.context_tokens, _stated_length(loaded))
         self._compiles = lengths.compiles(loaded.device.type, loaded.facts.dtype)
@@ -48,7 +48,7 @@ class Embedder:
             batch.append(at)
         self._fill(vectors, batch, cut)
         return Embeddings(
-            facts=self._loaded.facts,
+            facts=self.loaded.facts,
             dimensions=len(vectors[0]) // 4 if vectors else 0,
             vectors=tuple(vectors),
             truncated=tuple(len(row) > self._length_max for row in rows),
@@ -56,16 +56,16 @@ class Embedder:
         )
 
     def _row(self, text: str | Sequence[int]) -> tuple[int, ...]:
-        row = self._loaded.tokens.encode(text) if isinstance(text, str) else tuple(text)
+        row = self.loaded.tokens.encode(text) if isinstance(text, str) else tuple(text)
         if not row:
             raise BadInput("a text to embed has no tokens; give at least one character")
-        if min(row) < 0 or max(row) >= self._loaded.facts.vocabulary:
-            raise BadInput(f"token ids must be from 0 to {self._loaded.facts.vocabulary - 1:,}")
+        if min(row) < 0 or max(row) >= self.loaded.facts.vocabulary:
+            raise BadInput(f"token ids must be from 0 to {self.loaded.facts.vocabulary - 1:,}")
         return row
 
     def _shorten(self, row: tuple[int, ...]) -> tuple[int, ...]:
         """Cuts the end, but an encoder's closing special token stays."""
-        if self._loaded.facts.kind == "encoder" and self._length_max > 1:
+        if self.loaded.facts.kind == "encoder" and self._length_max > 1:
             return (*row[: self._length_max - 1], row[-1])
         return row[: self._length_max]
 
@@ -91,11 +91,11 @@ class Embedder:
         length = max(len(row) for row in rows)
         if self._compiles:
             length = max(length, min(lengths.at_least(length), self._length_max))
-        device = self._loaded.device
+        device = self.loaded.device
         ids_NT = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
         mask_NT = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
         extra: dict[str, Any] = {"token_type_ids": torch.zeros_like(ids_NT)} if self._takes_types else {}
-        if self._loaded.facts.kind == "causal":
+        if self.loaded.facts.kind == "causal":
             extra["use_cache"] = False
         states_NTD = self._body(input_ids=ids_NT, attention_mask=mask_NT, **extra).last_hidden_state.float()
         if self._first:
@@ -108,14 +108,14 @@ class Embedder:
 
 def _stated_length(loaded: Loaded) -> int:
     """The length that a sentence encoder was trained for, else no bound."""
-    file = loaded.path / "sentence_bert_config.json"
+    file = loaded.found.path / "sentence_bert_config.json"
     length = read_json(file, CONFIG_BYTES_MAX).get("max_seq_length") if file.is_file() else None
     return length if isinstance(length, int) and length > 0 else 1 << 30
 
 
 def _pools_first_token(loaded: Loaded) -> bool:
     """Whether the model's own pooling is its first token's state. Raises BadModel for what is neither that nor mean."""
-    file = loaded.path / "1_Pooling" / "config.json"
+    file = loaded.found.path / "1_Pooling" / "config.json"
     modes = read_json(file, CONFIG_BYTES_MAX) if file.is_file() else {}
     chosen = sorted(key for key, value in modes.items() if key.startswith("pooling_mode_") and value is True)
     match chosen:

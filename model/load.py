@@ -57,10 +57,14 @@ class Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A model in memory, ready for inference. end_tokens end an answer."""
+    """A model in memory, ready for inference.
+
+    found, read_as: its files and their revision. end_tokens: any of them ends an answer.
+    """
 
     facts: ModelFacts
-    path: Path
+    found: Found
+    read_as: str
     model: Any
     tokens: Tokens
     end_tokens: frozenset[int]
@@ -123,8 +127,22 @@ def load(found: Found, *, device: str = "auto", dtype: str = "auto") -> Loaded:
         vocabulary=int(model.get_input_embeddings().num_embeddings),
     )
     return Loaded(
-        facts=facts, path=found.path, model=model, tokens=tokens, end_tokens=_end_tokens(model, tokens), device=place
+        facts=facts,
+        found=found,
+        read_as=facts.revision,
+        model=model,
+        tokens=tokens,
+        end_tokens=_end_tokens(model, tokens),
+        device=place,
     )
+
+
+def as_in_files(loaded: Loaded) -> Loaded:
+    """The model as everybody finds it in its files, in fp32: itself, or read anew when it serves in other numbers or
+    its weights have gone on. Raises as `load` does."""
+    if (loaded.facts.revision, loaded.facts.dtype) == (loaded.read_as, "float32"):
+        return loaded
+    return load(loaded.found, device=loaded.device.type, dtype="float32")
 
 
 def quiet() -> None:

@@ -90,8 +90,14 @@ class Participant:
 
     # ---- own work ----
 
+    @property
+    def is_written(self) -> bool:
+        """Whether this round's update is: then training in it is over here."""
+        return self._sent is not None
+
     def step(self) -> MicroStep:
         """One micro-batch. Raises as Trainer.micro_step."""
+        assert not self.is_written, "the round's training is in the feedback already: it would count twice"
         done = self.trainer.micro_step()
         self._is_unnoted = self._is_unnoted or done.stepped
         return done
@@ -159,7 +165,8 @@ class Participant:
     def settle(self, lines: Sequence[Line], *, took_ours: bool) -> Settled:
         """A round is committed: take the weights on by it, in place of what was trained here since.
 
-        took_ours: whether our contribution is in it; else it stays in the feedback, and so does unfinished training.
+        took_ours: whether our contribution counts in it; else, or when the round makes no update, it stays in the
+        feedback. So does unfinished training.
         """
         self._note()
         theta_N = self.trainer.start_vector_N.clone()
@@ -175,8 +182,8 @@ class Participant:
             rule, why = str(merged.plan.rule), merged.plan.why
             self._outer.step_(theta_N, merged.update)
             moved = float((theta_N - self.trainer.start_vector_N).double().norm())
-        if took_ours and self._sent is not None:
-            self._feedback.take(self._sent)
+            if took_ours and self._sent is not None:
+                self._feedback.take(self._sent)
         self._begin(theta_N)
         return Settled(rule=rule, why=why, moved=moved)
 
@@ -216,8 +223,17 @@ class Participant:
         self._begin(whole[: self.layout.size].clone())
 
     def unsent(self) -> bytes:
-        """What was trained and not sent yet, to be kept over a restart."""
-        return self._feedback.save(self.layout.digest)
+        """What was trained and not sent yet, to be kept over a restart; nothing changes here.
+
+        What was sent and is not settled counts as sent: most rounds take it, and after a restart nobody could tell.
+        """
+        kept = Feedback(self.layout.size, decay=DECAY)
+        kept.unsent_N.copy_(self._feedback.unsent_N)
+        if self._is_unnoted:
+            kept.add(self.trainer.delta())
+        if self._sent is not None:
+            kept.take(self._sent)
+        return kept.save(self.layout.digest)
 
     def restore_unsent(self, raw: bytes) -> None:
         """Raises BadState."""

@@ -122,7 +122,7 @@ class Runtime:
         is_encoder_too = self._encoder is self._loaded
         self._loaded = replace(self._loaded, facts=replace(self._loaded.facts, revision=revision))
         if is_encoder_too:
-            self._encoder = self._loaded
+            self._encoder = self._embedder.loaded = self._loaded
 
     @property
     def device(self) -> str:

@@ -91,7 +91,7 @@ class Hosting:
     async def borrow(self, act: Callable[[], T]) -> T:
         """Run something short (tens of milliseconds) in the engine's thread while there is no request.
 
-        Raises the ModelError that it raises. If cancelled, it was not run, or its result is lost.
+        Raises the ModelError that it raises. If cancelled, it was not run, or it ran to its end and its result is lost.
         """
         result: T = await self._lent(Loan(act=act))
         return result
@@ -111,6 +111,9 @@ class Hosting:
             await loan.done.wait()
         finally:
             loan.is_left = True
+            if loan.began:  # what it works on is its owner's again when it ends, and no sooner
+                with trio.CancelScope(shield=True):
+                    await loan.over.wait()
         if loan.failure is not None:
             raise loan.failure
         return loan.result
@@ -135,7 +138,11 @@ class Hosting:
             loan.carry_out()
             return []
 
-        await self._hop(act)
+        loan.began = True
+        try:
+            await self._hop(act)
+        finally:
+            loan.over.set()
         loan.done.set()
 
     def statistics(self) -> EngineStatistics:

@@ -64,6 +64,8 @@ class Loan:
     act: Callable[[], object]
     hold_at: float = math.inf  # from then on no request starts before it
     done: trio.Event = field(default_factory=trio.Event)
+    began: bool = False
+    over: trio.Event = field(default_factory=trio.Event)  # it does not run any more, however it ended
     result: object = None
     failure: ModelError | None = None
     is_left: bool = False

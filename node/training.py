@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +19,6 @@ from typing import Any, Final
 import trio
 from msgspec import structs
 
-from crypto.digest import Digest
 from crypto.identity import Identity, PeerId
 from gossip.blobs import Blobs
 from gossip.errors import CannotStore, RemoteProtocolError
@@ -36,7 +36,7 @@ from node.hosting import Hosting
 from node.inference import Inference
 from node.training_build import CannotTrain, participant_of, planned
 from node.training_pause import PausePolicy
-from node.training_plan import Plan, fault_of, plan_of
+from node.training_plan import Plan, plan_of
 from node.training_session import Session, Wishes
 from node.training_told import told_run
 from node.training_weights import Weights
@@ -46,6 +46,8 @@ from p2p.peering import Peering
 from p2p.transport import Transport
 
 SEEK_EVERY_S: Final = 3.0
+ANSWER_S_MAX: Final = 5.0  # for peers to say which run they are in
+ID_DIGITS_MIN: Final = 8
 READY_EVERY_S: Final = 0.5
 PAYLOADS_KEPT: Final = (2, 64)  # rounds, at least and at most
 
@@ -88,11 +90,12 @@ class Training:
         self._check_idle()
         hosting = self._hosting()
         data = await self._checked(asked.data)
-        plan = await trio.to_thread.run_sync(
-            planned, asked, _loaded(hosting), self._parts.identity.peer_id, self._parts.network
-        )
-        if fault := fault_of(plan):
-            raise BadRequest(f"such a run cannot be: {fault}")
+        own, network = self._parts.identity.peer_id, self._parts.network
+        try:
+            plan = await trio.to_thread.run_sync(planned, asked, _loaded(hosting), own, network)
+            plan_of(plan.raw)  # what every other member will find of it
+        except (ModelError, CannotTrain, RemoteProtocolError) as exc:
+            raise BadRequest(f"such a run cannot be: {exc}") from exc
         await self._want(Wish(run=plan.id.hex(), data=data, seed=_seed(), plan=plan.raw))
         return {**self.status(), "name": plan.name, "id": plan.id.hex()}
 
@@ -100,7 +103,9 @@ class Training:
         """Join a run that a peer is in. Raises BadRequest."""
         self._check_idle()
         data = await self._checked(asked.data)
-        await self._want(Wish(run=asked.run, data=data, seed=_seed()))
+        wish = _renewed(Wish(run=asked.run, data=data, seed=_seed()), self._wish)  # it may have stopped here
+        assert wish is not None
+        await self._want(structs.replace(wish, paused=False))
         return self.status()
 
     async def pause(self, *, is_paused: bool) -> dict[str, Any]:
@@ -110,28 +115,31 @@ class Training:
         self._wish = structs.replace(self._wish, paused=is_paused)
         await trio.to_thread.run_sync(self._wished.write, self._wish)
         self._wishes.is_paused = is_paused
+        if self._problem and not is_paused:
+            self._tell_changed()  # it begins anew
         return self.status()
 
     async def leave(self) -> dict[str, Any]:
         """Leave the run, and tell the others. The weights that serve stay until the node ends. Raises BadRequest."""
         if self._wish is None:
             raise BadRequest("this node is in no run")
-        self._wish = None
+        self._wish, self._problem = None, ""
         await trio.to_thread.run_sync(self._wished.write, None)
-        self._wishes.leaves = True
+        self._wishes.leaves = self._session is not None
         if self._session is None and self._scope is not None:
             self._scope.cancel()  # it has not begun: there is nobody to tell
+        self._tell_changed()
         return self.status()
 
     def status(self) -> dict[str, Any]:
         """JSON for GET /api/v1/training."""
         session = self._session
         told: dict[str, Any] = {
-            "state": session.told.doing if session is not None else self._doing,
-            "why": (session.service.history.trouble or session.told.why) if session is not None else self._why,
+            "state": session.doing if session is not None else self._doing,
+            "why": (session.service.history.trouble or session.why) if session is not None else self._why,
             "problem": self._problem or self._wished.file.status().problem,
             "paused": self._wishes.is_paused,
-            "wanted": None if self._wish is None else {"run": self._wish.run, "data": list(self._wish.data)},
+            "wanted": None if self._wish is None else {"run": _name(self._wish), "data": list(self._wish.data)},
             "run": None,
         }
         if session is not None:
@@ -145,10 +153,10 @@ class Training:
         while True:
             changed = self._changed
             if self._wish is None:
-                self._doing, self._why = "idle", ""
+                self._says("idle", "")
                 await changed.wait()
                 continue
-            self._problem = ""
+            self._problem, self._wishes.leaves = "", False
             with trio.CancelScope() as self._scope:
                 try:
                     await self._live(self._wish)
@@ -158,9 +166,8 @@ class Training:
                     self._fail(str(_leaves(group)[0]))
             self._session = self._scope = None
             if self._problem and not changed.is_set():
-                self._doing = "stopped"
+                self._says("stopped", "")
                 await changed.wait()
-            self._wishes.leaves = False
 
     def _fail(self, why: str) -> None:
         self._problem = why
@@ -171,10 +178,10 @@ class Training:
         parts = self._parts
         hosting = await self._hosted()
         loaded = _loaded(hosting)
-        plan = plan_of(wish.plan) if wish.plan is not None else await self._sought(wish)
-        if wish.plan is None and self._wish is wish:
-            self._wish = wish = structs.replace(wish, plan=plan.raw)
-            await trio.to_thread.run_sync(self._wished.write, wish)
+        plan = _kept_plan(wish) or await self._sought(wish)
+        if self._wish is not None and self._wish.plan is None:  # it may have been paused meanwhile
+            self._wish = structs.replace(self._wish, plan=plan.raw)
+            await trio.to_thread.run_sync(self._wished.write, self._wish)
         if plan.network != parts.network:
             raise CannotTrain(f"run {plan.name} is of network {plan.network}, this node is in {parts.network}")
         text = await self._read(wish, loaded)
@@ -187,11 +194,9 @@ class Training:
         store = await trio.to_thread.run_sync(RoundStore, folder, parts.network)
         try:
             service = self._service(plan, weights, store, folder)
-            history = service.history
-            await history.load()
+            manifests = service.history.manifests
             await weights.restore(
-                store.count,
-                lambda number: history.manifests(number - 1, 1)[0].next_base if number else plan.genesis.base,
+                store.count, lambda number: manifests(number - 1, 1)[0].next_base if number else plan.genesis.base
             )
             self._session = Session(weights, service, hosting, self._wishes, folder, self._connect)
             await self._session.run()
@@ -227,11 +232,7 @@ class Training:
         """Ask peers until one is in the run. Raises CannotTrain when two runs fit."""
         self._says("seeking", f"no peer that is connected is in a run {wish.run!r} yet")
         while True:
-            found: dict[Digest, Plan] = {}
-            for peer in self._parts.transport.peers():
-                for plan in await self._plans_of(peer):
-                    if wish.run == plan.name or (len(wish.run) >= 8 and plan.id.hex().startswith(wish.run)):
-                        found[plan.id] = plan
+            found = {plan.id: plan for plan in await self._plans() if _names(wish.run, plan)}
             if len(found) > 1:
                 ids = ", ".join(sorted(each.hex()[:16] for each in found))
                 raise CannotTrain(f"there are {len(found)} runs {wish.run!r}: join one by its id ({ids})")
@@ -239,11 +240,19 @@ class Training:
                 return next(iter(found.values()))
             await trio.sleep(SEEK_EVERY_S)
 
-    async def _plans_of(self, peer: PeerId) -> list[Plan]:
-        try:
-            return [plan_of(raw) for raw in await self._parts.door.plans(peer)]
-        except (P2PError, RemoteProtocolError):
-            return []  # it is of an older kind, or busy
+    async def _plans(self) -> list[Plan]:
+        """Of all peers that answer soon."""
+        found: list[Plan] = []
+
+        async def ask(peer: PeerId) -> None:
+            with suppress(P2PError, RemoteProtocolError):  # it is of an older kind, or busy
+                found.extend([plan_of(raw) for raw in await self._parts.door.plans(peer)])
+
+        with trio.move_on_after(ANSWER_S_MAX):
+            async with trio.open_nursery() as nursery:
+                for peer in self._parts.transport.peers():
+                    nursery.start_soon(ask, peer)
+        return found
 
     async def _read(self, wish: Wish, loaded: Loaded) -> TrainingText:
         """The operator's text as token ids. Raises BadText."""
@@ -281,7 +290,7 @@ class Training:
 
     def _check_idle(self) -> None:
         if self._wish is not None and not self._problem:
-            raise BadRequest(f"this node is in run {self._wish.run[:32]} already: `python -m node train leave` first")
+            raise BadRequest(f"this node is in run {_name(self._wish)} already: `python -m node train leave` first")
         if self._session is not None:
             raise NotReady("this node is leaving a run", retry_after_s=READY_EVERY_S)
 
@@ -289,8 +298,7 @@ class Training:
         self._wish = wish
         await trio.to_thread.run_sync(self._wished.write, wish)
         self._wishes.is_paused = False
-        self._changed.set()
-        self._changed = trio.Event()
+        self._tell_changed()
 
     def _hosting(self) -> Hosting:
         hosting = self._parts.inference.hosting
@@ -304,6 +312,10 @@ class Training:
         except P2PError as exc:
             _log.debug("member %s is not near: %s", peer, exc)
 
+    def _tell_changed(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
     def _says(self, doing: str, why: str) -> None:
         self._doing, self._why = doing, why
 
@@ -315,12 +327,34 @@ def first_wish(run: str, data: tuple[Path, ...]) -> Wish:
 
 def _renewed(wish: Wish | None, before: Wish | None) -> Wish | None:
     """The same run goes on with its plan and its order of rows, whatever text it gets now."""
-    if wish is None or before is None or before.plan is None:
+    if wish is None or before is None:
         return wish or before
-    plan = plan_of(before.plan)
-    if wish.run != plan.name and not plan.id.hex().startswith(wish.run):
-        return wish
-    return structs.replace(before, data=wish.data)
+    with suppress(CannotTrain):
+        plan = _kept_plan(before)
+        if plan is not None and _names(wish.run, plan):
+            return structs.replace(before, data=wish.data)
+    return wish
+
+
+def _kept_plan(wish: Wish) -> Plan | None:
+    """The plan of a wish, if it is known. Raises CannotTrain: another version of this program kept it."""
+    try:
+        return None if wish.plan is None else plan_of(wish.plan)
+    except RemoteProtocolError as exc:
+        raise CannotTrain(f"the run that this node was in cannot be gone on with: {exc}; leave it") from exc
+
+
+def _names(run: str, plan: Plan) -> bool:
+    """Whether a run is called this: its name, or the first ID_DIGITS_MIN or more digits of its id."""
+    return run == plan.name or (len(run) >= ID_DIGITS_MIN and plan.id.hex().startswith(run))
+
+
+def _name(wish: Wish) -> str:
+    """What people call the run."""
+    with suppress(CannotTrain):
+        plan = _kept_plan(wish)
+        return wish.run if plan is None else plan.name
+    return wish.run
 
 
 def _seed() -> int:

@@ -1,6 +1,7 @@
 """A run from a model, and a member from a run: plans are made here, and models copied to be trained.
 
-Rules: sync, and takes seconds: call it in a worker thread. The model that serves is read and never touched.
+Rules: sync, and takes seconds: call it in a worker thread. The model that serves is read and never touched. A run
+starts from what stands in a model's files, so that everybody who has these can join, and go on after a restart.
 Source: TRAINING.md 1.
 """
 
@@ -15,7 +16,7 @@ from model.codecs import codec_named
 from model.config import TrainConfig
 from model.data import TrainingText
 from model.layout import layout_of
-from model.load import Loaded
+from model.load import Loaded, as_in_files
 from model.participant import Course, Participant, Shape, make_trainer, state_of
 from model.rules import Rule
 from node.training_plan import PARTS, Plan, default_codec, default_outer_rate, in_order
@@ -27,7 +28,8 @@ class CannotTrain(Exception):
 
 
 def planned(asked: Begin, loaded: Loaded, own: PeerId, network: str) -> Plan:
-    """The plan of a new run from a model's weights as they are. Raises ModelError."""
+    """The plan of a new run from a model as its files have it. Raises ModelError."""
+    loaded = as_in_files(loaded)
     named = dict(loaded.model.named_parameters())
     layout = layout_of(named)
     momentum = round(asked.momentum * PARTS)
@@ -64,6 +66,7 @@ def participant_of(plan: Plan, loaded: Loaded, text: TrainingText, seed: int, ow
     config = TrainConfig(
         seed=seed, rate=plan.rate / 1e9, warmup_steps=plan.warmup_steps, accumulation=plan.accumulation
     )
+    loaded = as_in_files(loaded)
     trainer = make_trainer(loaded, text, Shape(context=plan.context, rows=plan.rows), config)
     course = Course(
         run=plan.id,
@@ -75,8 +78,8 @@ def participant_of(plan: Plan, loaded: Loaded, text: TrainingText, seed: int, ow
     participant = Participant(trainer, course, own)
     if root_of(participant.state()) != plan.start:
         raise CannotTrain(
-            f"run {plan.name} starts from {plan.model} at {plan.revision}, and {loaded.facts.name} at "
-            f"{loaded.facts.revision} here has other weights; start the node with --model {plan.model}"
+            f"run {plan.name} starts from the model {plan.model} at revision {plan.revision}, and this node hosts "
+            f"{loaded.facts.name} at {loaded.facts.revision}: start it with --model {plan.model}"
         )
     return participant
 

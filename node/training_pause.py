@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-HOURS_PATTERN = r"([01]?\d|2[0-3])-([01]?\d|2[0-4])"
+HOURS_PATTERN = r"([01]?[0-9]|2[0-3])-([01]?[0-9]|2[0-4])"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,8 +14,8 @@ from msgspec import Meta, Struct
 
 from crypto.canonical import Limits, decode_struct, encode_struct
 from crypto.digest import Digest, digest
-from crypto.errors import BadEncoding
-from crypto.identity import PeerId
+from crypto.errors import BadEncoding, BadKey
+from crypto.identity import PeerId, public_key_of
 from gossip.electors import Electors, Terms
 from gossip.errors import RemoteProtocolError
 from gossip.round_state import Chain
@@ -118,6 +118,11 @@ def fault_of(plan: Plan) -> str:
     for what, peers in (("founders", plan.founders), ("members", plan.members)):
         if list(peers) != sorted(set(peers)):
             return f"its {what} are not in order, each once"
+        for peer in peers:
+            try:
+                public_key_of(peer)
+            except BadKey as exc:
+                return f"one of its {what} is no peer: {exc}"
     if plan.members and not set(plan.founders) <= set(plan.members):
         return "a founder is no member"
     if len(plan.founders) > plan.voters_max:

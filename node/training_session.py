@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from gossip.round_service import RoundService, Work
 from gossip.round_state import Chain
 from gossip.transfer import manifest_of
 from model.errors import BadState, ModelError
+from model.train import MicroStep
 from model.train_state import SavedState
 from node.hosting import Hosting
 from node.training_pause import PausePolicy
@@ -37,6 +39,7 @@ MOMENTS, NUMBERS, UNSENT = "moments.safetensors", "moments.state", "unsent.safet
 SAVE_EVERY_S = 300.0
 SAVE_S_MAX = 20.0  # at the end
 LEAVE_S_MAX = 20.0  # for the others to hear that this member leaves
+LOAN_S_MAX = 1.0  # for the engine's thread to be free, before others may work on the weights
 LOOK_S = 0.2
 PROBATION_SHARE = 4  # of a round's steps: on probation work counts nothing, and nobody waits for who does it
 NEAR_EVERY_S = 15.0
@@ -84,6 +87,8 @@ class Session:
         self.weights, self.service, self.wishes = weights, service, wishes
         self._hosting, self._folder, self._connect = hosting, folder, connect
         self.told = SessionTold()
+        self._done: tuple[bytes, Work] | None = None  # what was written, and after which history
+        self._left = trio.Event()  # said, and the round in which it was is over
         self._saved_at = trio.current_time()
 
     async def run(self) -> None:
@@ -96,24 +101,40 @@ class Session:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.weights.serve_newest)
                 nursery.start_soon(self._keep_near)
-                nursery.start_soon(self._work, nursery.cancel_scope)
+                nursery.start_soon(self._work)
+                nursery.start_soon(self._leave_in_time, nursery.cancel_scope)
                 await self.service.run()
                 nursery.cancel_scope.cancel()
         finally:
             with trio.move_on_after(SAVE_S_MAX, shield=True):
                 await self._save()
 
+    @property
+    def doing(self) -> str:
+        """In a word."""
+        return "leaving" if self.wishes.leaves else self.told.doing
+
+    @property
+    def why(self) -> str:
+        """Of what it does now: a reason for people; '' when it needs none."""
+        if self.doing == "leaving":
+            return "until the others have heard it"
+        if self.doing != "waiting":
+            return self.told.why
+        is_near = self.service.statistics() is not None
+        return "for the others, until the round ends" if is_near else "for the run's records and weights"
+
     # ---- work ----
 
-    async def _work(self, scope: trio.CancelScope) -> None:
+    async def _work(self) -> None:
         while True:
-            self._says("waiting", "for the round to end" if self.told.steps else "for the run's records and weights")
+            self._says("waiting")
             chain = await self.service.opened()
             self.weights.voters = tuple(map(str, chain.electors.voters))
             if self.wishes.leaves:
                 await self.service.contribute(chain, None, leaves=True)
-                await self._until_over(chain)
-                return scope.cancel()
+                await self._while(partial(self.service.is_open, chain))
+                return self._left.set()
             if why := self._why_paused():
                 await self._sit_out(chain, why)
                 continue
@@ -123,17 +144,23 @@ class Session:
                 await self._save()
 
     async def _contribute(self, chain: Chain) -> None:
-        """Train, and say what came of it."""
-        steps = await self._train(chain)
-        weights, payloads = self.weights, self.service.history.payloads
-        if not steps or not self.service.is_open(chain):
-            self.told.late += 1
+        """Train, unless that was done before in this round, and say what came of it."""
+        is_done = self._done is not None and self._done[0] == chain.base and self.weights.participant.is_written
+        if not is_done and not await self._write_update(chain, await self._train(chain)):
+            self.told.late += not self.wishes.leaves
             return
+        assert self._done is not None
+        if not await self.service.contribute(chain, self._done[1]):
+            self.told.late += 1
+            await trio.sleep(LOOK_S)
+
+    async def _write_update(self, chain: Chain, steps: int) -> bool:
+        """False: nothing was trained, or the round is over. Raises CannotStore, ComputeFailed."""
+        weights, payloads = self.weights, self.service.history.payloads
         tokens, base = weights.tokens_of(steps), Digest(chain.base)
         async with weights.lock:
-            if weights.round != chain.round:
-                self.told.late += 1
-                return
+            if not steps or weights.round != chain.round or not self.service.is_open(chain):
+                return False
             raw = await trio.to_thread.run_sync(
                 lambda: weights.participant.write(chain.round, base, steps=steps, tokens=tokens)
             )
@@ -142,27 +169,37 @@ class Session:
         except OSError as exc:
             raise CannotStore(f"the update cannot be written to {self._folder}: {exc.strerror}") from exc
         await weights.add_own(_blob_of(raw), raw, chain.round, base)
-        if not await self.service.contribute(chain, Work(steps=steps, tokens=tokens)):
-            self.told.late += 1
+        self._done = chain.base, Work(steps=steps, tokens=tokens)
+        return True
 
     async def _train(self, chain: Chain) -> int:
         """How many steps of this round were done here."""
-        weights, plan = self.weights, self.weights.plan
+        plan = self.weights.plan
         is_proven = chain.electors.is_proven(self.service.transport.peer_id)
         wanted = plan.steps if is_proven else max(1, plan.steps // PROBATION_SHARE)
         for step in range(wanted):
             self.told.step = step
             self._says("training")
             for _ in range(plan.accumulation):
-                async with weights.lock:
-                    if weights.round != chain.round or not self.service.is_open(chain):
-                        return 0
-                    done = await self._hosting.borrow(weights.participant.step)
+                done = await self._micro_step(chain)
+                if done is None:
+                    return 0
                 self._learnt(done.loss, done.tokens, skipped=done.skipped)
             self.told.steps += 1
             if step + 1 < wanted and (self.service.is_waited_for(chain) or self._why_paused()):
                 return step + 1
         return wanted
+
+    async def _micro_step(self, chain: Chain) -> MicroStep | None:
+        """None: the round is over, or this member leaves. However long requests run, a round is never held up."""
+        weights, done = self.weights, list[MicroStep]()
+        while not done:
+            async with weights.lock:
+                if weights.round != chain.round or not self.service.is_open(chain) or self.wishes.leaves:
+                    return None
+                with trio.move_on_after(LOAN_S_MAX):
+                    await self._hosting.borrow(lambda: done.append(weights.participant.step()))
+        return done[0]
 
     def _learnt(self, loss: float, tokens: int, *, skipped: bool) -> None:
         told = self.told
@@ -174,15 +211,22 @@ class Session:
         """Say so as soon as somebody else has worked: a run in which everybody rests makes no rounds."""
         self._says("paused", why)
         await self._while(
-            lambda: bool(self._why_paused()) and self.service.is_open(chain) and not self.service.has_others_work(chain)
+            lambda: (
+                bool(self._why_paused())
+                and not self.wishes.leaves
+                and self.service.is_open(chain)
+                and not self.service.has_others_work(chain)
+            )
         )
-        if self._why_paused():
+        if self._why_paused() and not self.wishes.leaves:
             await self.service.contribute(chain, None)
 
-    async def _until_over(self, chain: Chain) -> None:
-        self._says("leaving", "when the others have heard it")
+    async def _leave_in_time(self, scope: trio.CancelScope) -> None:
+        """The end of a session that is to end: when the others have heard it, or there is nobody to hear it."""
+        await self._while(lambda: not self.wishes.leaves)
         with trio.move_on_after(LEAVE_S_MAX):
-            await self._while(lambda: self.service.is_open(chain))
+            await self._left.wait()
+        scope.cancel()
 
     async def _while(self, is_so: Callable[[], bool]) -> None:
         """Look now and then: the operator, the clock and the battery tell nobody."""

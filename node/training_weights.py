@@ -10,6 +10,7 @@ Source: TRAINING.md 3 (8), 4, 6.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
@@ -37,7 +38,7 @@ from node.training_plan import Plan
 STATE = "state-"  # and the number of the round that begins with it
 STATES_KEPT = 3  # this one, and the two that are offered
 SCORED_ROWS = 16
-SCORE_S_MAX = 30.0  # for the engine's thread to be free; then this node has no score to give
+BUSY_S_MAX = 10.0  # in a round, for the engine's thread to be free; then this node has no scores to give in it
 ROUNDS_TOLD = 200
 
 _log = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class Weights:
         self._payloads: dict[Digest, Payload] = {}  # by blob, of the round that is open
         self._scores = Scores()
         self._began_s = trio.current_time()
+        self._busy_s = 0.0  # for how long work of this round has waited for the engine, with the lock held
         self._newest: tuple[str, Mapping[str, object]] = ("", {})  # what the engine should go on under
         self._changed = trio.Event()
 
@@ -153,7 +155,7 @@ class Weights:
                 if share.blob is not None and share.weight:
                     payload = await self._payload_of(manifest, share.peer, Digest(share.blob), payloads)
                     lines.append(Line(payload=payload, weight_parts=share.weight, clip_parts=share.clip))
-            took_ours = any(share.peer == self._own and share.blob is not None for share in manifest.shares)
+            took_ours = any(share.peer == self._own and share.weight > 0 for share in manifest.shares)
             settled = await _in_thread(partial(self.participant.settle, lines, took_ours=took_ours))
             await self._begin(manifest.round + 1, manifest.next_base)
         self._tell(manifest, settled)
@@ -213,38 +215,50 @@ class Weights:
     # ---- parts ----
 
     async def _note(self, number: int, blob: Digest, payload: Payload) -> None:
-        if number != self.round:
-            return
-        others = {each: other for each, other in self._payloads.items() if each != blob}
-        overlaps = {each: await _in_thread(self.participant.overlap, payload, other) for each, other in others.items()}
-        if number == self.round:
-            self._payloads[blob] = payload
-            self.choice.note(blob, payload.norm, overlaps)
+        """Compared with each that is here, also those that came while it was: no pair may be missing."""
+        overlaps: dict[Digest, float] = {}
+        while number == self.round:
+            other = next((each for each in self._payloads if each != blob and each not in overlaps), None)
+            if other is None:
+                self._payloads[blob] = payload
+                return self.choice.note(blob, payload.norm, overlaps)
+            overlaps[other] = await _in_thread(self.participant.overlap, payload, self._payloads[other])
 
     async def _score(self, peer: str, payload: Payload, number: int) -> int | None:
-        rows = self.participant.trainer.held_out(SCORED_ROWS)
         try:
-            fall = await self._lent(self.participant.score(payload, rows, self.told.held_out_loss))
+            fall = await self._lent(self._scoring(payload, number))
         except Diverged as exc:
             _log.warning("round %d: %s", number, exc)
             return None
         return None if fall is None else self._scores.note(peer, number, fall)
 
+    def _scoring(self, payload: Payload, number: int) -> Generator[None, None, float | None]:
+        """In the engine's thread, under the lock: the round may be over by then, and its weights gone."""
+        if number != self.round:
+            return None
+        rows = self.participant.trainer.held_out(SCORED_ROWS)
+        return (yield from self.participant.score(payload, rows, self.told.held_out_loss))
+
     async def _lent(self, work: Generator[None, None, _T]) -> _T | None:
-        """All of it, a hop at a time in the engine's thread; None when that is not free for long."""
+        """All of it, a hop at a time in the engine's thread; None when requests leave it no room in this round."""
         ended: list[_T] = []
 
         def hop() -> None:
+            began_s = time.perf_counter()
             try:
                 next(work)
             except StopIteration as end:
                 ended.append(end.value)
+            finally:
+                self._busy_s -= time.perf_counter() - began_s  # it is work, and no waiting
 
         async with self.lock:
             try:
-                with trio.move_on_after(SCORE_S_MAX):
-                    while not ended:
+                while not ended and self._busy_s < BUSY_S_MAX:
+                    began_s = trio.current_time()
+                    with trio.move_on_after(BUSY_S_MAX - self._busy_s):
                         await self._hosting.borrow(hop)
+                    self._busy_s += trio.current_time() - began_s
             finally:
                 with trio.CancelScope(shield=True):
                     await _in_thread(work.close)  # gives the weights back
@@ -269,6 +283,7 @@ class Weights:
         self.round = number
         self._payloads.clear()
         self.choice.forget()
+        self._busy_s = 0.0
         self.told.held_out_loss = None
         self.told.revision = self.plan.revision_at(number, base) if number else self.plan.revision
         self._newest = self.told.revision, self.participant.weights()
@@ -283,8 +298,11 @@ class Weights:
             return root
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_whole(self._folder / f"{STATE}{number}", state, over=True)
-        for old in sorted(self._states())[:-STATES_KEPT]:
-            (self._folder / f"{STATE}{old}").unlink(missing_ok=True)
+        states = sorted(self._states())
+        kept = [each for each in states if each <= number][-STATES_KEPT:]  # what is of later rounds has no records
+        for old in states:
+            if old not in kept:
+                (self._folder / f"{STATE}{old}").unlink(missing_ok=True)
         return root
 
     def _states(self) -> list[int]:

@@ -11,6 +11,7 @@ import trio
 
 from node.errors import RequestError, UnknownModel
 from node.front import FrontStatistics, ModelRow, Readiness, RouteHint
+from node.state import NoTraining
 from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Piece, Started, TokenLogprob
 
@@ -56,12 +57,13 @@ class FakeTraining:
     def __init__(self) -> None:
         self.said: list[object] = []
         self.fails: RequestError | None = None
+        self.tells: dict[str, Any] = NoTraining("").status()
 
     def status(self) -> dict[str, Any]:
-        return {"state": "idle", "run": None}
+        return self.tells
 
     async def begin(self, asked: Begin) -> dict[str, Any]:
-        return await self._note(asked)
+        return {**await self._note(asked), "name": asked.name, "id": "ab" * 32}
 
     async def join(self, asked: Join) -> dict[str, Any]:
         return await self._note(asked)
