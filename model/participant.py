@@ -10,6 +10,7 @@ Source: TRAINING.md 1, 3 and 4.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,17 +19,20 @@ from typing import Any
 import torch
 
 from crypto.digest import Digest
+from model.adapters import AdapterConfig, add_adapters, merged
 from model.batches import Batches
+from model.budget import Budget
 from model.codecs import decode
 from model.config import TrainConfig
 from model.data import TrainingText
 from model.delta import Codec, Delta
 from model.errors import BadModel, BadState, BadUpdate, CannotMerge
-from model.evaluate import SCORE_ROWS_MIN, held_out_loss, scoring
+from model.evaluate import SCORE_ROWS_MIN, SHARE, held_out_loss, scoring
 from model.evidence import norm, overlaps
 from model.feedback import DECAY, Feedback
 from model.load import Loaded
 from model.merge import Contribution, OuterStep, merge
+from model.private import PrivateTrainer
 from model.rules import Rule
 from model.train import MicroStep, Trainer
 from model.train_memory import training_copy
@@ -39,13 +43,15 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Course:
-    """What a run fixes of the arithmetic. outer_rate, momentum: of the outer step."""
+    """What a run fixes of the arithmetic. outer_rate, momentum: of the outer step. has_adapters: they alone are
+    trained."""
 
     run: Digest
     codec: Codec
     rule: Rule
     outer_rate: float = 1.0
     momentum: float = 0.0
+    has_adapters: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,16 +151,18 @@ class Participant:
             self.layout.load_into(trainer.named, own_N)
 
     def score(
-        self, payload: Payload, ids_BT: torch.Tensor, before_nats: float | None
+        self, payload: Payload, ids_BT: torch.Tensor, before_nats: float | None, norm_max: float = math.inf
     ) -> Generator[None, None, float | None]:
         """Yields after each row; by how much the held-out loss falls with a share of it, nats a token.
 
-        before_nats: as `judge` found it on these rows. None: there is too little held-out text. The trainer must not
+        before_nats: as `judge` found it on these rows. norm_max: a longer delta is first cut to it. None: there is too
+        little held-out text. The trainer must not
         be stepped before the end. Raises Diverged.
         """
         if len(ids_BT) < SCORE_ROWS_MIN:
             return None
-        for score in scoring(self.trainer, (payload.delta,), ids_BT, before_nats=before_nats):
+        share = SHARE * min(1.0, norm_max / payload.norm) if payload.norm else SHARE
+        for score in scoring(self.trainer, (payload.delta,), ids_BT, share=share, before_nats=before_nats):
             if score is not None:
                 return score.fall_nats
             yield
@@ -175,12 +183,12 @@ class Participant:
             for line in lines
         ]
         try:
-            merged = merge(contributions, self.course.rule)
+            made = merge(contributions, self.course.rule)
         except CannotMerge as exc:
             rule, why, moved = "none", f"the weights stay: {exc}", 0.0
         else:
-            rule, why = str(merged.plan.rule), merged.plan.why
-            self._outer.step_(theta_N, merged.update)
+            rule, why = str(made.plan.rule), made.plan.why
+            self._outer.step_(theta_N, made.update)
             moved = float((theta_N - self.trainer.start_vector_N).double().norm())
             if took_ours and self._sent is not None:
                 self._feedback.take(self._sent)
@@ -243,8 +251,10 @@ class Participant:
             raise BadState(str(exc)) from exc
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The weights with which this round began, by name, fp32; to be read only."""
-        return self.layout.views(self.trainer.start_vector_N)
+        """What serves under the weights with which this round began: by the names of the plain model, fp32; to be read
+        only. Of a run of adapters: the layers that have some, with these merged in."""
+        named = self.layout.views(self.trainer.start_vector_N)
+        return merged(self.trainer.model, named) if self.course.has_adapters else named
 
     def _expected(self, number: int, base: Digest, peer: str) -> Expected:
         return Expected(
@@ -266,13 +276,27 @@ class Shape:
     rows: int
 
 
-def make_trainer(loaded: Loaded, text: TrainingText, shape: Shape, config: TrainConfig) -> Trainer:
+def make_trainer(
+    loaded: Loaded,
+    text: TrainingText,
+    shape: Shape,
+    config: TrainConfig,
+    *,
+    adapters: tuple[AdapterConfig, Digest] | None = None,
+    budget: Budget | None = None,
+) -> Trainer:
     """A copy of a model, ready to be trained on this text. Takes a second and memory: call it in a worker thread.
 
+    adapters: of this kind, for a run of this id, which alone are trained. budget: train privately, within it.
     Raises BadText, BadInput, BadModel, OutOfMemory.
     """
     batches = Batches(text, context=shape.context, rows=shape.rows)
-    return Trainer(training_copy(loaded, batches, config), batches, config)
+    model = training_copy(loaded, batches, config)
+    if adapters is not None:
+        add_adapters(model, *adapters)
+    if budget is not None:
+        return PrivateTrainer(model, batches, config, budget)
+    return Trainer(model, batches, config)
 
 
 def state_of(theta_N: torch.Tensor, velocity_N: torch.Tensor | None, course: Course) -> bytes:

@@ -61,6 +61,7 @@ def run(
     data: Annotated[list[Path] | None, typer.Option(help="Text to train on, file or folder; repeatable.")] = None,
     train_hours: Annotated[str | None, typer.Option(help="Hours to train in, as 22-6.")] = None,
     train_on_battery: Annotated[bool | None, typer.Option("--train-on-battery", help="Train there too.")] = None,
+    train_epsilon: Annotated[float | None, typer.Option(help="Train privately, spending at most this.")] = None,
     ready_file: Annotated[Path | None, typer.Option(help="JSON written when ready, removed on exit.")] = None,
     open: Annotated[bool | None, typer.Option("--open", help="Answer anybody on a bind beyond loopback.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,

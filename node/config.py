@@ -78,6 +78,7 @@ class NodeConfig(BaseModel):
     data: tuple[FilePath, ...] = ()  # text to train on, which never leaves
     train_hours: str | None = None  # FROM-TO, local hours of the day
     train_on_battery: bool = False
+    train_epsilon: float | None = Field(default=None, gt=0.0, le=1000.0)  # train privately, within this epsilon
     ready_file: FilePath | None = None
     open: bool = False  # answer anybody on a bind that is not loopback
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -220,7 +220,9 @@ class Node:
                 on_battery=config.train_on_battery,
             ),
         )
-        training = Training(parts, None if config.train is None else first_wish(config.train, config.data))
+        training = Training(
+            parts, None if config.train is None else first_wish(config.train, config.data, config.train_epsilon)
+        )
         self.state.trains = training
         nursery.start_soon(training.run)
 

@@ -34,13 +34,13 @@ from model.load import Loaded
 from node.errors import BadRequest, NotReady
 from node.hosting import Hosting
 from node.inference import Inference
-from node.training_build import CannotTrain, participant_of, planned
+from node.training_build import CannotTrain, Own, ledger_of, participant_of, planned
 from node.training_pause import PausePolicy
 from node.training_plan import Plan, plan_of
 from node.training_session import Session, Wishes
 from node.training_told import told_run
 from node.training_weights import Weights
-from node.training_wish import Begin, Join, Wish, Wished, absolute
+from node.training_wish import Begin, Join, Privacy, Wish, Wished, absolute
 from p2p.errors import P2PError
 from p2p.peering import Peering
 from p2p.transport import Transport
@@ -96,16 +96,16 @@ class Training:
             plan_of(plan.raw)  # what every other member will find of it
         except (ModelError, CannotTrain, RemoteProtocolError) as exc:
             raise BadRequest(f"such a run cannot be: {exc}") from exc
-        await self._want(Wish(run=plan.id.hex(), data=data, seed=_seed(), plan=plan.raw))
+        await self._want(Wish(run=plan.id.hex(), data=data, seed=_seed(), plan=plan.raw, privacy=asked.privacy))
         return {**self.status(), "name": plan.name, "id": plan.id.hex()}
 
     async def join(self, asked: Join) -> dict[str, Any]:
         """Join a run that a peer is in. Raises BadRequest."""
         self._check_idle()
         data = await self._checked(asked.data)
-        wish = _renewed(Wish(run=asked.run, data=data, seed=_seed()), self._wish)  # it may have stopped here
-        assert wish is not None
-        await self._want(structs.replace(wish, paused=False))
+        fresh = Wish(run=asked.run, data=data, seed=_seed(), privacy=asked.privacy)
+        again = _renewed(fresh, self._wish)  # it may have stopped here
+        await self._want(structs.replace(again or fresh, paused=False))
         return self.status()
 
     async def pause(self, *, is_paused: bool) -> dict[str, Any]:
@@ -186,9 +186,9 @@ class Training:
             raise CannotTrain(f"run {plan.name} is of network {plan.network}, this node is in {parts.network}")
         text = await self._read(wish, loaded)
         self._says("preparing", "the model is copied")
-        participant = await trio.to_thread.run_sync(
-            participant_of, plan, loaded, text, wish.seed, parts.identity.peer_id
-        )
+        ledger = None if wish.privacy is None else ledger_of(parts.folder, text)
+        own = Own(peer=parts.identity.peer_id, seed=wish.seed, privacy=wish.privacy, ledger=ledger)
+        participant = await trio.to_thread.run_sync(participant_of, plan, loaded, text, own)
         folder = parts.folder / plan.id.hex()[:16]
         weights = Weights(participant, plan, hosting, parts.identity.peer_id, folder)
         store = await trio.to_thread.run_sync(RoundStore, folder, parts.network)
@@ -320,9 +320,10 @@ class Training:
         self._doing, self._why = doing, why
 
 
-def first_wish(run: str, data: tuple[Path, ...]) -> Wish:
-    """What --train and --data say."""
-    return Wish(run=run, data=absolute(tuple(map(str, data))), seed=_seed())
+def first_wish(run: str, data: tuple[Path, ...], epsilon: float | None) -> Wish:
+    """What --train, --data and --train-epsilon say."""
+    privacy = None if epsilon is None else Privacy(epsilon=epsilon)
+    return Wish(run=run, data=absolute(tuple(map(str, data))), seed=_seed(), privacy=privacy)
 
 
 def _renewed(wish: Wish | None, before: Wish | None) -> Wish | None:
@@ -332,7 +333,7 @@ def _renewed(wish: Wish | None, before: Wish | None) -> Wish | None:
     with suppress(CannotTrain):
         plan = _kept_plan(before)
         if plan is not None and _names(wish.run, plan):
-            return structs.replace(before, data=wish.data)
+            return structs.replace(before, data=wish.data, privacy=wish.privacy)
     return wish
 
 

@@ -35,14 +35,23 @@ Parts = Annotated[int, Meta(ge=0, le=16 * PARTS)]
 Count = Annotated[int, Meta(ge=1, le=1 << 20)]
 
 
+class Adapters(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """LoRA matrices beside the model's own: see model/adapters.py."""
+
+    rank: Annotated[int, Meta(ge=1, le=256)]
+    alpha: Annotated[int, Meta(ge=1, le=1 << 16)]
+    targets: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=64)], ...], Meta(max_length=32)] = ()
+
+
 class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One run.
 
-    model, revision: what it starts from; layout, elements: its trainable tensors; start: the name of those weights as
-    a state. codec, rule: how updates are sent and merged; outer_rate, momentum: of the outer step, parts of PARTS.
-    steps: of the optimiser in a round, each of `accumulation` micro-batches of `rows` rows of `context` tokens; rate:
-    of the optimiser, billionths. founders: who votes first. members: who may take part; none: anybody. probation,
-    absent_max, voters_max: see gossip.electors.Terms. created_ms: unix time, so that two runs of one name differ.
+    model, revision: what it starts from; start: the name of all its weights, fp32, as a state's. adapters: these alone
+    are trained. layout, elements: of what is trained. codec, rule: how updates are sent and merged; outer_rate,
+    momentum: of the outer step, parts of PARTS. steps: of the optimiser in a round, each of `accumulation`
+    micro-batches of `rows` rows of `context` tokens; rate: of the optimiser, billionths. founders: who votes first.
+    members: who may take part; none: anybody. probation, absent_max, voters_max: see gossip.electors.Terms.
+    created_ms: unix time, so that two runs of one name differ.
     """
 
     v: Literal[1] = 1
@@ -53,6 +62,7 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     layout: Id
     elements: Annotated[int, Meta(ge=1, le=1 << 32)]
     start: Id
+    adapters: Adapters | None = None
     codec: Annotated[str, Meta(max_length=16)]
     rule: Annotated[str, Meta(max_length=32)]
     outer_rate: Parts

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -130,7 +131,7 @@ class Session:
         while True:
             self._says("waiting")
             chain = await self.service.opened()
-            self.weights.voters = tuple(map(str, chain.electors.voters))
+            self.weights.told.voters = tuple(map(str, chain.electors.voters))
             if self.wishes.leaves:
                 await self.service.contribute(chain, None, leaves=True)
                 await self._while(partial(self.service.is_open, chain))
@@ -180,10 +181,12 @@ class Session:
         for step in range(wanted):
             self.told.step = step
             self._says("training")
-            for _ in range(plan.accumulation):
+            is_over = False
+            while not is_over:  # a private step has as many micro-batches as its draw of rows needs
                 done = await self._micro_step(chain)
                 if done is None:
                     return 0
+                is_over = done.stepped or done.skipped
                 self._learnt(done.loss, done.tokens, skipped=done.skipped)
             self.told.steps += 1
             if step + 1 < wanted and (self.service.is_waited_for(chain) or self._why_paused()):
@@ -205,6 +208,8 @@ class Session:
         told = self.told
         told.tokens += tokens
         told.skipped += skipped
+        if self.weights.is_private or not math.isfinite(loss):
+            return  # it is computed from the text without noise, and the status is read by others
         told.loss = loss if told.loss is None else told.loss + LOSS_WEIGHT * (loss - told.loss)
 
     async def _sit_out(self, chain: Chain, why: str) -> None:

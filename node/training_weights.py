@@ -10,6 +10,7 @@ Source: TRAINING.md 3 (8), 4, 6.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
@@ -30,6 +31,7 @@ from gossip.transfer import manifest_of
 from model.errors import BadState, BadUpdate, Diverged
 from model.gate import Run
 from model.participant import Line, Participant, Payload, Settled
+from model.private import PrivateTrainer
 from model.scores import Scores
 from node.hosting import Hosting
 from node.training_choice import Choice
@@ -75,6 +77,8 @@ class WeightsTold:
     held_out_loss: float | None = None  # of the weights before the round to come
     revision: str = ""
     root: str = ""  # of the same weights, hex
+    own_norm: float | None = None  # of this node's last update
+    voters: tuple[str, ...] = ()  # as the round began, to say who was missing; the session keeps it
 
 
 class Weights:
@@ -87,7 +91,6 @@ class Weights:
         self.lock = trio.Lock()
         self.told = WeightsTold()
         self.round = 0
-        self.voters: tuple[str, ...] = ()  # as the round began, to say who was missing; the session keeps it
         self._hosting, self._own, self._folder = hosting, own, folder
         self._payloads: dict[Digest, Payload] = {}  # by blob, of the round that is open
         self._scores = Scores()
@@ -192,11 +195,12 @@ class Weights:
     async def add_own(self, blob: Digest, raw: bytes, number: int, base: Digest) -> None:
         """Own update, about to be announced."""
         payload = await _in_thread(self.participant.read, raw, number, base, str(self._own))
+        self.told.own_norm = payload.norm
         await self._note(number, blob, payload)
 
     async def judge(self) -> None:
         """The held-out loss of the weights before this round, once."""
-        if self.told.held_out_loss is None:
+        if self.told.held_out_loss is None and not self.is_private:
             rows = self.participant.trainer.held_out(SCORED_ROWS)
             self.told.held_out_loss = loss = await self._lent(self.participant.judge(rows))
             if loss is not None and self.told.rounds and self.told.rounds[-1].round == self.round - 1:
@@ -224,7 +228,14 @@ class Weights:
                 return self.choice.note(blob, payload.norm, overlaps)
             overlaps[other] = await _in_thread(self.participant.overlap, payload, self._payloads[other])
 
+    @property
+    def is_private(self) -> bool:
+        """Whether nothing may be told that is computed from this node's text without noise: scores, losses."""
+        return isinstance(self.participant.trainer, PrivateTrainer)
+
     async def _score(self, peer: str, payload: Payload, number: int) -> int | None:
+        if self.is_private:
+            return None
         try:
             fall = await self._lent(self._scoring(payload, number))
         except Diverged as exc:
@@ -237,7 +248,8 @@ class Weights:
         if number != self.round:
             return None
         rows = self.participant.trainer.held_out(SCORED_ROWS)
-        return (yield from self.participant.score(payload, rows, self.told.held_out_loss))
+        norm_max = self.told.own_norm or math.inf  # what is far longer is cut by the merge, so it is judged cut
+        return (yield from self.participant.score(payload, rows, self.told.held_out_loss, norm_max))
 
     async def _lent(self, work: Generator[None, None, _T]) -> _T | None:
         """All of it, a hop at a time in the engine's thread; None when requests leave it no room in this round."""
@@ -324,7 +336,7 @@ class Weights:
                 root=self.told.root,
                 contributed=tuple(share.peer for share in manifest.shares if share.weight),
                 sat_out=tuple(share.peer for share in manifest.shares if share.blob is None),
-                missing=tuple(peer for peer in self.voters if peer not in there),
+                missing=tuple(peer for peer in self.told.voters if peer not in there),
                 not_counted={
                     share.peer: why.get(share.peer, "by the votes of the others")
                     for share in manifest.shares

@@ -24,6 +24,15 @@ Path_ = Annotated[str, Meta(min_length=1, max_length=PATH_CHARS_MAX)]
 RunName = Annotated[str, Meta(min_length=1, max_length=80)]
 
 
+class Privacy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Train so that deltas tell little of any one row (docs/PRIVACY.md), and no more than this epsilon in all."""
+
+    epsilon: Annotated[float, Meta(gt=0.0, le=1000.0)]
+    delta: Annotated[float, Meta(gt=0.0, lt=1.0)] = 1e-6
+    noise: Annotated[float, Meta(gt=0.0, le=1000.0)] = 0.8
+    clip: Annotated[float, Meta(gt=0.0, le=1e6)] = 1.0
+
+
 class Wish(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """run: name, or the first hex digits of an id. plan: the run's, once it is known. seed: this node's own order."""
 
@@ -32,6 +41,7 @@ class Wish(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     seed: Annotated[int, Meta(ge=0, le=SEED_MAX)]
     plan: bytes | None = None
     paused: bool = False
+    privacy: Privacy | None = None
 
 
 class Begin(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,6 +63,10 @@ class Begin(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     warmup_steps: Annotated[int, Meta(ge=0, le=1 << 20)] = 20
     probation: Annotated[int, Meta(ge=1, le=1000)] = 3
     absent_max: Annotated[int, Meta(ge=1, le=1000)] = 2
+    lora_rank: Annotated[int, Meta(ge=1, le=256)] | None = None  # train adapters of this rank, and nothing else
+    lora_alpha: Annotated[int, Meta(ge=1, le=1 << 16)] = 16
+    lora_targets: Annotated[tuple[str, ...], Meta(max_length=32)] = ()
+    privacy: Privacy | None = None
 
 
 class Join(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,6 +74,7 @@ class Join(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     run: RunName
     data: Annotated[tuple[Path_, ...], Meta(min_length=1, max_length=PATHS_MAX)]
+    privacy: Privacy | None = None
 
 
 class Wished:

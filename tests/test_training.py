@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import trio
 
 from gossip.round_service import Work
@@ -19,7 +20,7 @@ from node.errors import BadRequest, NotReady
 from node.training import first_wish
 from node.training_pause import PausePolicy
 from node.training_plan import plan_of
-from node.training_wish import Begin, Join, Wish, Wished
+from node.training_wish import Begin, Join, Privacy, Wish, Wished
 from tests.node_swarm import ask, work
 from tests.tiny_models import save_causal, save_encoder
 from tests.training_world import Trainee, World, common_rounds, root_of, until, world, write_text
@@ -547,14 +548,16 @@ async def test_a_wish_from_the_flags_goes_on_with_the_run_of_that_name(tmp_path:
         seed = one.training._wish.seed if one.training._wish is not None else -1
         await one.stop()
         other_text = write_text(tmp_path / "other.txt", 9)
-        again = await all_of_them.start(0, wish=first_wish("tales", (other_text,)))
+        again = await all_of_them.start(0, wish=first_wish("tales", (other_text,), None))
         await all_of_them.rounds(3, again)
         assert again.status["run"]["id"] == told["id"]
         assert again.status["wanted"]["data"] == [str(other_text)]
         assert again.training._wish is not None
         assert again.training._wish.seed == seed
         await again.stop()
-        last = await all_of_them.start(0, wish=first_wish(told["id"][:7], (other_text,)))  # too few digits: a name
+        last = await all_of_them.start(
+            0, wish=first_wish(told["id"][:7], (other_text,), None)
+        )  # too few digits: a name
         await until(lambda: last.status["state"] == "seeking")
 
 
@@ -568,7 +571,7 @@ async def test_a_kept_plan_that_nobody_can_read_ends_no_node(tmp_path: Path, mod
         await until(lambda: one.status["state"] == "stopped")
         assert "cannot be gone on with" in one.status["problem"]
         await one.stop()
-        again = await all_of_them.start(0, wish=first_wish("tales", (text,)))
+        again = await all_of_them.start(0, wish=first_wish("tales", (text,), None))
         await until(lambda: again.status["state"] == "seeking")
 
 
@@ -595,3 +598,68 @@ async def test_a_disk_that_takes_no_weights_ends_training_and_not_the_node(
 
 def full(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+async def test_a_run_of_adapters_trains_these_alone_and_serves_them_merged(tmp_path: Path, model: Path) -> None:
+    pytest.importorskip("peft", reason="pip install -e '.[adapters]'")
+    async with world(tmp_path, model) as all_of_them:
+        trainees = await grown(all_of_them, 2, codec="fp32", lora_rank=2, rate=0.02)
+        before = dict(trainees[0].hosting.runtime.loaded.model.state_dict())
+        frozen = {name: value.clone() for name, value in before.items()}
+        await all_of_them.rounds(3)
+        assert all(len(states) == 1 for states in common_rounds(*trainees).values()), "members differ"
+        run = trainees[0].status["run"]
+        assert run["parameters"] < sum(value.numel() for value in frozen.values()) / 4
+        await until(lambda: trainees[0].revision.startswith("tales-r"))
+        after = trainees[0].hosting.runtime.loaded.model.state_dict()
+        changed = {name for name, value in after.items() if not torch.equal(value, frozen[name])}
+        assert changed
+        assert all("proj" in name for name in changed)
+
+
+async def test_private_training_counts_what_it_spends_tells_no_losses_and_ends_at_its_budget(
+    tmp_path: Path, model: Path
+) -> None:
+    pytest.importorskip("opacus", reason="pip install -e '.[private]'")
+    async with world(tmp_path, model) as all_of_them:
+        one = await all_of_them.start(0)
+        await one.begin(privacy=Privacy(epsilon=2.9, delta=1e-4, noise=0.6))
+        await until(lambda: bool(one.status["problem"]), lambda: one.status)
+        assert "epsilon" in one.status["problem"]
+        assert one.status["state"] == "stopped"
+        [ledger] = one.folder.glob("privacy-*.state")
+        assert ledger.stat().st_size > 0
+        await one.stop()
+        again = await all_of_them.start(0)  # a restart does not give the budget back
+        await until(lambda: bool(again.status["problem"]), lambda: again.status)
+        assert "epsilon" in again.status["problem"]
+        assert again.steps == 0
+
+
+async def test_private_training_tells_no_score_and_no_loss(tmp_path: Path, model: Path) -> None:
+    pytest.importorskip("opacus", reason="pip install -e '.[private]'")
+    async with world(tmp_path, model) as all_of_them:
+        trainees = [await all_of_them.start(number) for number in range(2)]
+        private = Privacy(epsilon=500.0, delta=1e-4, noise=1.0)
+        await trainees[0].begin(founders=all_of_them.peers(1), absent_max=50, privacy=private)
+        await trainees[1].join()
+        await all_of_them.rounds(3)
+        assert trainees[0].status["loss"] is None
+        assert trainees[0].status["held_out_loss"] is None
+        assert all(each["held_out_loss"] is None for each in trainees[0].status["rounds"])
+        assert trainees[1].status["loss"] is not None
+
+
+async def test_a_damaged_ledger_means_no_training(tmp_path: Path, model: Path) -> None:
+    pytest.importorskip("opacus", reason="pip install -e '.[private]'")
+    async with world(tmp_path, model) as all_of_them:
+        one = await all_of_them.start(0)
+        private = Privacy(epsilon=500.0, delta=1e-4, noise=1.0)
+        await one.begin(privacy=private)
+        await all_of_them.rounds(1)
+        await one.stop()
+        [ledger] = one.folder.glob("privacy-*.state")
+        ledger.write_bytes(b"rust")
+        again = await all_of_them.start(0)
+        await until(lambda: bool(again.status["problem"]), lambda: again.status)
+        assert "what was spent on this text cannot be known" in again.status["problem"]

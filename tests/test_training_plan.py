@@ -19,6 +19,7 @@ from node.training_plan import (
     DENSE_ELEMENTS_MAX,
     PARTS,
     PLAN_BYTES_MAX,
+    Adapters,
     Plan,
     default_codec,
     default_outer_rate,
@@ -51,6 +52,7 @@ FIELDS: dict[str, Any] = {
     "created_ms": 1_800_000_000_000,
 }
 OTHERWISE: dict[str, Any] = {
+    "adapters": Adapters(rank=4, alpha=8),
     "name": "fables",
     "network": "other",
     "model": "org/model",

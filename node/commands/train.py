@@ -17,6 +17,8 @@ from node.commands.tables import print_table
 
 train = typer.Typer(help="Train a model together with others, on text that stays here.", no_args_is_help=True)
 Data = Annotated[list[Path], typer.Option("--data", help="Text to train on, file or folder; may be repeated.")]
+Epsilon = Annotated[float | None, typer.Option(help="Train privately (docs/PRIVACY.md), spending at most this.")]
+Delta = Annotated[float, typer.Option(help="The delta of --epsilon: well below 1 / rows of the text.")]
 WATCH_S = 2.0
 
 
@@ -35,6 +37,9 @@ def start(
     codec: Annotated[str | None, typer.Option(help="int4, int8, bf16, fp32, ef64.2b or ef256.2b.")] = None,
     rule: Annotated[str, typer.Option(help="How updates are merged: adaptive, weighted, multi_krum, ...")] = "adaptive",
     probation: Annotated[int, typer.Option(help="Rounds before a newcomer counts.")] = 3,
+    lora_rank: Annotated[int | None, typer.Option(help="Train LoRA adapters of this rank only.")] = None,
+    epsilon: Epsilon = None,
+    delta: Delta = 1e-6,
 ) -> None:
     """Begin a run from the model that the node hosts."""
     asked = {
@@ -50,6 +55,8 @@ def start(
         "codec": codec,
         "rule": rule,
         "probation": probation,
+        "lora_rank": lora_rank,
+        "privacy": _privacy(epsilon, delta),
     }
     told = _said(node, "start", asked)
     print(f"run {told['name']} has begun; others join by: python -m node train join {told['name']} --data THEIR_TEXT")
@@ -61,9 +68,11 @@ def join(
     run: Annotated[str, typer.Argument(help="The run's name, or the first 8 or more digits of its id.")],
     data: Data,
     node: NodeUrl = NODE_URL,
+    epsilon: Epsilon = None,
+    delta: Delta = 1e-6,
 ) -> None:
     """Join a run that a connected peer is in."""
-    _said(node, "join", {"run": run, "data": _paths(data)})
+    _said(node, "join", {"run": run, "data": _paths(data), "privacy": _privacy(epsilon, delta)})
     print(f"joining {run}; `python -m node train status` says how far it is")
 
 
@@ -113,6 +122,10 @@ def _said(node: str, what: str, body: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = told
         return answer
     raise AssertionError("plainly ends the process")
+
+
+def _privacy(epsilon: float | None, delta: float) -> dict[str, float] | None:
+    return None if epsilon is None else {"epsilon": epsilon, "delta": delta}
 
 
 def _paths(data: list[Path]) -> list[str]:
