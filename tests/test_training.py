@@ -621,9 +621,11 @@ async def test_private_training_counts_what_it_spends_tells_no_losses_and_ends_a
     tmp_path: Path, model: Path
 ) -> None:
     pytest.importorskip("opacus", reason="pip install -e '.[private]'")
+    (tmp_path / "node-0").mkdir()
+    write_text(tmp_path / "node-0" / "text.txt", 0, words=700)  # few rows: each step spends much
     async with world(tmp_path, model) as all_of_them:
         one = await all_of_them.start(0)
-        await one.begin(privacy=Privacy(epsilon=2.9, delta=1e-4, noise=0.6))
+        await one.begin(privacy=Privacy(epsilon=3.0, delta=1e-4, noise=0.6))
         await until(lambda: bool(one.status["problem"]), lambda: one.status)
         assert "epsilon" in one.status["problem"]
         assert one.status["state"] == "stopped"
