@@ -20,6 +20,7 @@ from gossip.errors import CannotStore
 from gossip.round_door import HANDED_ON_MAX
 from gossip.round_effects import Kept
 from gossip.round_history import ASKED_AT_ONCE
+from gossip.round_history import announced as announced_by
 from gossip.round_store import RoundStore
 from gossip.rounds import Committed, Contribution, Header, Manifest, Precommit, Prevote, Statement, sign_statement
 from gossip.transfer import manifest_of
@@ -424,15 +425,27 @@ async def test_donors_that_give_another_state_are_found_out(tmp_path: Path, auto
         for liar in members:
             gives_badly(liar, 0.0, is_wrong=True)
         late = await run.start(4)
+        sought = set[Digest | None]()
         with trio.fail_after(60):
-            while not late.blobs.statistics().drops.get("donor_lied"):  # noqa: ASYNC110  # a counter
+            while len(sought) < 3:  # None, and the weights of two rounds
+                sought.add(late.history._sought)
                 await trio.sleep(0.05)
+        assert late.blobs.statistics().drops["donor_lied"] > 0
         assert late.owner.round == 0
         for liar in members:
             liar.transport.serve(BLOB_PROTOCOL, liar.blobs._serving.serve)
-        await run.until(7, late)
+        await run.until(members[0].owner.round + 3, late)
         assert late.owner.adopted
+        assert leftovers(tmp_path, late) == set()
         run.agree()
+
+
+def leftovers(path: Path, member: Member) -> set[str]:
+    """What its blobs hold that is no payload of a late round."""
+    statements = member.service.known()
+    late = {bytes(s.blob) for m in member.manifests[-6:] for s in m.shares if s.blob is not None}
+    late |= set(announced_by(statements))
+    return {each.name for each in (path / member.id / "blobs").iterdir() if bytes.fromhex(each.name[:64]) not in late}
 
 
 async def test_weights_that_are_wrong_are_changed_by_no_round(tmp_path: Path, autojump_clock: MockClock) -> None:
@@ -453,13 +466,45 @@ async def test_weights_that_are_wrong_are_changed_by_no_round(tmp_path: Path, au
         assert members[3].history.counts["diverged"] == 1
         stood = members[3].owner.round
         applied = len(members[3].owner.applied)
-        await trio.sleep(12)
+        for other in members[:3]:
+            other.work_s = 300.0  # so that it is behind by little, and could replay that
+        with trio.fail_after(60):
+            while "a quorum names" not in members[3].history.trouble:  # noqa: ASYNC110  # the patience of a fetch
+                await trio.sleep(0.1)
+        await trio.sleep(1)
         assert len(members[3].owner.applied) == applied
+        assert members[3].history.trouble
         for other in members[:3]:
             other.transport.serve(BLOB_PROTOCOL, other.blobs._serving.serve)
-        await run.until(stood + 5, within_s=300)
+            other.work_s = 1.0
+        await run.until(stood + 5, within_s=600)
         assert members[3].owner.adopted
+        assert not members[3].history._is_wrong
         assert members[3].owner.weights == members[0].owner.states[members[3].owner.round]
+        assert leftovers(tmp_path, members[3]) == set()
+
+
+async def test_wrong_weights_are_made_good_by_those_before_the_same_round(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """The newest that a quorum names may be those that stand wrong here."""
+    async with world(tmp_path) as run:
+        members = [await run.start(number) for number in range(4)]
+        await run.until(3)
+        for member in members:
+            member.work_s = 300.0
+        await trio.sleep(5)
+        number = members[3].service.round
+        await members[3].stop()
+        (tmp_path / members[3].id / "weights" / f"state-{number}").unlink()
+
+        def is_wrong(member: Member) -> None:
+            member.history._is_wrong = True
+
+        members[3] = await run.start(3, prepare=is_wrong)
+        await run.until(number, members[3])
+        assert members[3].owner.adopted == [number - 1]
+        run.agree()
 
 
 async def test_weights_that_changed_and_cannot_be_kept_end_the_run(tmp_path: Path, autojump_clock: MockClock) -> None:
