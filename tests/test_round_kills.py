@@ -47,7 +47,7 @@ async def test_a_kill_at_any_step_of_a_round_loses_nothing(
                 assert kept.items() <= member.owner.states.items(), "weights of before are others now"
             run.agree()
         point += stride
-    assert stood.keys() >= {(0, 0), (1, 0), (1, 1)}, stood
+    assert stood.keys() >= ({(0, 0), (1, 0), (1, 1)} if stride == 1 else {(0, 0)}), stood
 
 
 async def test_two_members_that_are_killed_at_once_come_back(tmp_path: Path, autojump_clock: MockClock) -> None:

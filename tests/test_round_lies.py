@@ -484,6 +484,22 @@ async def test_weights_that_are_wrong_are_changed_by_no_round(tmp_path: Path, au
         assert leftovers(tmp_path, members[3]) == set()
 
 
+@pytest.mark.parametrize("read_at_once", [256, 2])
+async def test_what_is_fewer_bytes_is_fetched(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, read_at_once: int
+) -> None:
+    """All payloads could be had, and are more bytes than the weights."""
+    monkeypatch.setattr("gossip.round_history.READ_AT_ONCE", read_at_once)
+    async with world(tmp_path) as run:
+        members = [await run.start(number, rounds_kept=50) for number in range(4)]
+        await run.until(5)
+        late = await run.start(4, rounds_kept=50)
+        await run.until(8, late)
+        assert late.owner.adopted
+        assert len(late.owner.applied) < 5
+        assert late.manifests[:5] == members[0].manifests[:5]
+
+
 async def test_wrong_weights_are_made_good_by_those_before_the_same_round(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
