@@ -18,7 +18,7 @@ from trio.testing import MockClock
 from tests.round_world import World
 from tests.test_round_service import names, world
 
-SEEDS_SOAK = 60
+SEEDS_SOAK = int(os.environ.get("ROUNDS_SEEDS", "60"))
 EVENTS = 12
 
 
@@ -145,6 +145,8 @@ async def random_life(path: Path, seed: int, told: Counter[str]) -> None:
                     run.network.partition(members[number].id, members[rng.choice(sorted(members))].id)
                 case "heal":
                     run.network.heal()
+                    for member in members.values():
+                        await run.connect(member)
                 case "full" | "room":
                     members[number].disk.is_full = event == "full"
                 case "join" if len(members) < 6:
@@ -152,6 +154,7 @@ async def random_life(path: Path, seed: int, told: Counter[str]) -> None:
         run.network.heal()
         for member in members.values():
             member.disk.is_full = False
+            await run.connect(member)
         stood = max(member.service.round for member in members.values())
         await run.until(stood + 3, *members.values(), within_s=600)
         run.agree()
