@@ -107,7 +107,6 @@ class Payloads:
             for blob in list(self._rounds[old]):
                 if not any(blob in others for each, others in self._rounds.items() if each != old):
                     await self.forget(blob)
-                self._rounds[old].discard(blob)
             del self._rounds[old]
         try:
             for own, path in self._own_files():

@@ -31,6 +31,7 @@ from gossip.round_service import RoundService, Work
 from gossip.round_state import Chain
 from gossip.round_store import RoundStore
 from gossip.rounds import WEIGHT_ONE, Header, Manifest, Statement
+from p2p.errors import Unreachable
 from p2p.loopback import LoopbackNetwork, LoopbackTransport
 from tests.blob_world import FETCH, inline
 
@@ -219,11 +220,16 @@ class World:
     async def start(self, number: int, founders: int = 4, **changes: Any) -> Member:
         """The node of an identity, alive, with what its folder holds."""
         member: Member = await self._nursery.start(self._live, self.identities[number], self.genesis(founders), changes)
-        for other in self.members:
-            if not other.scope.cancel_called:
-                await member.transport.dial(other.transport.addresses()[0])
         self.members.append(member)
+        await self.connect(member)
         return member
+
+    async def connect(self, member: Member) -> None:
+        """With all that live and can be reached, as a node's peering does."""
+        for other in self.members:
+            if other is not member and not other.scope.cancel_called:
+                with suppress(Unreachable):
+                    await member.transport.dial(other.transport.addresses()[0])
 
     def _made(
         self, identity: Identity, transport: LoopbackTransport, genesis: Chain, changes: dict[str, Any]

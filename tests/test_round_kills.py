@@ -18,7 +18,7 @@ from trio.testing import MockClock
 from tests.round_world import World
 from tests.test_round_service import names, world
 
-SEEDS_SOAK = 60
+SEEDS_SOAK = int(os.environ.get("ROUNDS_SEEDS", "60"))
 EVENTS = 12
 
 
@@ -47,7 +47,7 @@ async def test_a_kill_at_any_step_of_a_round_loses_nothing(
                 assert kept.items() <= member.owner.states.items(), "weights of before are others now"
             run.agree()
         point += stride
-    assert stood.keys() >= {(0, 0), (1, 0), (1, 1)}, stood
+    assert stood.keys() >= ({(0, 0), (1, 0), (1, 1)} if stride == 1 else {(0, 0)}), stood
 
 
 async def test_two_members_that_are_killed_at_once_come_back(tmp_path: Path, autojump_clock: MockClock) -> None:
@@ -145,6 +145,8 @@ async def random_life(path: Path, seed: int, told: Counter[str]) -> None:
                     run.network.partition(members[number].id, members[rng.choice(sorted(members))].id)
                 case "heal":
                     run.network.heal()
+                    for member in members.values():
+                        await run.connect(member)
                 case "full" | "room":
                     members[number].disk.is_full = event == "full"
                 case "join" if len(members) < 6:
@@ -152,6 +154,7 @@ async def random_life(path: Path, seed: int, told: Counter[str]) -> None:
         run.network.heal()
         for member in members.values():
             member.disk.is_full = False
+            await run.connect(member)
         stood = max(member.service.round for member in members.values())
         await run.until(stood + 3, *members.values(), within_s=600)
         run.agree()

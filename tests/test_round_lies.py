@@ -13,13 +13,15 @@ import trio
 from trio.testing import MockClock
 
 from crypto.digest import Digest, digest
-from crypto.identity import PeerId
+from crypto.identity import Identity, PeerId
 from gossip.blob_files import PART
 from gossip.blob_wire import BLOB_PROTOCOL, KIND_PIECE
 from gossip.errors import CannotStore
 from gossip.round_door import HANDED_ON_MAX
 from gossip.round_effects import Kept
 from gossip.round_history import ASKED_AT_ONCE
+from gossip.round_history import announced as announced_by
+from gossip.round_state import Phase
 from gossip.round_store import RoundStore
 from gossip.rounds import Committed, Contribution, Header, Manifest, Precommit, Prevote, Statement, sign_statement
 from gossip.transfer import manifest_of
@@ -322,6 +324,17 @@ async def test_a_fetch_ends_with_its_round(tmp_path: Path, autojump_clock: MockC
         assert members[0].blobs.statistics().fetches <= 1
 
 
+def announced_in(run: World, liar: Member, blob: Digest, number: int) -> Statement:
+    """For a round that is not the one to come."""
+    body = Header(
+        run=liar.service.id,
+        round=number,
+        base=liar.history.chain.base,
+        contribution=Contribution(blob=blob, payload_bytes=7, steps=1, tokens=10),
+    )
+    return sign_statement(Identity.make(), body, network=NETWORK, sequence=1, time_ms=run.now_ms())
+
+
 def announced(run: World, liar: Member, blob: Digest, size: int) -> Statement:
     chain = liar.history.chain
     contribution = Contribution(blob=blob, payload_bytes=size, steps=1, tokens=10)
@@ -330,7 +343,55 @@ def announced(run: World, liar: Member, blob: Digest, size: int) -> Statement:
     return sign_statement(identity, body, network=NETWORK, sequence=run.now_ms(), time_ms=run.now_ms())
 
 
-@pytest.mark.parametrize("what", ["smaller", "larger", "chunks"])
+async def test_a_payload_is_looked_at_once_and_not_when_its_round_is_decided(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """It is asked for again and again while it is on its way."""
+    async with world(tmp_path) as run:
+        members = [await run.start(number, founders=2) for number in range(2)]
+        other = await run.start(4, founders=2, rests=True)
+        await run.until(1)
+        path = tmp_path / "content"
+        path.write_bytes(b"content")
+        blob = await other.blobs.offer_file(path)
+        await trio.sleep(0.3)
+        header, fetching = announced(run, other, blob, 7), members[0].service._fetching
+        assert fetching is not None
+        members[0].service.heard(header)
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(fetching.fetch, header, (other.id,))
+        await trio.sleep(0.2)
+        assert members[0].owner.examined.count(other.id) == 1
+        averaging = members[0].service._averaging
+        assert averaging is not None
+        averaging._round.phase, before = Phase.APPLYING, averaging._round.phase
+        await fetching.fetch(header, (other.id,))
+        averaging._round.phase = before
+        assert members[0].owner.examined.count(other.id) == 1
+        seen = len(members[0].owner.examined)
+        await fetching.fetch(announced_in(run, other, blob, header.body.round + 1), (other.id,))
+        assert len(members[0].owner.examined) == seen
+
+
+async def test_a_try_to_have_a_payload_has_its_time(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A donor may give just enough, all along, not to be dropped."""
+    monkeypatch.setattr("gossip.round_fetching.FETCH_S_MIN", 1.0)
+    async with world(tmp_path) as run:
+        members = [await run.start(number, founders=2, work_s=100.0) for number in range(2)]
+        other = await run.start(4, founders=2, rests=True, work_s=100.0)
+        await trio.sleep(1)
+        other.transport.serve(BLOB_PROTOCOL, silent)
+        members[0].service.heard(announced(run, other, digest(b"never"), 300))
+        await trio.sleep(1.5)
+        assert members[0].history.counts["fetch_failed"] == 1
+        assert members[0].blobs.statistics().fetches == 0
+        assert members[0].blames == []
+
+
+@pytest.mark.parametrize("what", ["smaller", "larger", "chunks", "huge"])
 async def test_a_payload_that_is_not_what_its_header_says_is_refused_by_all(
     tmp_path: Path, autojump_clock: MockClock, what: str
 ) -> None:
@@ -339,7 +400,7 @@ async def test_a_payload_that_is_not_what_its_header_says_is_refused_by_all(
         await run.until(1)
         members[3].rests = True
         await trio.sleep(0.2)
-        content = random.Random(5).randbytes(300)
+        content = random.Random(5).randbytes(401 if what == "huge" else 300)
         path = tmp_path / "content"
         path.write_bytes(content)
         blob = await members[3].blobs.offer_file(path)
@@ -350,7 +411,7 @@ async def test_a_payload_that_is_not_what_its_header_says_is_refused_by_all(
             source.manifest = manifest
             members[3].blobs._serving._offers[blob] = source
             members[3].blobs._serving._allowed[blob] = lambda _peer: True
-        header = announced(run, members[3], blob, 300 + {"smaller": 5, "larger": -5, "chunks": 0}[what])
+        header = announced(run, members[3], blob, len(content) + {"smaller": 5, "larger": -5}.get(what, 0))
         members[0].service.heard(header)
         await trio.sleep(0.5)
         statistics = members[0].service.statistics()
@@ -424,15 +485,27 @@ async def test_donors_that_give_another_state_are_found_out(tmp_path: Path, auto
         for liar in members:
             gives_badly(liar, 0.0, is_wrong=True)
         late = await run.start(4)
+        sought = set[Digest | None]()
         with trio.fail_after(60):
-            while not late.blobs.statistics().drops.get("donor_lied"):  # noqa: ASYNC110  # a counter
+            while len(sought) < 3:  # None, and the weights of two rounds
+                sought.add(late.history._sought)
                 await trio.sleep(0.05)
+        assert late.blobs.statistics().drops["donor_lied"] > 0
         assert late.owner.round == 0
         for liar in members:
             liar.transport.serve(BLOB_PROTOCOL, liar.blobs._serving.serve)
-        await run.until(7, late)
+        await run.until(members[0].owner.round + 3, late)
         assert late.owner.adopted
+        assert leftovers(tmp_path, late) == set()
         run.agree()
+
+
+def leftovers(path: Path, member: Member) -> set[str]:
+    """What its blobs hold that is no payload of a late round."""
+    statements = member.service.known()
+    late = {bytes(s.blob) for m in member.manifests[-6:] for s in m.shares if s.blob is not None}
+    late |= set(announced_by(statements))
+    return {each.name for each in (path / member.id / "blobs").iterdir() if bytes.fromhex(each.name[:64]) not in late}
 
 
 async def test_weights_that_are_wrong_are_changed_by_no_round(tmp_path: Path, autojump_clock: MockClock) -> None:
@@ -453,13 +526,61 @@ async def test_weights_that_are_wrong_are_changed_by_no_round(tmp_path: Path, au
         assert members[3].history.counts["diverged"] == 1
         stood = members[3].owner.round
         applied = len(members[3].owner.applied)
-        await trio.sleep(12)
+        for other in members[:3]:
+            other.work_s = 300.0  # so that it is behind by little, and could replay that
+        with trio.fail_after(60):
+            while "a quorum names" not in members[3].history.trouble:  # noqa: ASYNC110  # the patience of a fetch
+                await trio.sleep(0.1)
+        await trio.sleep(1)
         assert len(members[3].owner.applied) == applied
+        assert members[3].history.trouble
         for other in members[:3]:
             other.transport.serve(BLOB_PROTOCOL, other.blobs._serving.serve)
-        await run.until(stood + 5, within_s=300)
+            other.work_s = 1.0
+        await run.until(stood + 5, within_s=600)
         assert members[3].owner.adopted
+        assert not members[3].history._is_wrong
         assert members[3].owner.weights == members[0].owner.states[members[3].owner.round]
+        assert leftovers(tmp_path, members[3]) == set()
+
+
+@pytest.mark.parametrize("read_at_once", [256, 2])
+async def test_what_is_fewer_bytes_is_fetched(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, read_at_once: int
+) -> None:
+    """All payloads could be had, and are more bytes than the weights."""
+    monkeypatch.setattr("gossip.round_history.READ_AT_ONCE", read_at_once)
+    async with world(tmp_path) as run:
+        members = [await run.start(number, rounds_kept=50) for number in range(4)]
+        await run.until(5)
+        late = await run.start(4, rounds_kept=50)
+        await run.until(8, late)
+        assert late.owner.adopted
+        assert len(late.owner.applied) < 5
+        assert late.manifests[:5] == members[0].manifests[:5]
+
+
+async def test_wrong_weights_are_made_good_by_those_before_the_same_round(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """The newest that a quorum names may be those that stand wrong here."""
+    async with world(tmp_path) as run:
+        members = [await run.start(number) for number in range(4)]
+        await run.until(3)
+        for member in members:
+            member.work_s = 300.0
+        await trio.sleep(5)
+        number = members[3].service.round
+        await members[3].stop()
+        (tmp_path / members[3].id / "weights" / f"state-{number}").unlink()
+
+        def is_wrong(member: Member) -> None:
+            member.history._is_wrong = True
+
+        members[3] = await run.start(3, prepare=is_wrong)
+        await run.until(number, members[3])
+        assert members[3].owner.adopted == [number - 1]
+        run.agree()
 
 
 async def test_weights_that_changed_and_cannot_be_kept_end_the_run(tmp_path: Path, autojump_clock: MockClock) -> None:
