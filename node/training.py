@@ -36,7 +36,7 @@ from node.hosting import Hosting
 from node.inference import Inference
 from node.training_build import CannotTrain, Own, ledger_of, participant_of, planned
 from node.training_pause import PausePolicy
-from node.training_plan import Plan, plan_of
+from node.training_plan import Plan, fault_of, plan_of
 from node.training_session import Session, Wishes
 from node.training_told import told_run
 from node.training_weights import Weights
@@ -93,6 +93,8 @@ class Training:
         own, network = self._parts.identity.peer_id, self._parts.network
         try:
             plan = await trio.to_thread.run_sync(planned, asked, _loaded(hosting), own, network)
+            if fault := fault_of(plan):
+                raise BadRequest(f"such a run cannot be: {fault}")
             plan_of(plan.raw)  # what every other member will find of it
         except (ModelError, CannotTrain, RemoteProtocolError) as exc:
             raise BadRequest(f"such a run cannot be: {exc}") from exc

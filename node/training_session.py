@@ -55,7 +55,7 @@ class SessionTold:
 
     doing: str = "starting"
     why: str = ""
-    step: int = 0
+    step: int = 0  # of the round, the one under way counted
     loss: float | None = None
     steps: int = 0  # since start
     tokens: int = 0
@@ -123,7 +123,7 @@ class Session:
         if self.doing != "waiting":
             return self.told.why
         is_near = self.service.statistics() is not None
-        return "for the others, until the round ends" if is_near else "for the run's records and weights"
+        return "until the round ends" if is_near else "for the run's records and weights"
 
     # ---- work ----
 
@@ -179,7 +179,7 @@ class Session:
         is_proven = chain.electors.is_proven(self.service.transport.peer_id)
         wanted = plan.steps if is_proven else max(1, plan.steps // PROBATION_SHARE)
         for step in range(wanted):
-            self.told.step = step
+            self.told.step = step + 1
             self._says("training")
             is_over = False
             while not is_over:  # a private step has as many micro-batches as its draw of rows needs

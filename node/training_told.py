@@ -51,7 +51,7 @@ def told_run(session: Session, drops: Mapping[str, int]) -> dict[str, Any]:
             {
                 "peer_id": peer,
                 "votes": member.votes,
-                "rounds_there": member.there,
+                "proven": history.chain.electors.is_proven(peer),
                 "rounds_missed": member.missed,
                 "connected": peer in peers,
                 "here_this_round": now is not None and peer in now.present,

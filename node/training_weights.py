@@ -76,6 +76,7 @@ class WeightsTold:
     refused: dict[str, str] = field(default_factory=dict)  # peer -> why its payload was refused when it last was
     held_out_loss: float | None = None  # of the weights before the round to come
     revision: str = ""
+    busy_s: float = 0.0  # for how long looks in this round have waited for the engine
     root: str = ""  # of the same weights, hex
     own_norm: float | None = None  # of this node's last update
     voters: tuple[str, ...] = ()  # as the round began, to say who was missing; the session keeps it
@@ -95,7 +96,6 @@ class Weights:
         self._payloads: dict[Digest, Payload] = {}  # by blob, of the round that is open
         self._scores = Scores()
         self._began_s = trio.current_time()
-        self._busy_s = 0.0  # for how long work of this round has waited for the engine, with the lock held
         self._newest: tuple[str, Mapping[str, object]] = ("", {})  # what the engine should go on under
         self._changed = trio.Event()
 
@@ -262,15 +262,15 @@ class Weights:
             except StopIteration as end:
                 ended.append(end.value)
             finally:
-                self._busy_s -= time.perf_counter() - began_s  # it is work, and no waiting
+                self.told.busy_s -= time.perf_counter() - began_s  # it is work, and no waiting
 
         async with self.lock:
             try:
-                while not ended and self._busy_s < BUSY_S_MAX:
+                while not ended and self.told.busy_s < BUSY_S_MAX:
                     began_s = trio.current_time()
-                    with trio.move_on_after(BUSY_S_MAX - self._busy_s):
+                    with trio.move_on_after(BUSY_S_MAX - self.told.busy_s):
                         await self._hosting.borrow(hop)
-                    self._busy_s += trio.current_time() - began_s
+                    self.told.busy_s += trio.current_time() - began_s
             finally:
                 with trio.CancelScope(shield=True):
                     await _in_thread(work.close)  # gives the weights back
@@ -295,7 +295,7 @@ class Weights:
         self.round = number
         self._payloads.clear()
         self.choice.forget()
-        self._busy_s = 0.0
+        self.told.busy_s = 0.0
         self.told.held_out_loss = None
         self.told.revision = self.plan.revision_at(number, base) if number else self.plan.revision
         self._newest = self.told.revision, self.participant.weights()

@@ -113,6 +113,39 @@ def test_http_forms() -> None:
     assert (address.host, address.port) == ("::1", 0)
 
 
+def test_what_a_run_needs_is_said_at_once() -> None:
+    config = load_config(
+        {"train": "tales", "data": ["/texts", "~/more"], "train_hours": "22-6", "train_on_battery": True},
+        environment={},
+    )
+    assert config.data == (Path("/texts"), Path("~/more").expanduser())
+    assert (config.train, config.train_hours, config.train_on_battery) == ("tales", "22-6", True)
+    for settings, wanted in (
+        ({"train": "tales"}, "add --data FILE or --data FOLDER"),
+        ({"data": ["/texts"]}, "say in which run by --train RUN"),
+        ({"train": "tales", "data": ["/texts"], "model": "none"}, "--model none hosts none"),
+        ({"train_hours": "22"}, "train_hours = '22': '22' is not FROM-TO in hours of the day, as 22-6"),
+        ({"train": ""}, "train"),
+        ({"train_on_battery": 1}, "train_on_battery"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(wanted)):
+            load_config(settings, environment={})
+
+
+def test_training_can_be_set_in_the_environment() -> None:
+    config = load_config(
+        {},
+        environment={
+            "OPENAGI_TRAIN": "tales",
+            "OPENAGI_DATA": "/texts,/more",
+            "OPENAGI_TRAIN_HOURS": "9-17",
+            "OPENAGI_TRAIN_ON_BATTERY": "true",
+        },
+    )
+    assert (config.train, config.data) == ("tales", (Path("/texts"), Path("/more")))
+    assert (config.train_hours, config.train_on_battery) == ("9-17", True)
+
+
 def test_every_key_has_a_reader() -> None:
     """A key that no file outside node/config.py reads would be a setting that does nothing."""
     sources = [

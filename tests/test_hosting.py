@@ -371,6 +371,35 @@ async def test_a_loan_brings_its_result_or_its_error_and_one_that_was_left_is_no
         assert done == []
 
 
+async def test_a_loan_that_runs_is_waited_for_by_who_is_cancelled(autojump_clock: MockClock) -> None:
+    """What it works on is its owner's again when it has ended, and no sooner."""
+    async with host() as here:
+        runtime, ended_s = here.runtime, list[float]()
+
+        def long() -> None:
+            runtime.takes_s = 5.0
+
+        began_s = trio.current_time()
+        with trio.move_on_after(1.0) as scope:
+            try:
+                await here.hosting.borrow(long)
+            finally:
+                ended_s.append(trio.current_time() - began_s)
+        assert scope.cancelled_caught
+        assert ended_s == [5.0]
+        assert await here.hosting.borrow(lambda: 7) == 7
+
+
+async def test_a_loan_that_is_a_bug_ends_the_engine_and_leaves_nobody_waiting(autojump_clock: MockClock) -> None:
+    def wrong() -> None:
+        raise ZeroDivisionError
+
+    with pytest.RaisesGroup(ZeroDivisionError, flatten_subgroups=True):
+        async with host() as here:
+            with trio.fail_after(10):
+                await here.hosting.borrow(wrong)
+
+
 async def test_weights_change_between_requests_and_the_new_revision_is_told(autojump_clock: MockClock) -> None:
     async with host(step_s=0.5) as here:
         async with trio.open_nursery() as nursery:

@@ -106,6 +106,9 @@ CORES = (
     "node/log_pace.py",
     "node/metrics.py",
     "node/front.py",
+    "node/training_plan.py",
+    "node/training_choice.py",
+    "node/training_pause.py",
 )
 WAITING = {"trio", "socket", "time", "threading", "select", "subprocess", "os", "queue", "sched", "datetime"}
 FILE_LINES_MAX = 400

@@ -87,6 +87,7 @@ async def test_all_fields_of_a_new_run_arrive(bench: Bench) -> None:
         ("start", {"name": "Tales", "data": ["/x"]}, "name"),
         ("start", {"name": "tales", "data": ["/x"], "steps": "many"}, "steps"),
         ("start", {"name": "tales", "data": ["/x"], "stepps": 1}, "stepps"),
+        ("start", {"name": "tales", "data": ["/x", 7]}, "the field data[1] does not fit"),
         ("join", {"run": "tales", "data": []}, "data"),
         ("join", {"run": "", "data": ["/x"]}, "run"),
         ("join", {"name": "tales", "data": ["/x"]}, "name"),
@@ -99,7 +100,7 @@ async def test_a_body_that_does_not_fit_is_refused_with_the_fields_name(
 ) -> None:
     error = error_of(await bench.say(word, body), 400)
     assert named in error["message"]
-    assert "the body does not fit" in error["message"]
+    assert "does not fit: " in error["message"]
     assert bench.front.trains.said == []
 
 

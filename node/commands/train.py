@@ -20,6 +20,7 @@ Data = Annotated[list[Path], typer.Option("--data", help="Text to train on, file
 Epsilon = Annotated[float | None, typer.Option(help="Train privately (docs/PRIVACY.md), spending at most this.")]
 Delta = Annotated[float, typer.Option(help="The delta of --epsilon: well below 1 / rows of the text.")]
 WATCH_S = 2.0
+ROUNDS_SHOWN = 10  # the newest
 
 
 @train.command()
@@ -134,7 +135,9 @@ def _paths(data: list[Path]) -> list[str]:
 
 def _show(told: dict[str, Any]) -> None:
     run = told["run"]
-    facts = [("state", f"{told['state']}{': ' if told['why'] else ''}{told['why']}")]
+    is_resting = told["paused"] and told["state"] not in ("paused", "idle")
+    state = f"{told['state']}{', to be paused' if is_resting else ''}{': ' if told['why'] else ''}{told['why']}"
+    facts = [("state", state)]
     if told["problem"]:
         facts.append(("problem", told["problem"]))
     if run is None:
@@ -149,18 +152,20 @@ def _show(told: dict[str, Any]) -> None:
         ("trained here", f"{told['work']['steps']:,} steps, {told['work']['tokens']:,} tokens"),
     ]
     print_table("training", ("what", "value"), facts)
-    print_table("members", ("peer", "votes", "there", "missed", "connected"), [
-        (each["peer_id"], _yes(each["votes"]), str(each["rounds_there"]), str(each["rounds_missed"]),
+    if told["refused"]:
+        print_table("refused", ("peer", "why"), list(told["refused"].items()))
+    print_table("members", ("peer", "votes", "proven", "missed", "connected"), [
+        (each["peer_id"], _yes(each["votes"]), _yes(each["proven"]), str(each["rounds_missed"]),
          _yes(each["connected"]))
         for each in told["members"]
     ])  # fmt: skip
+    if not told["rounds"]:
+        return
     print_table("rounds", ("round", "contributed", "missing", "not counted", "by", "held out", "s"), [
         (str(each["round"]), str(len(each["contributed"])), _peers(each["missing"]),
          _peers(list(each["not_counted"])), each["rule"], _number(each["held_out_loss"]), f"{each['seconds']:.1f}")
-        for each in told["rounds"][-10:]
+        for each in told["rounds"][-ROUNDS_SHOWN:]
     ])  # fmt: skip
-    if told["refused"]:
-        print_table("refused", ("peer", "why"), list(told["refused"].items()))
 
 
 def _number(value: float | None) -> str:

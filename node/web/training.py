@@ -70,7 +70,10 @@ async def _asked(request: Request, kind: type[_T]) -> _T:
     try:
         return msgspec.json.decode(raw, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise BadRequest(f"the body does not fit: {str(exc)[:300]}") from exc
+        what, _, place = str(exc)[:300].partition(" - at `$")
+        field = place.strip(".`")
+        where = f"the field {field}" if field else "the body"
+        raise BadRequest(f"{where} does not fit: {what}", param=field or None) from exc
 
 
 def _json(value: dict[str, Any]) -> Response:

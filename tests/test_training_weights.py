@@ -1,0 +1,325 @@
+"""A run's weights at one node, without a network: what is noted of payloads, what a round takes, what is kept."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trio
+import trio.testing
+
+from crypto.digest import Digest, digest
+from crypto.identity import PeerId
+from gossip.errors import CannotStore
+from gossip.gathering import Candidate
+from gossip.round_history import Unsound
+from gossip.rounds import WEIGHT_ONE, Contribution, Header, Manifest, Share, Statement
+from gossip.transfer import manifest_of
+from model.participant import Participant, Payload
+from node.hosting import Hosting
+from node.training_plan import Plan
+from node.training_weights import BUSY_S_MAX, Weights
+from node.work import Finished
+from tests.fake_runtime import FakeRuntime
+from tests.node_swarm import work
+from tests.round_statements import signed
+from tests.test_participant import PEERS, member, theta, train
+from tests.test_training_plan import plan as a_plan
+
+OWN, OTHER, THIRD = map(PeerId, PEERS)
+BASE = a_plan().genesis.base
+
+
+def small_plan(**changes: Any) -> Plan:
+    """As tests/test_participant.py trains: 16 tokens a step."""
+    return a_plan(rows=2, context=8, accumulation=1, steps=3, **changes)
+
+
+@dataclass
+class Here:
+    """One member's weights over an engine that serves nobody."""
+
+    weights: Weights
+    hosting: Hosting
+    folder: Path
+
+    @property
+    def participant(self) -> Participant:
+        return self.weights.participant
+
+    def states(self) -> list[str]:
+        return sorted(path.name for path in self.folder.glob("state-*"))
+
+    async def sent(
+        self, peer: PeerId, codec: str = "int4", base: bytes = BASE, **changes: Any
+    ) -> tuple[Statement, Path]:
+        """What a peer announces in this round, and its payload on disk."""
+        made = self.participant if peer == OWN else member(peer, codec=codec)
+        train(made)
+        raw = made.write(self.weights.round, Digest(base), steps=3, tokens=48)
+        path = self.folder / f"payload-of-{peer}"
+        path.write_bytes(raw)
+        fields = {"blob": blob_of(raw), "payload_bytes": len(raw), "steps": 3, "tokens": 48, **changes}
+        body = Header(run=a_plan().id, round=self.weights.round, base=base, contribution=Contribution(**fields))
+        return signed(peer, body), path
+
+    async def commit(self, shares: dict[PeerId, tuple[Path, int]], base: bytes = BASE) -> Manifest:
+        """A round in which these have this weight."""
+        blobs = {peer: blob_of(path.read_bytes()) for peer, (path, _) in shares.items()}
+        manifest = Manifest(
+            run=a_plan().id,
+            round=self.weights.round,
+            base=base,
+            shares=tuple(
+                Share(peer=peer, header=digest(peer.encode()), blob=blobs[peer], weight=shares[peer][1])
+                for peer in sorted(shares)
+            ),
+            reports=(digest(b"report"),),
+        )
+        await self.weights.apply(manifest, {blobs[peer]: path for peer, (path, _) in shares.items()})
+        return manifest
+
+
+def blob_of(raw: bytes) -> Digest:
+    return digest(manifest_of(raw).encode())
+
+
+def blob(header: Statement) -> Digest:
+    assert isinstance(header.body, Header)
+    assert header.body.contribution is not None
+    return Digest(header.body.contribution.blob)
+
+
+@asynccontextmanager
+async def here(path: Path, codec: str = "int4") -> AsyncIterator[Here]:
+    runtime = FakeRuntime()
+    async with trio.open_nursery() as nursery:
+        hosting = Hosting(runtime, peer=OWN, on_change=lambda: None)
+        await nursery.start(hosting.run)
+        path.mkdir(exist_ok=True)  # noqa: ASYNC240
+        weights = Weights(member(OWN, codec=codec), small_plan(), hosting, OWN, path)
+        await weights.restore(0, lambda _: BASE)
+        with trio.fail_after(30):
+            yield Here(weights, hosting, path)
+        nursery.cancel_scope.cancel()
+
+
+def unsent(of: Here) -> torch.Tensor:
+    return of.participant._feedback.unsent_N.clone()
+
+
+async def test_what_counts_nothing_in_a_round_stays_unsent(tmp_path: Path) -> None:
+    """On probation, or refused by the others: the round took nothing of it."""
+    left = {}
+    for weight in (0, WEIGHT_ONE):
+        async with here(tmp_path / str(weight)) as one:
+            _, own = await one.sent(OWN)
+            _, other = await one.sent(OTHER)
+            trained = unsent(one)
+            await one.commit({OWN: (own, weight), OTHER: (other, WEIGHT_ONE)})
+            left[weight] = float(unsent(one).norm()) / float(trained.norm())
+            assert one.weights.told.rounds[-1].contributed == ((OTHER,) if weight == 0 else (OWN, OTHER))
+    assert left[0] == 1.0
+    assert left[WEIGHT_ONE] < 0.5
+
+
+async def test_a_payload_is_examined_and_scored_and_leaves_the_weights(tmp_path: Path) -> None:
+    async with here(tmp_path) as one:
+        train(one.participant)
+        before = theta(one.participant)
+        score = await one.weights.examine(*await one.sent(OTHER))
+        assert score is not None
+        assert score > 0
+        assert torch.equal(theta(one.participant), before)
+        assert await one.weights.examine(*await one.sent(OWN)) is None  # nobody judges itself
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"steps": 4}, "it claims 4 steps and 48 tokens, a round has at most 3 and 48"),
+        ({"tokens": 49}, "it claims 3 steps and 49 tokens"),
+        ({"payload_bytes": 1 << 20}, "a payload of 1,048,576 bytes, an update has"),
+    ],
+    ids=str,
+)
+async def test_a_claim_that_no_member_can_make_is_refused_before_anything_is_fetched(
+    tmp_path: Path, changes: dict[str, int], why: str
+) -> None:
+    async with here(tmp_path) as one:
+        header, _ = await one.sent(OTHER, **changes)
+        with pytest.raises(Unsound, match=why):
+            one.weights.check(header)
+        assert why in one.weights.told.refused[OTHER]
+
+
+async def test_a_header_that_says_otherwise_than_its_update_is_refused(tmp_path: Path) -> None:
+    async with here(tmp_path) as one:
+        header, path = await one.sent(OTHER, tokens=32)
+        one.weights.check(header)
+        with pytest.raises(Unsound, match="the header says 3 steps and 32 tokens, the update 3 and 48"):
+            await one.weights.examine(header, path)
+
+
+async def test_a_payload_that_is_gone_is_the_disks_fault_and_no_peers(tmp_path: Path) -> None:
+    async with here(tmp_path) as one:
+        header, path = await one.sent(OTHER)
+        path.unlink()
+        with pytest.raises(CannotStore, match="cannot be read"):
+            await one.weights.examine(header, path)
+        assert one.weights.told.refused == {}
+
+
+async def test_payloads_that_come_at_once_are_all_compared_with_each_other(tmp_path: Path) -> None:
+    """Else one member knows of a copy, and another does not."""
+    async with here(tmp_path, codec="ef64.2b") as one:
+        sent = {peer: await one.sent(peer, codec="ef64.2b") for peer in (OWN, OTHER, THIRD)}
+        payloads = {
+            peer: one.participant.read(path.read_bytes(), 0, Digest(BASE), peer) for peer, (_, path) in sent.items()
+        }
+        meeting, pairs = threading.Barrier(2, timeout=10), list[tuple[Payload, Payload]]()
+
+        def overlap(first: Payload, second: Payload) -> float:
+            """Two are compared with what was there before, at the same time."""
+            pairs.append((first, second))
+            if len(pairs) <= 2:
+                meeting.wait()
+            return 1.0
+
+        one.participant.overlap = overlap  # type: ignore[method-assign]
+        await one.weights._note(0, blob(sent[OWN][0]), payloads[OWN])
+        async with trio.open_nursery() as nursery:
+            for peer in (OTHER, THIRD):
+                nursery.start_soon(one.weights._note, 0, blob(sent[peer][0]), payloads[peer])
+        assert len(pairs) == 3
+        candidates = tuple(candidate(peer, blob(sent[peer][0]), place) for place, peer in enumerate((OTHER, THIRD)))
+        assert [weight > 0 for weight, _ in one.weights.choice.choose(candidates)] == [True, False]
+
+
+def candidate(peer: PeerId, of: Digest, place: int) -> Candidate:
+    return Candidate(
+        peer=peer, header=digest(peer.encode()), blob=of, steps=3, tokens=48, scores=(), place=place, is_proven=True
+    )
+
+
+async def test_a_payload_of_a_round_that_is_over_has_no_score(tmp_path: Path) -> None:
+    async with here(tmp_path) as one:
+        header, path = await one.sent(OTHER)
+        async with trio.open_nursery() as nursery:
+            scores = []
+
+            async def look() -> None:
+                scores.append(await one.weights.examine(header, path))
+
+            async with one.weights.lock:  # as a round that is being applied has it
+                nursery.start_soon(look)
+                await trio.testing.wait_all_tasks_blocked(0.2)
+                one.weights.round += 1
+        assert scores == [None]
+        assert one.weights._scores.published(1) == {}
+
+
+async def test_looks_wait_for_the_engine_for_a_while_in_a_round_and_rounds_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.training_weights.BUSY_S_MAX", 0.3)
+    async with here(tmp_path) as one, trio.open_nursery() as nursery:
+
+        async def ask_on() -> None:
+            while True:
+                async with one.hosting.generate(work("hello", 1_000)) as items:
+                    async for item in items:
+                        if isinstance(item, Finished):
+                            break
+
+        for _ in range(2):
+            nursery.start_soon(ask_on)
+        await trio.sleep(0.05)
+        began_s = trio.current_time()
+        for peer in (OTHER, THIRD) * 5:
+            assert await one.weights.examine(*await one.sent(peer)) is None
+        await one.weights.judge()
+        assert one.weights.told.held_out_loss is None
+        waited_s = one.weights.told.busy_s
+        assert 0.3 <= waited_s < trio.current_time() - began_s
+        assert waited_s < 0.3 * 10  # together, and not each
+        _, path = await one.sent(OTHER)
+        await one.commit({OTHER: (path, WEIGHT_ONE)})
+        assert one.weights.round == 1
+        assert one.weights.told.busy_s == 0.0
+        nursery.cancel_scope.cancel()
+    assert BUSY_S_MAX >= 1
+
+
+async def test_a_look_that_is_cancelled_while_it_runs_gives_the_weights_back(tmp_path: Path) -> None:
+    async with here(tmp_path) as one:
+        train(one.participant)
+        before = theta(one.participant)
+        runs, goes_on = threading.Event(), threading.Event()
+
+        def looking() -> Iterator[None]:
+            own = theta(one.participant)
+            try:
+                one.participant.layout.load_into(one.participant.trainer.named, torch.zeros_like(own))
+                runs.set()
+                goes_on.wait(10)
+                yield
+            finally:
+                one.participant.layout.load_into(one.participant.trainer.named, own)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.weights._lent, looking())
+            await trio.to_thread.run_sync(runs.wait)
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0.05)
+            assert one.weights.lock.locked()  # it still runs
+            goes_on.set()
+        assert not one.weights.lock.locked()
+        assert torch.equal(theta(one.participant), before)
+
+
+async def test_the_disk_keeps_this_round_and_those_that_are_offered(tmp_path: Path) -> None:
+    async with here(tmp_path) as one:
+        base: bytes = BASE
+        for _ in range(4):
+            _, path = await one.sent(OTHER, base=base)
+            base = (await one.commit({OTHER: (path, WEIGHT_ONE)}, base)).next_base
+        assert one.states() == ["state-2", "state-3", "state-4"]
+        assert one.weights.state_path.read_bytes() == one.participant.state()
+
+
+async def test_weights_without_records_give_way_to_the_beginning(tmp_path: Path) -> None:
+    """The records are gone: those weights belong to rounds that nobody can prove."""
+    for number in (5, 6, 7):
+        (tmp_path / f"state-{number}").write_bytes(b"of another history")
+    async with here(tmp_path) as one:
+        assert one.weights.round == 0
+        assert one.states() == ["state-0"]
+        assert one.weights.state_path.read_bytes() == one.participant.state()
+
+
+async def test_the_newest_weights_that_fit_are_gone_on_from(tmp_path: Path) -> None:
+    other = member(OTHER)
+    train(other)
+    good = member(THIRD).state()
+    for number, content in ((1, good), (2, good), (3, b"damaged"), (4, good)):
+        (tmp_path / f"state-{number}").write_bytes(content)
+    async with here(tmp_path / "else") as one:
+        one.weights._folder = tmp_path
+        asked = []
+
+        def base_of(number: int) -> bytes:
+            asked.append(number)
+            return digest(b"%d" % number)
+
+        await one.weights.restore(3, base_of)
+        assert one.weights.round == 2
+        assert asked == [2]
+        assert one.weights.told.revision == f"tales-r2-{digest(b'2').hex()[:12]}"
