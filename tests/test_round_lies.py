@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from trio.testing import MockClock
 
 from crypto.digest import Digest, digest
 from crypto.identity import Identity, PeerId
+from gossip.agreement import Value
 from gossip.blob_files import PART
 from gossip.blob_wire import BLOB_PROTOCOL, KIND_PIECE
 from gossip.errors import CannotStore
@@ -21,6 +23,7 @@ from gossip.round_door import HANDED_ON_MAX
 from gossip.round_effects import Kept
 from gossip.round_history import ASKED_AT_ONCE
 from gossip.round_history import announced as announced_by
+from gossip.round_service import _has_forgotten
 from gossip.round_state import Phase
 from gossip.round_store import RoundStore
 from gossip.rounds import Committed, Contribution, Header, Manifest, Precommit, Prevote, Statement, sign_statement
@@ -174,6 +177,9 @@ async def test_one_peer_is_asked_once_at_a_time_whatever_it_says(tmp_path: Path,
         await run.until(1, *members)
         await trio.sleep(0.5)
         answers(liar, "follow", count)
+        await liar.door.say_behind(members[0].id, members[0].service.id, 0)
+        await trio.sleep(0.1)
+        assert asked == 0, "it has no record that is not here"
         for _ in range(15):
             await liar.door.say_behind(members[0].id, members[0].service.id, 1 << 30)
         await trio.sleep(0.2)
@@ -198,6 +204,82 @@ async def test_what_is_known_already_is_not_looked_at_again(tmp_path: Path, auto
         members[0].door.handed = looked.append  # type: ignore[method-assign,assignment]
         assert await members[0].service._opened_of([each.raw for each in known], averaging) == []
         assert looked == []
+
+
+async def test_records_that_come_one_after_the_other_are_applied_in_one_session(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with world(tmp_path) as run:
+        members = [await run.start(number) for number in range(4)]
+        await run.until(1)
+        for other in members[:3]:
+            run.network.partition(members[3].id, other.id)
+        number = members[3].service.round
+        await run.until(number + 2, *members[:3])
+        for member in members:
+            member.work_s = 300.0
+        stood = members[3].service._averaging
+        assert stood is not None
+        records = members[0].history.store.records(stood.chain.round, 2)
+        first, once = stood.chain.round, giving(records, [], number + 2)
+
+        async def give(incoming: Incoming) -> Any:
+            answers(members[0], "follow", hang)
+            return await once(incoming)
+
+        answers(members[0], "follow", give)
+        members[3].service._waiting[0] = members[3].history.record(records[0])  # of long ago
+        run.network.heal(members[3].id, members[0].id)
+        await run.until(first + 2, members[3])
+        assert members[3].service._averaging is stood
+        assert members[3].service._waiting == {}
+
+
+async def test_what_a_round_was_is_not_told_once_its_record_is_there(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with world(tmp_path) as run:
+        member = await run.start(0, founders=1)
+        change, told = member.owner.apply, list[object]()
+
+        async def look(*arguments: Any) -> None:
+            told.append((member.service.round, member.service.known()))
+            await change(*arguments)
+
+        member.owner.apply = look  # type: ignore[method-assign]
+        await run.until(2)
+        assert told[:2] == [(1, ()), (2, ())]
+
+
+async def test_who_is_no_member_is_not_heard_through_a_member_either(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with world(tmp_path) as run:
+        run.allowed = frozenset(each.peer_id for each in run.identities[:2])
+        members = [await run.start(number, founders=2) for number in range(2)]
+        await run.until(1)
+        await trio.sleep(0.3)
+        chain = members[0].history.chain
+        body = Header(run=chain.run, round=chain.round, base=chain.base)
+        raw = sign_statement(run.identities[5], body, network=NETWORK, sequence=1, time_ms=run.now_ms()).raw
+        answers(members[1], "follow", giving([], [raw], chain.round))
+        await members[0].service._follow(members[1].id)
+        assert digest(raw) not in {each.id for each in members[0].service.known()}
+        assert members[0].blames == []
+
+
+async def test_when_a_member_may_have_said_what_it_does_not_know(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with world(tmp_path) as run:
+        member = await run.start(0, founders=1)
+        await run.until(2)
+        await member.stop()
+        history = (await run.start(0, founders=1)).history
+        await trio.sleep(0.5)
+        number, base = history.chain.round, history.chain.base
+        assert [_has_forgotten(history, Kept(round=each, base=base)) for each in (number - 1, number, number + 1)] == [
+            False, False, True
+        ]  # fmt: skip
+        history.store.has_forgotten, history.loaded = True, number
+        assert _has_forgotten(history, None)
+        assert not _has_forgotten(history, Kept(round=number, base=base))
+        history.loaded = number - 1
+        assert not _has_forgotten(history, None)
 
 
 # ---- what a member says of itself ----
@@ -247,6 +329,10 @@ async def test_what_was_kept_and_handed_on_has_a_bound(tmp_path: Path, autojump_
         chosen = {each.id for each in known}
         assert [each for each in words if each.id in chosen] == list(known), "not in the order in which it came"
         assert min(each.body.view for each in known if isinstance(each.body, Prevote)) == 700 - HANDED_ON_MAX // 13
+        state.agreement._valid = (3, Value(digest(b"m"), ()))
+        views = Counter(each.body.view for each in state.known() if isinstance(each.body, Prevote))
+        assert views[3] == 13, "what the next proposal rests on is lost"
+        assert views.total() == HANDED_ON_MAX - 1
         kept = state.kept()
         assert len(kept.heard) == 8192
         member.history.store.keep(Kept(round=kept.round, base=kept.base, agreement=kept.agreement))
