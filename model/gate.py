@@ -27,6 +27,7 @@ WEIGHT_CAP: Final = 2  # times the median claim: TRAINING.md 4
 OVERLAP_MAX: Final = 0.4  # share of top-k indices in common that is no copy, whatever the round's others have
 SCORERS_MIN: Final = 3  # of fewer the median is one member's word, and that one may be a liar
 COMPARED_MIN: Final = 3  # of fewer contributions there is no middle to compare with
+COMPARED_SCORERS_MIN: Final = 2  # of four members three report in time: then who did not has 3 scorers, the others 2
 HARM_TIMES: Final = 3  # of 500 honest payloads late in runs 1 refuses 25, 2 refuses 4, 3 none, and all flips still
 CONTRIBUTORS_MAX: Final = 64  # beyond it the round's contributors are drawn by lottery (TRAINING.md 1)
 
@@ -201,7 +202,11 @@ def _scored(entrants: Sequence[Entrant]) -> dict[str, Verdict]:
     only; and a peer that widens the upper one helps by so much.
     """
     scores = {e.peer: lower_median(e.scores_parts) for e in entrants if len(e.scores_parts) >= SCORERS_MIN}
-    compared = [scores[e.peer] for e in entrants if e.peer in scores and not e.probation]
+    compared = [
+        lower_median(e.scores_parts)
+        for e in entrants
+        if len(e.scores_parts) >= COMPARED_SCORERS_MIN and not e.probation
+    ]
     least, beside = 1, "it has to fall"
     if len(compared) >= COMPARED_MIN:
         middle = lower_median(compared)

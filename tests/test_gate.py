@@ -153,6 +153,15 @@ def test_harm_is_below_zero_and_out_of_the_spread() -> None:
     assert "the middle one of the round by -0.000954" in sentence
 
 
+def test_of_four_who_did_not_report_in_time_is_compared_with_those_who_did() -> None:
+    """A manifest of four voters stands on three reports: who made none has three scorers, the others two each."""
+    late = {"a": (60, 90), "b": (-20, 40), "c": (10, 30)}
+    reported = [entrant(peer, scores_parts=scores) for peer, scores in late.items()]
+    assert harmful(*reported, entrant("d", scores_parts=(-22, -22, 30))) == []
+    assert harmful(*reported, entrant("d", scores_parts=(-9_000, -9_000, 30))) == ["d"]
+    assert harmful(*reported[:1], entrant("d", scores_parts=(-22, -22, 30))) == ["d"]  # nobody to compare with
+
+
 def test_who_is_on_probation_is_judged_by_the_others_spread_and_does_not_move_it() -> None:
     members = scored(a=20, b=10, c=-30, d=-3_000)
     swarm = [entrant(f"new{at}", scores_parts=(-9_000,) * 3, probation=True) for at in range(9)]
