@@ -21,7 +21,7 @@ from gossip.errors import CannotStore, LocalProtocolError, RemoteProtocolError
 from gossip.rounds import Manifest
 
 OWN = "own-"  # and the number of the round
-STATES_KEPT = 2  # the newest that a quorum names, and the one that comes after it
+STATES_KEPT = 2  # at least: the newest that a quorum names, and the one that comes after it
 
 _log = logging.getLogger(__name__)
 
@@ -29,12 +29,16 @@ _log = logging.getLogger(__name__)
 class Payloads:
     """One run's, by the digest of a blob. Whoever asks twice at once for one shares the fetch."""
 
-    def __init__(self, blobs: Blobs, folder: Path, rounds_kept: int, allowed: Allowed) -> None:
+    def __init__(
+        self, blobs: Blobs, folder: Path, rounds_kept: int, allowed: Allowed, *, states_kept: int = STATES_KEPT
+    ) -> None:
         """folder: for own payloads. rounds_kept: for how many rounds a payload is there for those who catch up.
+        states_kept: how many states are offered; who joins over a slow line has so many rounds to fetch one.
 
         allowed: to whom they may be given.
         """
         self._blobs, self._folder, self.rounds_kept = blobs, folder, max(1, rounds_kept)
+        self._states_kept = max(STATES_KEPT, states_kept)
         self._allowed = allowed
         self._paths: dict[Digest, Path] = {}
         self._rounds: dict[int, set[Digest]] = {}
@@ -87,7 +91,7 @@ class Payloads:
         if root in self._states:
             self._states.remove(root)
         self._states.append(root)
-        while len(self._states) > STATES_KEPT:
+        while len(self._states) > self._states_kept:
             self._blobs.withdraw(self._states.pop(0))
         return root
 

@@ -218,7 +218,8 @@ class Training:
         )
         least, most = PAYLOADS_KEPT
         kept = weights.state_bytes // (max(1, len(plan.founders)) * weights.payload_bytes_max)
-        payloads = Payloads(parts.blobs, folder, min(most, max(least, kept)), place.admits)
+        rounds = min(most, max(least, kept))
+        payloads = Payloads(parts.blobs, folder, rounds, place.admits, states_kept=weights.states_offered)
         return RoundService(place, RoundHistory(place, weights, store, payloads), weights.choice)
 
     # ---- before it ----

@@ -38,7 +38,8 @@ from node.training_choice import Choice
 from node.training_plan import Plan
 
 STATE = "state-"  # and the number of the round that begins with it
-STATES_KEPT = 3  # this one, and the two that are offered
+STATES_BYTES_MAX = 256 << 20  # of those that are offered to who joins, if these are more than STATES_OFFERED[0]
+STATES_OFFERED = (2, 8)  # at least and at most
 SCORED_ROWS = 16
 BUSY_S_MAX = 10.0  # in a round, for the engine's thread to be free; then this node has no scores to give in it
 ROUNDS_TOLD = 200
@@ -110,6 +111,12 @@ class Weights:
     def state_bytes(self) -> int:
         """Of a state."""
         return self.participant.state_bytes
+
+    @property
+    def states_offered(self) -> int:
+        """How many states are kept for who joins, beside the one that is worked on."""
+        least, most = STATES_OFFERED
+        return min(most, max(least, STATES_BYTES_MAX // self.state_bytes))
 
     @property
     def payload_bytes_max(self) -> int:
@@ -311,7 +318,9 @@ class Weights:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_whole(self._folder / f"{STATE}{number}", state, over=True)
         states = sorted(self._states())
-        kept = [each for each in states if each <= number][-STATES_KEPT:]  # what is of later rounds has no records
+        kept = [each for each in states if each <= number][
+            -self.states_offered - 1 :
+        ]  # what is of later rounds has no records
         for old in states:
             if old not in kept:
                 (self._folder / f"{STATE}{old}").unlink(missing_ok=True)

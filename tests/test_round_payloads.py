@@ -63,6 +63,16 @@ async def test_a_payload_whose_file_is_gone_is_fetched_again(tmp_path: Path, aut
         assert (await payloads.get(1, blob, [donor.id], 300)).read_bytes() == (tmp_path / "content-1").read_bytes()
 
 
+async def test_more_states_are_offered_where_there_is_room(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with place(tmp_path) as (me, _, made):
+        payloads = Payloads(made._blobs, tmp_path, 1, lambda _peer: True, states_kept=4)
+        roots = []
+        for number in range(6):
+            (tmp_path / f"state-{number}").write_bytes(bytes([number]) * 500)
+            roots.append(await payloads.offer_state(tmp_path / f"state-{number}"))
+        assert me.blobs._serving.offered == set(roots[-4:])
+
+
 async def test_the_newest_states_are_offered(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with place(tmp_path) as (me, _, payloads):
         paths = [tmp_path / f"state-{number}" for number in range(4)]

@@ -285,13 +285,20 @@ async def test_a_look_that_is_cancelled_while_it_runs_gives_the_weights_back(tmp
         assert torch.equal(theta(one.participant), before)
 
 
-async def test_the_disk_keeps_this_round_and_those_that_are_offered(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("room", "kept"), [(0, 2), (3, 3), (100, 4)])
+async def test_the_disk_keeps_this_round_and_those_that_are_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, kept: int
+) -> None:
+    """room: for how many states."""
     async with here(tmp_path) as one:
+        monkeypatch.setattr("node.training_weights.STATES_BYTES_MAX", room * one.weights.state_bytes)
+        monkeypatch.setattr("node.training_weights.STATES_OFFERED", (2, 4))
+        assert one.weights.states_offered == kept
         base: bytes = BASE
-        for _ in range(4):
+        for _ in range(6):
             _, path = await one.sent(OTHER, base=base)
             base = (await one.commit({OTHER: (path, WEIGHT_ONE)}, base)).next_base
-        assert one.states() == ["state-2", "state-3", "state-4"]
+        assert one.states() == [f"state-{number}" for number in range(6 - kept, 7)]
         assert one.weights.state_path.read_bytes() == one.participant.state()
 
 
