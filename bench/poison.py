@@ -7,7 +7,7 @@ TRAINING.md 4 on dense payloads with the rule that a run has by default, most on
 runs begin with a model that has nearly learned what it can: there honest deltas gain little or nothing, and whoever is
 refused for that is refused wrongly. `undefended` is a plain mean without any gate, to see that the attack is one.
 The bar: a loss of at most RATIO_MAX times the clean run's. Losses of two runs differ by 0.02 by chance.
-`--quick`: five members, one bad, four rounds, some of the attacks.
+`--quick`: five members, one bad, three rounds, some of the attacks.
 Source: TRAINING.md 4; MEASURE.md.
 """
 
@@ -166,7 +166,7 @@ def main() -> int:
     torch.set_num_threads(1)
     members = 5 if chosen.quick else 10
     scale = Scale(workers=members, rows=2, context=64, width=64, layers=1)
-    length = Length(scale=scale, bad=members // 5, rounds=4 if chosen.quick else 9, late_rounds=10)
+    length = Length(scale=scale, bad=members // 5, rounds=3 if chosen.quick else 9, late_rounds=10)
     shards = shards_of(read_text(chosen.text), scale)
     begin = starts(shards, scale, with_late=not chosen.quick)
     results = list[tuple[Case, Result]]()
