@@ -89,8 +89,8 @@ def participant_of(plan: Plan, loaded: Loaded, text: TrainingText, own: Own) -> 
     loaded = as_in_files(loaded)
     if _root_of_files(loaded) != plan.start:
         raise CannotTrain(
-            f"run {plan.name} starts from {plan.model} at {plan.revision}, and {loaded.facts.name} at "
-            f"{loaded.facts.revision} here has other weights; start the node with --model {plan.model}"
+            f"run {plan.name} starts from the model {plan.model} at revision {plan.revision}, and this node hosts "
+            f"{loaded.facts.name} at {loaded.facts.revision}: start it with --model {plan.model}"
         )
     trainer = make_trainer(
         loaded,

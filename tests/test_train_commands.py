@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from node.commands.train import train
 from node.errors import BadRequest, NotReady
-from node.training_wish import Begin, Join
+from node.training_wish import Begin, Join, Privacy
 from tests.fake_front import PEER
 from tests.test_web_serve import Served, served
 
@@ -98,13 +98,14 @@ async def test_start_says_how_others_join(tmp_path: Path, monkeypatch: pytest.Mo
 async def test_start_passes_on_what_was_asked_for() -> None:
     flags = (
         f"--founder {PEER} --founder {OTHER} --member {PEER} --steps 5 --rows 1 --context 64 --accumulation 2"
-        " --rate 0.001 --codec int8 --rule mean --probation 9"
+        " --rate 0.001 --codec int8 --rule mean --probation 9 --lora-rank 4 --epsilon 8 --delta 1e-5"
     ).split()
     result, node = await with_node("start", "tales", "--data", "/x", *flags)
     assert result.exit_code == 0, result.output
     assert node.front.trains.said == [
         Begin(name="tales", data=("/x",), founders=(PEER, OTHER), members=(PEER,), steps=5, rows=1, context=64,
-              accumulation=2, rate=0.001, codec="int8", rule="mean", probation=9)
+              accumulation=2, rate=0.001, codec="int8", rule="mean", probation=9, lora_rank=4,
+              privacy=Privacy(epsilon=8.0, delta=1e-5))
     ]  # fmt: skip
 
 

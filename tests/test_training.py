@@ -270,6 +270,24 @@ async def test_a_node_that_serves_in_fewer_bits_trains_with_the_others(tmp_path:
         assert other.hosting.runtime.facts.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("asked", [{"lora_rank": 4}, {"privacy": Privacy(epsilon=50.0, delta=1e-4)}], ids=str)
+async def test_adapters_and_private_training_go_the_same_way(
+    tmp_path: Path, model: Path, asked: dict[str, Any]
+) -> None:
+    async with world(tmp_path, model) as all_of_them:
+        one, other = await grown(all_of_them, 2, **asked)
+        await all_of_them.rounds(2)
+        assert all(len(states) == 1 for states in common_rounds(one, other).values())
+        await until(lambda: one.revision.startswith("tales-r") and other.revision.startswith("tales-r"))
+        got = await ask(other.node, work("Once upon a time", 3))
+        assert got.error is None
+        await one.stop()
+        again = await all_of_them.start(0)
+        begun = other.round
+        await all_of_them.rounds(begun + 1, again, other)
+        assert again.status["problem"] == ""
+
+
 async def test_a_pause_sits_rounds_out_and_resume_goes_on(tmp_path: Path, model: Path) -> None:
     async with world(tmp_path, model) as all_of_them:
         one, other = await grown(all_of_them, 2)

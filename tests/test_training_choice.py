@@ -81,7 +81,7 @@ def test_the_answer_is_in_the_order_of_the_question() -> None:
 
 
 def test_of_two_alike_the_later_one_is_the_copy() -> None:
-    made = choice({"a": 1.0, "b": 1.0}, {("a", "b"): 0.5})
+    made = choice({"a": 1.0, "b": 1.0}, {("a", "b"): 1.0})
     assert made.choose((candidate("a", place=3), candidate("b", place=1))) == ((0, ONE), (ONE, ONE))
     assert reasons(made) == {"a": Reason.COPY, "b": Reason.ACCEPTED}
     assert "those of b" in made.verdicts[0].sentence

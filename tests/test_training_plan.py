@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
+from crypto.canonical import Limits, decode_canonical, encode
 from crypto.digest import digest
 from crypto.identity import Identity
 from gossip.errors import RemoteProtocolError
@@ -169,6 +170,7 @@ def test_any_bytes_are_a_plan_or_an_error_in_words(raw: bytes) -> None:
         plan_of(raw)
 
 
+@settings(deadline=None)  # the first example pays for what the others find made
 @given(st.data())
 def test_a_changed_byte_is_another_run_or_none(data: st.DataObject) -> None:
     raw = bytearray(plan(members=PEERS).raw)
@@ -188,3 +190,12 @@ def test_defaults_go_by_what_is_cheap() -> None:
     assert default_outer_rate("ef256.2b") == PARTS // 2
     assert default_outer_rate("int4") == default_outer_rate("ef64.2b") == PARTS
     assert in_order(("b", "a", "b")) == ("a", "b")
+
+
+def test_a_plan_that_leaves_out_what_has_a_default_is_refused() -> None:
+    """Else one run had two ids."""
+    fields = decode_canonical(plan().raw, Limits(bytes_max=PLAN_BYTES_MAX))
+    assert isinstance(fields, dict)
+    del fields["momentum"]
+    with pytest.raises(RemoteProtocolError, match="another encoding"):
+        plan_of(encode(fields))

@@ -261,7 +261,7 @@ async def test_a_look_that_is_cancelled_while_it_runs_gives_the_weights_back(tmp
     async with here(tmp_path) as one:
         train(one.participant)
         before = theta(one.participant)
-        runs, goes_on = threading.Event(), threading.Event()
+        runs, goes_on, is_ours = threading.Event(), threading.Event(), list[bool]()
 
         def looking() -> Iterator[None]:
             own = theta(one.participant)
@@ -271,6 +271,7 @@ async def test_a_look_that_is_cancelled_while_it_runs_gives_the_weights_back(tmp
                 goes_on.wait(10)
                 yield
             finally:
+                is_ours.append(one.weights.lock.locked())
                 one.participant.layout.load_into(one.participant.trainer.named, own)
 
         async with trio.open_nursery() as nursery:
@@ -281,6 +282,7 @@ async def test_a_look_that_is_cancelled_while_it_runs_gives_the_weights_back(tmp
                 await trio.sleep(0.05)
             assert one.weights.lock.locked()  # it still runs
             goes_on.set()
+        assert is_ours == [True]
         assert not one.weights.lock.locked()
         assert torch.equal(theta(one.participant), before)
 
