@@ -24,6 +24,7 @@ GAIN_PER_S = 0.05  # of the excess, as a power: ten times too much is answered b
 EASE_MAX = 4.0  # a shortfall counts for no more
 CALM = 0.7  # below so much of a limit there is room again
 MEAN_S = 10.0  # over which what is heard is counted
+TICK_S_MIN = 1e-3  # less tells no rate: what was heard counts at the next tick
 PASSED_ON_PER_S, PASSED_ON_BURST = 2 * HEARD_PER_S, 100.0  # in any case, however sudden a crowd comes
 
 
@@ -57,7 +58,7 @@ class Flow:
         if self._at_s is None:
             self._at_s = now
         passed_s = now - self._at_s
-        if passed_s <= 0:
+        if passed_s < TICK_S_MIN:
             return
         self._at_s = now
         weight = 1.0 - math.exp(-passed_s / MEAN_S)

@@ -18,6 +18,7 @@ from tests.test_house import ROOT, name_of, sources
 
 # an exception that ends here without a count, and why that hides nothing
 SILENT = {
+    "node/training_session.py:_restore": "nothing was saved yet: a run begins",
     "p2p/address.py:seen_scope": "no address of a connection counts as public",
     "p2p/address.py:told": "p2p/greeting.py counts what is missing",
     "p2p/address.py:worth_telling": "our own addresses",

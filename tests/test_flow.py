@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gossip.flow import (
@@ -78,6 +78,7 @@ def test_in_a_crowd_it_is_always_the_same_peers_that_are_passed_on() -> None:
     assert [flow.passes_on(place, 0.0) for place in (0.1, 0.24, 0.26, 0.9)] == [True, True, False, False]
 
 
+@example([(0.0, 0), (2e-309, 1)])  # so short a time tells no rate
 @given(st.lists(st.tuples(st.floats(0, 1e5), st.integers(0, 500)), max_size=60))
 def test_whatever_comes_it_stays_within_its_bounds(steps: list[tuple[float, int]]) -> None:
     flow, now = Flow(), 0.0
