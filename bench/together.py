@@ -187,18 +187,23 @@ def _kill(
     victim.process.kill()
     victim.process.wait()
     for node in survivors:
-        until("the survivors commit", lambda node=node: watch.look(node).get("round", 0) > open_round)  # type: ignore[misc]
-    rows = {each["round"]: each for each in watch.look(survivors[0])["rounds"]}
+        until("the survivors commit", lambda node=node: open_round in _rows(watch.look(node)))  # type: ignore[misc]
+    rows = _rows(watch.look(survivors[0]))
     if victim.peer_id not in rows[open_round]["missing"]:  # it had done its work already: the next one misses it
         open_round += 1
-        until("the survivors commit", lambda: watch.look(survivors[0]).get("round", 0) > open_round)
-        rows = {each["round"]: each for each in watch.look(survivors[0])["rounds"]}
+        until("the survivors commit", lambda: open_round in _rows(watch.look(survivors[0])))
+        rows = _rows(watch.look(survivors[0]))
     is_named = victim.peer_id in rows[open_round]["missing"]
     nodes[number] = cluster.start(
         victim.name, "--train", RUN, "--data", str(paths[number]), join=[survivors[0]]
     ).wait_ready()
     until("it is back", lambda: watch.look(nodes[number]).get("round", 0) >= watch.look(survivors[0]).get("round", 1))
     return rows[open_round]["seconds"] / statistics.median(seconds), is_named
+
+
+def _rows(told: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Rounds that were applied."""
+    return {each["round"]: each for each in told.get("rounds", ())}
 
 
 def _votes(told: dict[str, Any]) -> int:
