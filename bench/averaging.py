@@ -4,8 +4,9 @@ Rules: 2 and 4 processes (bench/averaging_end.py) over libp2p and direct channel
 rounds, blobs, codecs, gate and merge; there is no model and no training: every round each has a new random change to
 send, which is made beforehand and counts nowhere. CPU is that of a whole process from the start of the round, the work
 being done, to the next round, the weights changed and on the disk, signatures and the rule included; divided by rounds,
-median over the processes. A round's seconds are the wall's. group_forms_s: from a member's word that it is ready to the
-moment at which it knows that all are, those begin within 10 ms. Replicas are compared by the digest of their weights.
+median over the processes. A round's seconds are the wall's. group_forms_s: from a member's word that it is ready to
+the moment at which it knows that all are; all begin at a whole second of the clock, then encode, write and hash.
+Replicas are compared by the digest of their weights.
 Source: MEASURE.md (averaging); the rival's figures: TRAINING.md 7, hivemind 1.1.12 on another machine.
 """
 

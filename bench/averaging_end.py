@@ -28,7 +28,7 @@ from gossip.round_history import RoundHistory, RunPlace
 from gossip.round_payloads import Payloads
 from gossip.round_service import RoundService, Work
 from gossip.round_store import RoundStore
-from gossip.rounds import round_topic
+from gossip.rounds import Header, round_topic
 from gossip.transfer import manifest_of
 from model.codecs import codec_named
 from model.layout import Layout, TensorSpec
@@ -169,7 +169,7 @@ async def _all_known(service: RoundService, base: bytes) -> float:
     began = trio.current_time()
     voters = len(service.history.chain.electors.voters)
     while service.history.chain.base == base:
-        senders = {each.sender for each in service.known() if type(each.body).__name__ == "Header"}
+        senders = {each.sender for each in service.known() if isinstance(each.body, Header)}
         if len(senders) == voters:
             break
         await trio.sleep(0.005)

@@ -73,9 +73,10 @@ class Hosting:
             if self._waiting.loans and self._is_free():
                 await self._lend(self._waiting.loans.popleft())
                 continue
-            starts, ends = [] if self._is_held() else list(self._waiting.starts), list(self._waiting.ends)
+            starts, ends = list[Job](), list(self._waiting.ends)
             self._waiting.ends.clear()
-            if starts:
+            if not self._is_held():  # whoever left while it waited is not started
+                starts = [job for job in self._waiting.starts if job.key in self._jobs]
                 self._waiting.starts.clear()
             embed = self._waiting.next_embed(is_held=self._is_held())
             for output in await self._hop(partial(self._turn, starts, ends, embed)):

@@ -450,3 +450,17 @@ async def test_a_request_for_a_revision_that_has_gone_meanwhile_is_not_answered_
         ends = await here.items(replace(work("second", 4), revision="r1"))
         assert isinstance(ends[-1], InternalError)
         assert "r2" in str(ends[-1])
+
+
+async def test_a_request_that_leaves_while_it_is_held_back_is_never_started(autojump_clock: MockClock) -> None:
+    async with host(step_s=0.5, slots=1) as here, trio.open_nursery() as nursery:
+        nursery.start_soon(here.items, work("first", 60))
+        await trio.sleep(0.1)
+        nursery.start_soon(here.hosting.switch, "weights", "r2")
+        await trio.sleep(SWITCH_S + 1)  # held now
+        with trio.move_on_after(2):
+            await here.items(work("second", 4))
+        await trio.sleep(30)
+        assert here.hosting.runtime.facts.revision == "r2"
+        await here.items(work("the third", 4))
+        assert [len(request.prompt) for request in here.runtime.added] == [len("first"), len("the third")]
