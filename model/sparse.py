@@ -147,17 +147,32 @@ def largest(bits_CK: npt.NDArray[np.int32], k: int) -> Chosen:
     As integers, the bits of positive floats stand in the order of the floats. Zeros and subnormals are never chosen.
     """
     magnitude_CK = bits_CK & 0x7FFF_FFFF
-    kth_C1 = np.partition(magnitude_CK, CHUNK - k, axis=1)[:, CHUNK - k, None]
-    chosen_CK: Mask = magnitude_CK >= np.maximum(kth_C1, _NORMAL_MIN_BITS)
-    counts_C = np.count_nonzero(chosen_CK, axis=1)
-    tied = np.flatnonzero(counts_C > k)
-    if len(tied):
-        over = magnitude_CK[tied] > kth_C1[tied]
-        equal = chosen_CK[tied] & ~over
-        room = k - np.count_nonzero(over, axis=1)[:, None]
-        chosen_CK[tied] = over | (equal & (np.cumsum(equal, axis=1) <= room))
-        counts_C[tied] = k
-    return Chosen(np.flatnonzero(chosen_CK), counts_C)
+    at_M = np.flatnonzero(magnitude_CK >= np.maximum(_bound(magnitude_CK, k), _NORMAL_MIN_BITS))
+    chunk_M = at_M // CHUNK
+    counts_C = np.bincount(chunk_M, minlength=len(bits_CK))
+    if (width := int(counts_C.max(initial=0))) <= k:
+        return Chosen(at_M, counts_C)
+    candidates = Chosen(at_M, counts_C)
+    slot_M = candidates.slots(width)
+    magnitude_CW = np.zeros((len(bits_CK), width), np.int32)  # of the candidates of each chunk, in order
+    magnitude_CW.reshape(-1)[slot_M] = magnitude_CK.reshape(-1)[at_M]
+    kth_C1 = np.partition(magnitude_CW, width - k, axis=1)[:, width - k, None]
+    over_CW = magnitude_CW > kth_C1
+    equal_CW = (magnitude_CW == kth_C1) & (magnitude_CW > 0)
+    room_C1 = k - np.count_nonzero(over_CW, axis=1)[:, None]
+    chosen_CW: Mask = over_CW | (equal_CW & (np.cumsum(equal_CW, axis=1) <= room_C1))
+    return Chosen(at_M[chosen_CW.reshape(-1)[slot_M]], np.count_nonzero(chosen_CW, axis=1))
+
+
+def _bound(magnitude_CK: npt.NDArray[np.int32], k: int) -> npt.NDArray[np.int32]:
+    """bound_C1: at least k of a chunk's magnitudes are no less, and of most chunks few more than k are.
+
+    It is the k-th largest of the maxima of 4 k groups of the chunk, each of which has one such magnitude.
+    """
+    groups = min(CHUNK, 4 * k)
+    maximum_CG = magnitude_CK.reshape(-1, CHUNK // groups, groups).max(axis=1)
+    bound_C1: npt.NDArray[np.int32] = np.partition(maximum_CG, groups - k, axis=1)[:, groups - k, None]
+    return bound_C1
 
 
 def two_levels(
