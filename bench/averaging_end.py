@@ -138,8 +138,9 @@ async def _measure(service: RoundService, weights: Weights, vector: Vector, own:
         base = Digest(chain.base)
         raw = await trio.to_thread.run_sync(lambda: participant.write(chain.round, base, steps=1, tokens=1))  # noqa: B023  # run at once
         write_whole(service.history.payloads.own_path(chain.round), raw, over=True)
-        await weights.add_own(digest(manifest_of(raw).encode()), raw, chain.round, base)
-        await service.contribute(chain, Work(steps=1, tokens=1))
+        made_of = await trio.to_thread.run_sync(manifest_of, raw)
+        await weights.add_own(made_of.blob, chain.round, steps=1, tokens=1)
+        await service.contribute(chain, Work(steps=1, tokens=1, made_of=made_of))
         size = len(raw)
         if number == 0:
             group_s = await _all_known(service, chain.base)

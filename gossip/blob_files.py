@@ -82,13 +82,21 @@ class FileSource:
     blocks = True
     held_bytes = 0
 
-    def __init__(self, path: Path) -> None:
-        """Reads the whole file, for its digests. Raises OSError, LocalProtocolError (too large, changed meanwhile)."""
+    def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
+        """manifest: of a file whose bytes were compared with it just now; None: the whole file is read, for its digests.
+
+        Raises OSError, LocalProtocolError (too large, of another size, changed meanwhile).
+        """
         self._path = path
         with path.open("rb", buffering=0) as file:
             self._known = _mark(file.fileno())
             size = os.fstat(file.fileno()).st_size
             _check_size(size)
+            if manifest is not None:
+                if manifest.blob_bytes != size:
+                    raise LocalProtocolError(f"{path} has {size} bytes, {manifest.blob_bytes} were announced")
+                self.manifest = manifest
+                return
             chunks = [digest(piece) for piece in iter(lambda: file.read(CHUNK_BYTES), b"")]
             if _mark(file.fileno()) != self._known or len(chunks) != -(-size // CHUNK_BYTES):
                 raise LocalProtocolError(f"{path} was changed while it was read: offer it when it is finished")

@@ -25,6 +25,7 @@ from gossip.blob_files import BlobFolder, FileSource, MemorySource
 from gossip.blob_serving import Allowed, BlobServing, Blocking, FaultReport, ServingConfig, Streams
 from gossip.blob_wire import BLOB_PROTOCOL
 from gossip.errors import RemoteProtocolError
+from gossip.transfer import Manifest
 from p2p.transport import PeerChange, Transport
 
 DISK_THREADS_MAX = 4
@@ -109,14 +110,21 @@ class Blobs:
         """
         return self._serving.offer(MemorySource(content))
 
-    async def offer_file(self, path: Path, allowed: Allowed | None = None, *, named: Digest | None = None) -> Digest:
+    async def offer_file(
+        self,
+        path: Path,
+        allowed: Allowed | None = None,
+        *,
+        named: Digest | None = None,
+        manifest: Manifest | None = None,
+    ) -> Digest:
         """Give this file to whoever asks for its digest (and is allowed it). When it is changed or removed later, it is
-        withdrawn.
+        withdrawn. manifest: what the file is made of, for who wrote it a moment ago; it is not read then.
 
         Raises LocalProtocolError (over a bound, or changed meanwhile), OSError, RemoteProtocolError (it was fetched as
         `named` and has another digest here: its chunks are not of the usual size). Cancelled: it is not offered.
         """
-        source = await self._blocking(FileSource, path)
+        source = await self._blocking(FileSource, path, manifest)
         if named is not None and digest(source.manifest.encode()) != named:
             raise RemoteProtocolError(f"{text_of(named)} is not in chunks of {source.manifest.chunk_bytes} bytes")
         return self._serving.offer(source) if allowed is None else self._serving.offer(source, allowed)

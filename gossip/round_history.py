@@ -31,6 +31,7 @@ from gossip.round_state import Chain, checked_record
 from gossip.round_store import RoundStore
 from gossip.rounds import ANY_TIME_MS, Committed, Header, Manifest, Statement, record_of, recorded_manifest
 from gossip.standing import Fault
+from gossip.transfer import Manifest as Made
 from p2p.errors import P2PError
 from p2p.transport import Transport
 
@@ -56,8 +57,9 @@ class Owner(Protocol):
         """The weights are those before this round."""
 
     @property
-    def state_path(self) -> Path:
-        """The weights as a file, which stays as it is until the next `apply` or `adopt`."""
+    def state(self) -> tuple[Path, Made] | None:
+        """The weights as a file, which stays as it is until the next `apply` or `adopt`, and what it is made of. None:
+        those of this round are not named, and lie nowhere: a restart makes them again."""
 
     @property
     def state_bytes(self) -> int:
@@ -74,7 +76,8 @@ class Owner(Protocol):
         """Its score, as in a report. Raises Unsound."""
 
     async def apply(self, manifest: Manifest, payloads: Mapping[Digest, Path]) -> None:
-        """Change the weights by a committed round, and write their file. payloads: of the shares that have a weight.
+        """Change the weights by a committed round, and write their file, if they have one. payloads: of the shares that
+        have a weight.
 
         Raises CannotStore: they were changed and cannot be written, so that nothing here may go on with them.
         """
@@ -249,11 +252,12 @@ class RoundHistory:
         return missed
 
     async def _is_replay_cheaper(self) -> bool:
-        """Whether the payloads of the rounds that the weights lack are fewer bytes than the weights themselves."""
+        """Whether what is to be fetched for the rounds that the weights lack is less than the weights themselves."""
         if self.store.count - self.owner.round > READ_AT_ONCE:
             return False
-        payloads = sum(share.weight > 0 for manifest in await self._behind() for share in manifest.shares)
-        return payloads * self.owner.payload_bytes_max <= self.owner.state_bytes
+        shares = [share for manifest in await self._behind() for share in manifest.shares if share.weight]
+        absent = sum(share.blob is not None and not self.payloads.has(Digest(share.blob)) for share in shares)
+        return absent * self.owner.payload_bytes_max <= self.owner.state_bytes
 
     async def _replay(self, behind: list[Manifest]) -> bool:
         """Whether all payloads were there. The weights are changed by each round whose are."""

@@ -19,6 +19,7 @@ from gossip.blob_serving import Allowed
 from gossip.blobs import Blobs
 from gossip.errors import CannotStore, LocalProtocolError, RemoteProtocolError
 from gossip.rounds import Manifest
+from gossip.transfer import Manifest as Made
 
 OWN = "own-"  # and the number of the round
 STATES_KEPT = 2  # at least: the newest that a quorum names, and the one that comes after it
@@ -67,10 +68,15 @@ class Payloads:
         """Where this member's own payload of a round is to be written, before it is announced."""
         return self._folder / f"{OWN}{number}"
 
-    async def add_own(self, number: int) -> Digest:
-        """Offer own payload of a round. Raises CannotStore."""
+    async def add_own(self, number: int, made_of: Made | None = None) -> Digest:
+        """Offer own payload of a round. made_of: as it was written a moment ago. Raises CannotStore."""
         path = self.own_path(number)
-        return self._note(number, await self._offer(path, None), path)
+        return self._note(number, await self._offer(path, None, made_of), path)
+
+    def has(self, blob: Digest) -> bool:
+        """Whether a payload is here and whole."""
+        path = self._paths.get(blob)
+        return path is not None and path.exists()
 
     async def get(self, number: int, blob: Digest, holders: Iterable[PeerId], bytes_max: int) -> Path:
         """A payload of a round, from here or from these. What came of it is let go with its round.
@@ -78,16 +84,15 @@ class Payloads:
         Raises Unavailable, CannotStore (TooLarge: it has more bytes), RemoteProtocolError (nobody can give it on).
         """
         self._rounds.setdefault(number, set()).add(blob)
-        known = self._paths.get(blob)
-        if known is not None and known.exists():
-            return known
+        if self.has(blob):
+            return self._paths[blob]
         path = await self._blobs.fetch(blob, holders, bytes_max=bytes_max)
         self._note(number, await self._offer(path, blob), path)
         return path
 
-    async def offer_state(self, path: Path) -> Digest:
-        """Offer the weights of a round to come; their name. Raises CannotStore."""
-        root = await self._offer(path, None)
+    async def offer_state(self, path: Path, made_of: Made) -> Digest:
+        """Offer the weights of a round to come, which were written a moment ago; their name. Raises CannotStore."""
+        root = await self._offer(path, None, made_of)
         if root in self._states:
             self._states.remove(root)
         self._states.append(root)
@@ -133,9 +138,9 @@ class Payloads:
         named = [(path.name.removeprefix(OWN), path) for path in self._folder.glob(f"{OWN}*")]
         return [(int(text), path) for text, path in named if text.isdecimal()]
 
-    async def _offer(self, path: Path, named: Digest | None) -> Digest:
+    async def _offer(self, path: Path, named: Digest | None, made_of: Made | None = None) -> Digest:
         """Raises CannotStore, RemoteProtocolError."""
         try:
-            return await self._blobs.offer_file(path, self._allowed, named=named)
+            return await self._blobs.offer_file(path, self._allowed, named=named, manifest=made_of)
         except (OSError, LocalProtocolError) as exc:
             raise CannotStore(f"{path} cannot be offered: {exc}") from exc

@@ -28,6 +28,7 @@ from gossip.round_history import RETRY_S, RoundHistory, RunPlace, Unsound
 from gossip.round_state import OPEN, AveragingStatistics, Chain, Phase, checked_record
 from gossip.rounds import Body, Committed, Contribution, Header, Statement, sign_statement
 from gossip.standing import Fault
+from gossip.transfer import Manifest as Made
 from p2p.errors import P2PError
 from p2p.transport import PeerChange, Transport
 
@@ -38,10 +39,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a member has done in a round; its payload lies at Payloads.own_path."""
+    """What a member has done in a round; its payload lies at Payloads.own_path, and is made of this."""
 
     steps: int
     tokens: int
+    made_of: Made
 
 
 class RoundService:
@@ -99,14 +101,14 @@ class RoundService:
         """
         payloads, owner, contribution = self.history.payloads, self.history.owner, None
         if work is not None:
-            blob = await payloads.add_own(chain.round)
-            size = payloads.own_path(chain.round).stat().st_size
+            blob = await payloads.add_own(chain.round, work.made_of)
+            size = work.made_of.blob_bytes
             contribution = Contribution(blob=blob, payload_bytes=size, steps=work.steps, tokens=work.tokens)
-        root = await payloads.offer_state(owner.state_path)
+        root = None if owner.state is None else await payloads.offer_state(*owner.state)
         averaging = self._averaging
         if averaging is None or not self.is_open(chain) or averaging.has_contributed or owner.round != chain.round:
             return False
-        self._root = (chain.round, root)
+        self._root = None if root is None else (chain.round, root)
         header = Header(
             run=chain.run, round=chain.round, base=chain.base, contribution=contribution, root=root, leaves=leaves
         )

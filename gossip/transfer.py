@@ -68,8 +68,13 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """Its canonical bytes, whose digest is the blob's id."""
         return encode_struct(self)
 
+    @property
+    def blob(self) -> Digest:
+        """The blob's id."""
+        return digest(self.encode())
 
-def manifest_of(content: bytes, chunk_bytes: int = CHUNK_BYTES) -> Manifest:
+
+def manifest_of(content: bytes | memoryview, chunk_bytes: int = CHUNK_BYTES) -> Manifest:
     """The manifest of a blob in memory."""
     view = memoryview(content)
     starts = range(0, len(content), chunk_bytes)

@@ -56,13 +56,13 @@ def overlaps(deltas: Sequence[Delta]) -> dict[tuple[int, int], float]:
     counts = [0] * len(deltas)
     shared = dict.fromkeys(combinations(range(len(deltas)), 2), 0)
     for start, stop in slices(deltas[0].n, SLICE_SPARSE):
-        places = [entries(delta, start, stop)[0] for delta in deltas]
-        sent_S = torch.zeros(stop - start, dtype=torch.bool)
+        places = [entries(delta, start, stop)[0].numpy() for delta in deltas]
+        sent_S = np.zeros(stop - start, np.bool_)
         for later, places_K in enumerate(places):
-            counts[later] += places_K.numel()
+            counts[later] += len(places_K)
             sent_S[places_K] = True
             for earlier in range(later):
-                shared[earlier, later] += int(torch.count_nonzero(sent_S[places[earlier]]))
+                shared[earlier, later] += int(np.count_nonzero(sent_S.take(places[earlier])))
             sent_S[places_K] = False
     return {pair: count / max(1, min(counts[pair[0]], counts[pair[1]])) for pair, count in shared.items()}
 
@@ -119,14 +119,17 @@ def _products_sparse(deltas: Sequence[Delta], start: int, stop: int) -> torch.Te
     parts = [_sent(delta, start, stop) for delta in deltas]
     unit_CR = torch.stack([part.unit for part in parts], 1)
     sums_CRR = torch.zeros(unit_CR.shape[0], len(parts), len(parts), dtype=torch.float64)
-    scratch_S = torch.zeros(stop - start, dtype=torch.float64)
+    scratch_S = np.zeros(stop - start)
     for later, part in enumerate(parts):
-        scratch_S[part.places] = part.integers
-        for earlier, other in enumerate(parts[: later + 1]):
-            sums_C = other.sums(scratch_S[other.places] * other.integers)
+        places_K, integers_K = part.places.numpy(), part.integers.numpy()
+        sums_CRR[:, later, later] = part.sums(part.integers * part.integers)
+        scratch_S[places_K] = integers_K
+        for earlier, other in enumerate(parts[:later]):
+            theirs_K = torch.from_numpy(scratch_S.take(other.places.numpy()))
+            sums_C = other.sums(theirs_K.mul_(other.integers))
             sums_CRR[:, later, earlier] = sums_C
             sums_CRR[:, earlier, later] = sums_C
-        scratch_S[part.places] = 0.0
+        scratch_S[places_K] = 0.0
     return sums_CRR * unit_CR[:, :, None] * unit_CR[:, None, :]
 
 

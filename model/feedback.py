@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 
 from crypto.digest import Digest
 from model.codecs import check_numbers, encode
-from model.delta import Codec, Delta, Sections, slices
+from model.delta import Codec, Delta, HasEntries, Sections, slices
 from model.errors import FOREIGN, BadModel, first_line
 
 DECAY: Final = 0.95
@@ -48,7 +48,11 @@ class Feedback:
         """What was sent is no longer unsent."""
         assert sent.n == len(self.unsent_N)
         for start, stop in slices(sent.n):
-            self.unsent_N[start:stop].sub_(sent.dense(start, stop))
+            if isinstance(sent, HasEntries):
+                places_K, values_K = (part.numpy() for part in sent.entries(start, stop))
+                self.unsent_N[start:stop].numpy()[places_K] -= values_K
+            else:
+                self.unsent_N[start:stop].sub_(sent.dense(start, stop))
 
     def give_back(self, sent: Delta) -> None:
         """Undo `take`, whatever came between.

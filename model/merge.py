@@ -13,7 +13,7 @@ Source: TRAINING.md 1, 3 and 4; sorting network: Batcher 1968; outer Nesterov mo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -29,6 +29,7 @@ from model.rules import BY_DISTANCE, Plan, Round, Rule, check, make_plan
 Comparators = tuple[tuple[int, int], ...]
 
 SLICE: Final = 16 * CHUNK  # 64 rows of it are 16 MiB; 16 rows stay in a core's cache while they are sorted
+SLICE_STEP: Final = 64 * CHUNK  # 1 MiB, which stays in a core's cache between sum and step
 SLICE_SUM: Final = 256 * CHUNK  # 4 MiB, and few enough slices that calls cost nothing
 
 
@@ -63,25 +64,37 @@ def merge(
     Raises CannotMerge: too few or too many contributions, deltas of different n or kind, weights or clips out of range,
     a rule that means nothing on them, or an update that is not finite; out_N then holds nothing of use.
     """
-    counted = _counted(contributions)
-    deltas = [contribution.delta for contribution in counted]
-    check(rule, len(counted), bool(deltas) and deltas[0].sparse, bad_max)
-    _alike(deltas)
-    plan = make_plan(
-        rule,
-        Round(
-            sparse=deltas[0].sparse,
-            weights_parts=tuple(contribution.weight_parts for contribution in counted),
-            clips_parts=tuple(contribution.clip_parts for contribution in counted),
-            gram=_finite_gram(deltas) if rule in BY_DISTANCE else None,
-            bad_max=bad_max,
-        ),
-    )
+    plan, deltas = _planned(contributions, rule, bad_max)
     update_N = torch.empty(deltas[0].n, dtype=torch.float32) if out_N is None else out_N
     assert update_N.shape == (deltas[0].n,), f"out_N is {list(update_N.shape)}, the deltas {deltas[0].n}"
     assert update_N.dtype == torch.float32, f"out_N is {update_N.dtype}"
-    apply(plan, deltas, update_N)
+    for _ in _updates(plan, deltas, lambda start, stop: update_N[start:stop]):
+        pass
     return Merged(update=update_N, plan=plan)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stepped:
+    """theta: fp32_N, the weights after a round, new. moved: how far that is from those before, Euclidean."""
+
+    theta: torch.Tensor
+    moved: float
+    plan: Plan
+
+
+def merge_and_step(
+    contributions: Sequence[Contribution], rule: Rule, outer: OuterStep, theta_N: torch.Tensor
+) -> Stepped:
+    """`merge` and then the outer step from theta_N, which stays as it is: the same bits, in one pass over memory.
+
+    Raises CannotMerge, and then nothing has changed.
+    """
+    plan, deltas = _planned(contributions, rule, None)
+    assert theta_N.shape == (deltas[0].n,), f"theta_N is {list(theta_N.shape)}, the deltas {deltas[0].n}"
+    room_S = torch.empty(min(SLICE_STEP, deltas[0].n))
+    updates = _updates(plan, deltas, lambda start, stop: room_S[: stop - start])
+    after_N, moved = outer.stepped(theta_N, updates)
+    return Stepped(theta=after_N, moved=moved, plan=plan)
 
 
 def merge_named(
@@ -142,19 +155,67 @@ class OuterStep:
         for start, stop in slices(theta_N.numel(), SLICE_SUM):
             step_S = update_N[start:stop]
             if self.velocity is not None:
-                velocity_S = self.velocity[start:stop]
-                velocity_S.mul_(self._momentum)
-                velocity_S.add_(step_S)
-                step_S = (velocity_S * self._momentum).add_(step_S)
+                step_S = self._with_momentum(self.velocity[start:stop], step_S)
             theta_N[start:stop].sub_(step_S * self._rate)
 
+    def stepped(
+        self, theta_N: torch.Tensor, updates: Iterator[tuple[int, int, torch.Tensor]]
+    ) -> tuple[torch.Tensor, float]:
+        """A new theta_N, what `step_` makes of the same update, and how far it is from the old one (Euclidean).
 
-def apply(plan: Plan, deltas: Sequence[Delta], update_N: torch.Tensor) -> None:
-    """Write the update that `plan` makes of `deltas` into update_N. Raises CannotMerge when it is not finite."""
+        updates: (start, stop, update_S), the whole update in slices, each of use until the next is asked for. When they
+        raise, the velocity is as it was.
+        """
+        after_N, squares = torch.empty_like(theta_N), list[float]()
+        velocity_N = None
+        if self._momentum:
+            velocity_N = torch.zeros_like(theta_N) if self.velocity is None else self.velocity.clone()
+        for start, stop, step_S in updates:
+            if velocity_N is not None:
+                step_S = self._with_momentum(velocity_N[start:stop], step_S)
+            step_S = step_S * self._rate
+            torch.sub(theta_N[start:stop], step_S, out=after_N[start:stop])
+            squares.append(float(step_S.dot(step_S)))
+        self.velocity = velocity_N
+        return after_N, math.sqrt(math.fsum(squares))
+
+    def _with_momentum(self, velocity_S: torch.Tensor, update_S: torch.Tensor) -> torch.Tensor:
+        """Changes velocity_S; the step, new."""
+        velocity_S.mul_(self._momentum)
+        velocity_S.add_(update_S)
+        return (velocity_S * self._momentum).add_(update_S)
+
+
+def _planned(contributions: Sequence[Contribution], rule: Rule, bad_max: int | None) -> tuple[Plan, list[Delta]]:
+    """How, and of what. Raises CannotMerge."""
+    counted = _counted(contributions)
+    deltas = [contribution.delta for contribution in counted]
+    check(rule, len(counted), bool(deltas) and deltas[0].sparse, bad_max)
+    _alike(deltas)
+    plan = make_plan(
+        rule,
+        Round(
+            sparse=deltas[0].sparse,
+            weights_parts=tuple(contribution.weight_parts for contribution in counted),
+            clips_parts=tuple(contribution.clip_parts for contribution in counted),
+            gram=_finite_gram(deltas) if rule in BY_DISTANCE else None,
+            bad_max=bad_max,
+        ),
+    )
+    return plan, deltas
+
+
+def _updates(
+    plan: Plan, deltas: Sequence[Delta], room: Callable[[int, int], torch.Tensor]
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """(start, stop, update_S) of the update that `plan` makes of `deltas`, in order, written into room(start, stop).
+
+    Raises CannotMerge where it is not finite.
+    """
     used = [(delta, factor) for delta, factor in zip(deltas, plan.factors, strict=True) if factor != 0.0]
     comparators = () if plan.kept is None else network(len(used), *plan.kept)
-    for start, stop in slices(update_N.numel(), SLICE if plan.kept else SLICE_SUM):
-        update_S = update_N[start:stop]
+    for start, stop in slices(deltas[0].n, SLICE if plan.kept else SLICE_STEP):
+        update_S = room(start, stop)
         if plan.kept is not None:
             _middle(used, start, update_S, plan, comparators)
         elif deltas[0].sparse:
@@ -164,6 +225,7 @@ def apply(plan: Plan, deltas: Sequence[Delta], update_N: torch.Tensor) -> None:
         lowest, highest = torch.aminmax(update_S)  # either is nan if any element is
         if not (math.isfinite(float(lowest)) and math.isfinite(float(highest))):
             raise CannotMerge("the update is not finite: a contribution is not, and the gate has to refuse it first")
+        yield start, stop, update_S
 
 
 def _sum(used: Sequence[tuple[Delta, float]], start: int, update_S: torch.Tensor, plan: Plan) -> None:

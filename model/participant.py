@@ -31,7 +31,7 @@ from model.evaluate import SCORE_ROWS_MIN, SHARE, held_out_loss, scoring
 from model.evidence import norm, overlaps
 from model.feedback import DECAY, Feedback
 from model.load import Loaded
-from model.merge import Contribution, OuterStep, merge
+from model.merge import Contribution, OuterStep, merge_and_step
 from model.private import PrivateTrainer
 from model.rules import Rule
 from model.train import MicroStep, Trainer
@@ -123,6 +123,11 @@ class Participant:
 
     # ---- others' work ----
 
+    def own(self, *, steps: int, tokens: int) -> Payload:
+        """What `write` wrote, as `read` would read it."""
+        assert self._sent is not None, "nothing was written in this round"
+        return Payload(delta=self._sent, norm=norm(self._sent), steps=steps, tokens=tokens)
+
     def read(self, raw: bytes, number: int, base: Digest, peer: str) -> Payload:
         """What a peer sent in this round. Raises BadUpdate for what every member would refuse."""
         update, delta = read_update(raw, self._expected(number, base, peer))
@@ -177,19 +182,17 @@ class Participant:
         feedback. So does unfinished training.
         """
         self._note()
-        theta_N = self.trainer.start_vector_N.clone()
+        theta_N = self.trainer.start_vector_N
         contributions = [
             Contribution(delta=line.payload.delta, weight_parts=line.weight_parts, clip_parts=line.clip_parts)
             for line in lines
         ]
         try:
-            made = merge(contributions, self.course.rule)
+            made = merge_and_step(contributions, self.course.rule, self._outer, theta_N)
         except CannotMerge as exc:
             rule, why, moved = "none", f"the weights stay: {exc}", 0.0
         else:
-            rule, why = str(made.plan.rule), made.plan.why
-            self._outer.step_(theta_N, made.update)
-            moved = float((theta_N - self.trainer.start_vector_N).double().norm())
+            rule, why, moved, theta_N = str(made.plan.rule), made.plan.why, made.moved, made.theta
             if took_ours and self._sent is not None:
                 self._feedback.take(self._sent)
         self._begin(theta_N)
@@ -202,7 +205,8 @@ class Participant:
         self._is_unnoted = False
 
     def _begin(self, theta_N: torch.Tensor) -> None:
-        self.trainer.rebase(theta_N)
+        """theta_N: new, or what was before."""
+        self.trainer.rebase(theta_N, is_given=True)
         self._sent = None
 
     # ---- states ----

@@ -126,13 +126,14 @@ class Trainer:
 
     def delta(self) -> torch.Tensor:
         """start - end as a new vector_N, fp32 on the CPU: what the steps since start took away from the weights."""
-        return self.start_vector_N - self.layout.flatten(self.named)
+        end_N = self.layout.flatten(self.named)
+        return torch.sub(self.start_vector_N, end_N, out=end_N)
 
-    def rebase(self, vector_N: torch.Tensor) -> None:
+    def rebase(self, vector_N: torch.Tensor, *, is_given: bool = False) -> None:
         """Takes weights (fp32, CPU) as the new start: a committed round's. Moments are kept, a step under way is begun
-        anew. Raises BadModel."""
+        anew. is_given: nobody changes that vector any more, so that no copy is needed. Raises BadModel."""
         self.layout.load_into(self.named, vector_N)
-        self.start_vector_N = vector_N.clone()
+        self.start_vector_N = vector_N if is_given else vector_N.clone()
         self._drop_gradients()
 
     def state(self) -> SavedState:

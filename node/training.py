@@ -218,7 +218,7 @@ class Training:
         )
         least, most = PAYLOADS_KEPT
         kept = weights.state_bytes // (max(1, len(plan.founders)) * weights.payload_bytes_max)
-        rounds = min(most, max(least, kept))
+        rounds = max(min(most, max(least, kept)), 2 * plan.named_every)
         payloads = Payloads(parts.blobs, folder, rounds, place.admits, states_kept=weights.states_offered)
         return RoundService(place, RoundHistory(place, weights, store, payloads), weights.choice)
 

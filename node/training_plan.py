@@ -20,7 +20,7 @@ from gossip.electors import Electors, Terms
 from gossip.errors import RemoteProtocolError
 from gossip.round_state import Chain
 from gossip.rounds import MEMBERS_MAX, Id, Member
-from model.codecs import CODECS
+from model.codecs import CODECS, codec_named
 from model.rules import BY_ORDER, Rule
 
 PARTS: Final = 1 << 20  # of one, in rates
@@ -29,6 +29,8 @@ ALLOWED_MAX: Final = 256
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,31}$"
 DENSE_ELEMENTS_MAX: Final = 6_000_000  # up to here every member gets everything in int4, and every robust rule works
 STEPS_DEFAULT: Final = 20
+NAMED_EVERY_MAX: Final = 8
+NAMED_BYTES: Final = 16 << 20  # of weights, for which writing and hashing is nothing beside a round
 _LIMITS: Final = Limits(bytes_max=PLAN_BYTES_MAX, array_max=ALLOWED_MAX, items_max=2 * ALLOWED_MAX)
 
 Parts = Annotated[int, Meta(ge=0, le=16 * PARTS)]
@@ -96,6 +98,14 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         terms = Terms(probation=self.probation, absent_max=self.absent_max, voters_max=self.voters_max)
         electors = Electors.of_founders(map(PeerId, self.founders), terms)
         return Chain(run=self.id, round=0, base=digest(b"openagi:genesis:" + self.id), electors=electors)
+
+    @property
+    def named_every(self) -> int:
+        """In how many rounds the weights are written down and named once. What is between is made again by its payloads
+        where it is wanted, so it is more than one only where weights are much, and much more than payloads."""
+        state_bytes = 4 * self.elements * (2 if self.momentum else 1)
+        payload_bytes = sum(codec_named(self.codec).sizes(self.elements))
+        return max(1, min(NAMED_EVERY_MAX, state_bytes // NAMED_BYTES, state_bytes // (8 * payload_bytes)))
 
     def revision_at(self, number: int, base: bytes) -> str:
         """What the weights before a round are called: equal names, equal histories, equal weights."""

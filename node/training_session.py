@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import trio
 
-from crypto.digest import Digest, digest
+from crypto.digest import Digest
 from crypto.disk import write_whole
 from crypto.identity import PeerId
 from gossip.errors import CannotStore
@@ -169,8 +169,9 @@ class Session:
             await trio.to_thread.run_sync(lambda: write_whole(payloads.own_path(chain.round), raw, over=True))
         except OSError as exc:
             raise CannotStore(f"the update cannot be written to {self._folder}: {exc.strerror}") from exc
-        await weights.add_own(_blob_of(raw), raw, chain.round, base)
-        self._done = chain.base, Work(steps=steps, tokens=tokens)
+        made_of = await trio.to_thread.run_sync(manifest_of, raw)
+        await weights.add_own(made_of.blob, chain.round, steps=steps, tokens=tokens)
+        self._done = chain.base, Work(steps=steps, tokens=tokens, made_of=made_of)
         return True
 
     async def _train(self, chain: Chain) -> int:
@@ -291,8 +292,3 @@ class Session:
             (MOMENTS, state.vectors), (NUMBERS, state.numbers), (UNSENT, participant.unsent())
         ):  # fmt: skip
             write_whole(self._folder / name, content, over=True)
-
-
-def _blob_of(raw: bytes) -> Digest:
-    """The digest under which a payload is offered."""
-    return digest(manifest_of(raw).encode())

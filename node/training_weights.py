@@ -21,12 +21,13 @@ from typing import NoReturn, TypeVar
 
 import trio
 
-from crypto.digest import Digest, digest
+from crypto.digest import Digest
 from crypto.disk import write_whole
 from crypto.identity import PeerId
 from gossip.errors import CannotStore
 from gossip.round_history import Unsound
 from gossip.rounds import Contribution, Header, Manifest, Statement
+from gossip.transfer import Manifest as Made
 from gossip.transfer import manifest_of
 from model.errors import BadState, BadUpdate, Diverged
 from model.gate import Run
@@ -52,7 +53,8 @@ _T = TypeVar("_T")
 class RoundTold:
     """A committed round, for people. held_out_loss: of the weights that it made, on this node's own text.
 
-    root: the name of those weights as this node has them (hex): equal at all members.
+    root: the name of those weights as this node has them (hex): equal at all members; '' where a run names them once in
+    some rounds (Plan.named_every).
     """
 
     round: int
@@ -78,7 +80,7 @@ class WeightsTold:
     held_out_loss: float | None = None  # of the weights before the round to come
     revision: str = ""
     busy_s: float = 0.0  # for how long looks in this round have waited for the engine
-    root: str = ""  # of the same weights, hex
+    root: str = ""  # of the same weights, hex; '' for those that are not named
     own_norm: float | None = None  # of this node's last update
     voters: tuple[str, ...] = ()  # as the round began, to say who was missing; the session keeps it
 
@@ -96,6 +98,7 @@ class Weights:
         self._hosting, self._own, self._folder = hosting, own, folder
         self._payloads: dict[Digest, Payload] = {}  # by blob, of the round that is open
         self._scores = Scores()
+        self._made_of: Made | None = None  # the file of the weights before this round, if they have one
         self._began_s = trio.current_time()
         self._newest: tuple[str, Mapping[str, object]] = ("", {})  # what the engine should go on under
         self._changed = trio.Event()
@@ -103,9 +106,9 @@ class Weights:
     # ---- see gossip.round_history.Owner ----
 
     @property
-    def state_path(self) -> Path:
-        """The weights before this round."""
-        return self._folder / f"{STATE}{self.round}"
+    def state(self) -> tuple[Path, Made] | None:
+        """The weights before this round as they lie on the disk."""
+        return None if self._made_of is None else (self._folder / f"{STATE}{self.round}", self._made_of)
 
     @property
     def state_bytes(self) -> int:
@@ -199,9 +202,9 @@ class Weights:
                 return await self._begin(number, base_of(number), is_written=True)
         await self._begin(0, base_of(0))
 
-    async def add_own(self, blob: Digest, raw: bytes, number: int, base: Digest) -> None:
+    async def add_own(self, blob: Digest, number: int, *, steps: int, tokens: int) -> None:
         """Own update, about to be announced."""
-        payload = await _in_thread(self.participant.read, raw, number, base, str(self._own))
+        payload = await _in_thread(partial(self.participant.own, steps=steps, tokens=tokens))
         self.told.own_norm = payload.norm
         await self._note(number, blob, payload)
 
@@ -295,11 +298,13 @@ class Weights:
 
     async def _begin(self, number: int, base: bytes, *, is_written: bool = False) -> None:
         """The weights are those before this round. Raises CannotStore."""
+        is_named = is_written or number % self.plan.named_every == 0
         try:
-            self.told.root = await _in_thread(self._write, number, is_written)
+            self._made_of = await _in_thread(self._write, number, is_written) if is_named else None
         except OSError as exc:
             raise CannotStore(f"the weights cannot be kept in {self._folder}: {exc.strerror}") from exc
         self.round = number
+        self.told.root = self._made_of.blob.hex() if self._made_of is not None else ""
         self._payloads.clear()
         self.choice.forget()
         self.told.busy_s = 0.0
@@ -309,12 +314,12 @@ class Weights:
         self._changed.set()
         self._changed = trio.Event()
 
-    def _write(self, number: int, is_written: bool) -> str:
-        """The weights' name. Raises OSError."""
+    def _write(self, number: int, is_written: bool) -> Made:
+        """What the weights' file is made of. Raises OSError."""
         state = self.participant.state()
-        root = digest(manifest_of(state).encode()).hex()
+        made_of = manifest_of(state)
         if is_written:
-            return root
+            return made_of
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_whole(self._folder / f"{STATE}{number}", state, over=True)
         states = sorted(self._states())
@@ -324,7 +329,7 @@ class Weights:
         for old in states:
             if old not in kept:
                 (self._folder / f"{STATE}{old}").unlink(missing_ok=True)
-        return root
+        return made_of
 
     def _states(self) -> list[int]:
         names = (path.name.removeprefix(STATE) for path in self._folder.glob(f"{STATE}*"))

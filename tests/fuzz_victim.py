@@ -33,6 +33,7 @@ from gossip.round_service import RoundService, Work
 from gossip.round_state import Chain
 from gossip.round_store import RoundStore
 from gossip.rounds import round_topic
+from gossip.transfer import manifest_of
 from node.config import NodeConfig
 from node.run import Node
 from p2p.errors import P2PError
@@ -115,7 +116,7 @@ async def take_part(here: Node, identity: Identity, path: Path, services: list[R
             at = await service.opened()
             await trio.sleep(0.5)
             payloads.own_path(at.round).write_bytes(at.base)
-            await service.contribute(at, Work(steps=1, tokens=1))
+            await service.contribute(at, Work(steps=1, tokens=1, made_of=manifest_of(at.base)))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(train)

@@ -31,6 +31,8 @@ from gossip.round_service import RoundService, Work
 from gossip.round_state import Chain
 from gossip.round_store import RoundStore
 from gossip.rounds import WEIGHT_ONE, Header, Manifest, Statement
+from gossip.transfer import Manifest as Made
+from gossip.transfer import manifest_of
 from p2p.errors import Unreachable
 from p2p.loopback import LoopbackNetwork, LoopbackTransport
 from tests.blob_world import FETCH, inline
@@ -87,13 +89,14 @@ class Disk(System):
 
 
 class HashOwner:
-    """Weights on disk: the number of the round in the file's name."""
+    """Weights on disk, those of every so many rounds: the number of the round in the file's name."""
 
     state_bytes = SIZE
     payload_bytes_max = 400
 
-    def __init__(self, folder: Path, disk: Disk) -> None:
-        self._folder, self._disk = folder, disk
+    def __init__(self, folder: Path, disk: Disk, named_every: int = 1) -> None:
+        self._folder, self._disk, self._named_every = folder, disk, named_every
+        self._unnamed = b""  # weights that have no file
         folder.mkdir(parents=True, exist_ok=True)
         found = sorted(int(path.name.removeprefix("state-")) for path in folder.glob("state-*"))
         self.round = found[-1] if found else 0
@@ -108,8 +111,12 @@ class HashOwner:
         return self._folder / f"state-{self.round}"
 
     @property
+    def state(self) -> tuple[Path, Made] | None:
+        return None if self.round % self._named_every else (self.state_path, manifest_of(self.weights))
+
+    @property
     def weights(self) -> bytes:
-        return self.state_path.read_bytes()
+        return self._unnamed if self.round % self._named_every else self.state_path.read_bytes()
 
     @property
     def states(self) -> dict[int, bytes]:
@@ -150,7 +157,10 @@ class HashOwner:
         self.round = number
 
     def _write(self, number: int, content: bytes) -> None:
-        (self._folder / f"state-{number}").write_bytes(content)
+        if number % self._named_every:
+            self._unnamed = content
+        else:
+            (self._folder / f"state-{number}").write_bytes(content)
 
 
 @dataclass
@@ -194,7 +204,7 @@ class Member:
                 continue
             payload = rng.randbytes(300) + (POISON if self.poisons else b"")
             self.service.history.payloads.own_path(chain.round).write_bytes(payload)
-            await self.service.contribute(chain, Work(steps=1, tokens=10))
+            await self.service.contribute(chain, Work(steps=1, tokens=10, made_of=manifest_of(payload)))
 
     async def stop(self) -> None:
         self.scope.cancel()
@@ -211,6 +221,7 @@ class World:
         self.identities = [Identity.make() for _ in range(8)]
         self.began = trio.current_time()
         self.allowed: frozenset[PeerId] = frozenset()
+        self.named_every = 1
 
     def genesis(self, founders: int) -> Chain:
         terms = Terms(probation=2, absent_max=2)
@@ -237,7 +248,7 @@ class World:
         folder = self._path / identity.peer_id
         blames: list[tuple[PeerId, str]] = []
         disk = Disk()
-        owner = HashOwner(folder / "weights", disk)
+        owner = HashOwner(folder / "weights", disk, self.named_every)
         blobs = Blobs(transport, transport, BlobsConfig(folder=folder / "blobs", fetch=FETCH), blocking=inline)
         door = RoundDoor(transport, NETWORK, lambda peer, _fault, what: blames.append((peer, what)), self.now_ms)
         place = RunPlace(
@@ -251,7 +262,7 @@ class World:
             timing=TIMING,
             disk=inline,
         )
-        payloads = Payloads(blobs, folder, changes.pop("rounds_kept", 3), place.admits)
+        payloads = Payloads(blobs, folder, changes.pop("rounds_kept", max(3, 2 * self.named_every)), place.admits)
         history = RoundHistory(place, owner, RoundStore(folder, NETWORK, disk), payloads)
         service = RoundService(place, history, Everybody())
         prepare = changes.pop("prepare", lambda _member: None)

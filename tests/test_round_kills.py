@@ -23,14 +23,15 @@ EVENTS = 12
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("founders", "stride"), [(1, 1), (2, 3)])
+@pytest.mark.parametrize(("founders", "stride", "named_every"), [(1, 1, 1), (2, 3, 1), (1, 1, 3)])
 async def test_a_kill_at_any_step_of_a_round_loses_nothing(
-    tmp_path: Path, autojump_clock: MockClock, founders: int, stride: int
+    tmp_path: Path, autojump_clock: MockClock, founders: int, stride: int, named_every: int
 ) -> None:
     """What was said is kept, the record is on the disk, the weights change: between any two of these, and within."""
     stood, point = Counter[tuple[int, int]](), 0  # records and weights that a kill left, beyond those of before
     while max(stood, default=(0, 0)) < (2, 0):
         async with world(tmp_path / str(point)) as run:
+            run.named_every = named_every
             members = [await run.start(number, founders=founders) for number in range(founders)]
             await run.until(1)
             before = members[0].service.round
@@ -67,11 +68,15 @@ async def test_two_members_that_are_killed_at_once_come_back(tmp_path: Path, aut
         run.agree()
 
 
-async def test_all_members_that_are_killed_at_once_go_on(tmp_path: Path, autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize(("named_every", "rounds"), [(1, 2), (4, 6)])
+async def test_all_members_that_are_killed_at_once_go_on(
+    tmp_path: Path, autojump_clock: MockClock, named_every: int, rounds: int
+) -> None:
     """Nobody is left who could give anything but what the disks hold: their payloads are there again."""
     async with world(tmp_path) as run:
+        run.named_every = named_every
         members = [await run.start(number) for number in range(4)]
-        await run.until(2)
+        await run.until(rounds)
         for member in members:
             member.disk.dies_before_change = True
         for member in members:
@@ -81,6 +86,7 @@ async def test_all_members_that_are_killed_at_once_go_on(tmp_path: Path, autojum
         members = [await run.start(number) for number in range(4)]
         await run.until(stood + 2)
         assert all(member.owner.adopted == [] and member.blames == [] for member in members)
+        assert all((each.root is None) == bool(each.round % named_every) for each in members[0].manifests)
         run.agree()
 
 

@@ -13,6 +13,7 @@ from trio.testing import MockClock
 from crypto.digest import Digest
 from gossip.errors import CannotStore
 from gossip.round_payloads import STATES_KEPT, Payloads
+from gossip.transfer import Manifest, manifest_of
 from tests.blob_world import Peer, World
 
 KEPT = 2
@@ -63,13 +64,17 @@ async def test_a_payload_whose_file_is_gone_is_fetched_again(tmp_path: Path, aut
         assert (await payloads.get(1, blob, [donor.id], 300)).read_bytes() == (tmp_path / "content-1").read_bytes()
 
 
+def made_of(path: Path) -> Manifest:
+    return manifest_of(path.read_bytes())
+
+
 async def test_more_states_are_offered_where_there_is_room(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with place(tmp_path) as (me, _, made):
         payloads = Payloads(made._blobs, tmp_path, 1, lambda _peer: True, states_kept=4)
         roots = []
         for number in range(6):
             (tmp_path / f"state-{number}").write_bytes(bytes([number]) * 500)
-            roots.append(await payloads.offer_state(tmp_path / f"state-{number}"))
+            roots.append(await payloads.offer_state(tmp_path / f"state-{number}", made_of(tmp_path / f"state-{number}")))
         assert me.blobs._serving.offered == set(roots[-4:])
 
 
@@ -78,11 +83,11 @@ async def test_the_newest_states_are_offered(tmp_path: Path, autojump_clock: Moc
         paths = [tmp_path / f"state-{number}" for number in range(4)]
         for number, path in enumerate(paths):
             path.write_bytes(bytes([number]) * 500)
-        roots = [await payloads.offer_state(path) for path in paths[:3]]
+        roots = [await payloads.offer_state(path, made_of(path)) for path in paths[:3]]
         assert me.blobs._serving.offered == set(roots[-STATES_KEPT:])
-        assert await payloads.offer_state(paths[1]) == roots[1]  # again: it is the newest now
+        assert await payloads.offer_state(paths[1], made_of(paths[1])) == roots[1]  # again: it is the newest now
         assert me.blobs._serving.offered == {roots[1], roots[2]}
-        roots.append(await payloads.offer_state(paths[3]))
+        roots.append(await payloads.offer_state(paths[3], made_of(paths[3])))
         assert me.blobs._serving.offered == {roots[1], roots[3]}
 
 
@@ -91,7 +96,7 @@ async def test_when_a_run_ends_nothing_is_offered_and_the_files_stay(tmp_path: P
         path = await payloads.get(1, await offered(donor, tmp_path, 1), [donor.id], 300)
         payloads.own_path(1).write_bytes(b"own")
         await payloads.add_own(1)
-        await payloads.offer_state(tmp_path / "content-1")
+        await payloads.offer_state(tmp_path / "content-1", made_of(tmp_path / "content-1"))
         assert len(me.blobs._serving.offered) >= 2
         payloads.close()
         assert me.blobs._serving.offered == set()
@@ -114,7 +119,7 @@ async def test_a_file_that_is_not_there_cannot_be_offered(tmp_path: Path, autoju
         with pytest.raises(CannotStore, match="cannot be offered"):
             await payloads.add_own(1)
         with pytest.raises(CannotStore, match="cannot be offered"):
-            await payloads.offer_state(tmp_path / "nothing")
+            await payloads.offer_state(tmp_path / "nothing", manifest_of(b"nothing"))
 
 
 async def test_an_own_payload_that_is_damaged_keeps_no_other_from_being_offered(

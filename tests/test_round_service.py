@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
+import pytest
 from trio.testing import MockClock
 
 from tests.round_world import SIZE, Member, World
@@ -74,14 +75,18 @@ async def test_after_a_kill_a_member_goes_on_where_its_records_end(tmp_path: Pat
         assert all(each == manifests[0] for each in manifests)
 
 
-async def test_who_joins_late_takes_a_state_and_becomes_a_voter(tmp_path: Path, autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize("named_every", [1, 4])
+async def test_who_joins_late_takes_a_state_and_becomes_a_voter(
+    tmp_path: Path, autojump_clock: MockClock, named_every: int
+) -> None:
     async with world(tmp_path) as run:
+        run.named_every = named_every
         members = [await run.start(number) for number in range(4)]
         await run.until(12)
         late = await run.start(4)
         await run.until(22)
         assert late.owner.adopted, "it replayed twelve rounds, of which the payloads are gone"
-        assert len(late.owner.applied) < 12
+        assert late.owner.applied[0].round > 12 - 2 * named_every
         assert late.id in members[0].service.history.chain.electors.voters
         numbers = {member.owner.round: member.owner.weights for member in members}
         assert late.owner.weights == numbers.get(late.owner.round, late.owner.weights)
@@ -132,13 +137,17 @@ async def test_who_leaves_votes_no_more_and_a_run_without_members_is_over(
                 await member.ended.wait()
 
 
-async def test_weights_that_are_not_those_of_a_quorum_are_given_up(tmp_path: Path, autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize("named_every", [1, 3])
+async def test_weights_that_are_not_those_of_a_quorum_are_given_up(
+    tmp_path: Path, autojump_clock: MockClock, named_every: int
+) -> None:
     async with world(tmp_path) as run:
+        run.named_every = named_every
         members = [await run.start(number) for number in range(4)]
-        await run.until(2)
+        await run.until(3)
         number = members[3].owner.round
         (members[3].owner.state_path).write_bytes(random.Random(1).randbytes(SIZE))
-        await run.until(number + 4)
+        await run.until(number + 1 + 3 * named_every)
         assert members[3].service.history.counts["diverged"] == 1
         states = {member.owner.round: member.owner.weights for member in members[:3]}
         assert members[3].owner.weights == states.get(members[3].owner.round, members[3].owner.weights)

@@ -116,7 +116,6 @@ def spoils(value: float) -> Lie:
             return bytes(raw)
 
         weights.participant.write = written  # type: ignore[method-assign]
-        weights.add_own = swallow  # type: ignore[method-assign]  # it would find the lie itself
 
     return lie
 
@@ -136,10 +135,6 @@ def cheats(liar: Trainee) -> None:
         return await contribute(chain, None if work is None else replace(work, steps=1), **fields)
 
     liar.session.service.contribute = contributed  # type: ignore[method-assign]
-
-
-async def swallow(*_: object) -> None:
-    await trio.lowlevel.checkpoint()
 
 
 @pytest.mark.parametrize(

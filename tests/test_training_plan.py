@@ -192,6 +192,25 @@ def test_defaults_go_by_what_is_cheap() -> None:
     assert in_order(("b", "a", "b")) == ("a", "b")
 
 
+@pytest.mark.parametrize(
+    ("codec", "elements", "momentum", "every"),
+    [
+        ("int4", 5_000_000, 0, 1),
+        ("ef64.2b", 3_000_000, 0, 1),
+        ("ef64.2b", 25_500_000, 0, 6),
+        ("ef64.2b", 25_500_000, PARTS // 2, 8),
+        ("ef64.2b", 1_000_000_000, 0, 8),
+        ("ef256.2b", 1_000_000_000, 0, 7),
+        ("int4", 1_000_000_000, 0, 1),
+        ("fp32", 25_500_000, 0, 1),
+    ],
+)
+def test_weights_are_named_less_often_where_payloads_are_little_beside_them(
+    codec: str, elements: int, momentum: int, every: int
+) -> None:
+    assert plan(codec=codec, elements=elements, momentum=momentum, rule="mean").named_every == every
+
+
 def test_a_plan_that_leaves_out_what_has_a_default_is_refused() -> None:
     """Else one run had two ids."""
     fields = decode_canonical(plan().raw, Limits(bytes_max=PLAN_BYTES_MAX))

@@ -301,7 +301,10 @@ async def test_the_disk_keeps_this_round_and_those_that_are_offered(
             _, path = await one.sent(OTHER, base=base)
             base = (await one.commit({OTHER: (path, WEIGHT_ONE)}, base)).next_base
         assert one.states() == [f"state-{number}" for number in range(6 - kept, 7)]
-        assert one.weights.state_path.read_bytes() == one.participant.state()
+        assert one.weights.state is not None
+        path, made_of = one.weights.state
+        assert path.read_bytes() == one.participant.state()
+        assert made_of == manifest_of(one.participant.state())
 
 
 async def test_weights_without_records_give_way_to_the_beginning(tmp_path: Path) -> None:
@@ -311,7 +314,10 @@ async def test_weights_without_records_give_way_to_the_beginning(tmp_path: Path)
     async with here(tmp_path) as one:
         assert one.weights.round == 0
         assert one.states() == ["state-0"]
-        assert one.weights.state_path.read_bytes() == one.participant.state()
+        assert one.weights.state is not None
+        path, made_of = one.weights.state
+        assert path.read_bytes() == one.participant.state()
+        assert made_of == manifest_of(one.participant.state())
 
 
 async def test_the_newest_weights_that_fit_are_gone_on_from(tmp_path: Path) -> None:
