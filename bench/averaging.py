@@ -3,9 +3,10 @@
 Rules: 2 and 4 processes (bench/averaging_end.py) over libp2p and direct channels on loopback, each with the node's own
 rounds, blobs, codecs, gate and merge; there is no model and no training: every round each has a new random change to
 send, which is made beforehand and counts nowhere. CPU is that of a whole process from the start of the round, the work
-being done, to the next round, the weights changed and on the disk, signatures and the rule included; divided by rounds,
-median over the processes. A round's seconds are the wall's. group_forms_s: from a member's word that it is ready to
-the moment at which it knows that all are; all begin at a whole second of the clock, then encode, write and hash.
+being done, to the next round, the weights changed, signatures and the rule included, and on the disk in the rounds in
+which a run of this size writes and names them (Plan.named_every): the mean over so many rounds that each such round has
+its share, median over the processes. A round's seconds are the wall's, the median. group_forms_s: all have their work
+ready and say so in the same moment; until the last of them knows that all have.
 Replicas are compared by the digest of their weights.
 Source: MEASURE.md (averaging); the rival's figures: TRAINING.md 7, hivemind 1.1.12 on another machine.
 """
@@ -103,7 +104,7 @@ def main() -> int:
     cases = (CASES[0], CASES[2]) if chosen.quick else CASES
     rows = list[Row]()
     for case in cases:
-        told = measure(case, 3 if chosen.quick else 5, ELEMENTS // 10 if chosen.quick else ELEMENTS)
+        told = measure(case, 2 if chosen.quick else 6, ELEMENTS // 10 if chosen.quick else ELEMENTS)
         rows += rows_of(case, told)
         for row in rows_of(case, told):
             print(f"{row.figure}: {row.value:.4g} {row.unit}", flush=True)

@@ -42,23 +42,26 @@ from p2p.host_config import HostConfig
 
 NETWORK = "averaging"
 CHANGE = 1e-3
+REST_S = 0.5  # after the last has come: what made its numbers ready is over
 
 
 class Vector:
-    """Stands for a model.train.Trainer: a vector, and a change of it."""
+    """Stands for a model.train.Trainer: the weights of a model that changes at random, moved about as a trainer does."""
 
     def __init__(self, elements: int) -> None:
         self.layout = Layout((TensorSpec("weights", (elements,)),))
         self.start_vector_N = torch.zeros(elements)
-        self.change_N = torch.zeros(elements)
+        self.named = {"weights": torch.zeros(elements)}
 
     def delta(self) -> torch.Tensor:
-        """What was 'trained'."""
-        return self.change_N
+        """As Trainer.delta."""
+        end_N = self.layout.flatten(self.named)
+        return torch.sub(self.start_vector_N, end_N, out=end_N)
 
-    def rebase(self, vector_N: torch.Tensor) -> None:
+    def rebase(self, vector_N: torch.Tensor, *, is_given: bool = False) -> None:
         """As Trainer.rebase."""
-        self.start_vector_N = vector_N.clone()
+        self.layout.load_into(self.named, vector_N)
+        self.start_vector_N = vector_N if is_given else vector_N.clone()
 
     def held_out(self, _rows: int) -> torch.Tensor:
         """No text: no scores."""
@@ -66,7 +69,8 @@ class Vector:
 
     def train(self, rng: np.random.Generator) -> None:
         """A new change, outside of what is measured."""
-        self.change_N = torch.from_numpy(rng.standard_normal(len(self.change_N), dtype=np.float32) * CHANGE)
+        change_N = rng.standard_normal(len(self.start_vector_N), dtype=np.float32) * np.float32(CHANGE)
+        self.named["weights"].copy_(self.start_vector_N).sub_(torch.from_numpy(change_N))
 
 
 class Lender:
@@ -119,27 +123,32 @@ async def main(arguments: list[str]) -> None:
         service = RoundService(place, history, weights.choice)
         await weights.restore(0, lambda _number: plan.genesis.base)
         nursery.start_soon(service.run)
-        print(json.dumps(await _measure(service, weights, vector, number, rounds)), flush=True)
+        barrier = Barrier(folder, number, count)
+        print(json.dumps(await _measure(service, weights, vector, barrier, rounds)), flush=True)
         await trio.sleep(2)  # for the others' last fetches
         nursery.cancel_scope.cancel()
 
 
-async def _measure(service: RoundService, weights: Weights, vector: Vector, own: int, rounds: int) -> dict[str, Any]:
+async def _measure(
+    service: RoundService, weights: Weights, vector: Vector, barrier: Barrier, rounds: int
+) -> dict[str, Any]:
     """The first round warms up; how long the group took to form is told by it."""
-    rng = np.random.default_rng(own)
+    rng = np.random.default_rng(barrier.own)
     cpu_s, wall_s, size, group_s = list[float](), list[float](), 0, 0.0
-    for number in range(rounds + 1):
+    for number in range(rounds + 1):  # as many are measured as have their share of named weights
         chain = await service.opened()
         vector.train(rng)
         participant = weights.participant
         participant._is_unnoted = True  # as a step does
-        await _together()
+        await barrier.wait()
         began_cpu, began = _cpu_s(), time.monotonic()
         base = Digest(chain.base)
         raw = await trio.to_thread.run_sync(lambda: participant.write(chain.round, base, steps=1, tokens=1))  # noqa: B023  # run at once
         write_whole(service.history.payloads.own_path(chain.round), raw, over=True)
         made_of = await trio.to_thread.run_sync(manifest_of, raw)
         await weights.add_own(made_of.blob, chain.round, steps=1, tokens=1)
+        if number == 0:
+            await barrier.wait()
         await service.contribute(chain, Work(steps=1, tokens=1, made_of=made_of))
         size = len(raw)
         if number == 0:
@@ -150,7 +159,7 @@ async def _measure(service: RoundService, weights: Weights, vector: Vector, own:
             cpu_s.append(_cpu_s() - began_cpu)
             wall_s.append(time.monotonic() - began)
     return {
-        "cpu_s": sorted(cpu_s)[len(cpu_s) // 2],
+        "cpu_s": sum(cpu_s) / len(cpu_s),
         "round_s": sorted(wall_s)[len(wall_s) // 2],
         "group_s": group_s,
         "payload_bytes": size,
@@ -159,10 +168,20 @@ async def _measure(service: RoundService, weights: Weights, vector: Vector, own:
     }
 
 
-async def _together() -> None:
-    """Wait for the next whole second of the clock that all share: what made the random numbers ready first waits."""
-    now = time.time()
-    await trio.sleep(2.0 - now % 1.0)
+class Barrier:
+    """Members wait for each other, through files, and go on in the same moment."""
+
+    def __init__(self, folder: Path, own: int, count: int) -> None:
+        self._folder, self.own, self._count, self._passed = folder, own, count, 0
+
+    async def wait(self) -> None:
+        """The last to come says when."""
+        self._passed += 1
+        files = [self._folder / f"ready-{self._passed}-{each}" for each in range(self._count)]
+        write_whole(files[self.own], str(time.time() + REST_S).encode(), over=True)
+        while not all(file.exists() for file in files):  # noqa: ASYNC110  # other processes
+            await trio.sleep(0.005)
+        await trio.sleep(max(float(file.read_text()) for file in files) - time.time())
 
 
 async def _all_known(service: RoundService, base: bytes) -> float:

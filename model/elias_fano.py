@@ -12,6 +12,7 @@ bits required to implement an associative memory. TRAINING.md 2 has the sizes: 1
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from model.delta import CHUNK
 from model.errors import BadUpdate
 
 Bytes = npt.NDArray[np.uint8]
+_WORD: Final = np.dtype("<u8")  # holds eight numbers of at most eight bits
 Index = npt.NDArray[np.int64]
 
 
@@ -57,19 +59,17 @@ def pack(chosen: Chosen, k: int) -> Bytes:
     slot_M, within_M = chosen.slots(k), chosen.at % CHUNK
     low = np.zeros(chunks * k, np.uint8)
     low[slot_M] = within_M & ((1 << width) - 1)
-    low_bit = np.unpackbits(low[:, None], axis=1, count=width, bitorder="little").reshape(chunks, k * width)
     unary = np.zeros(chunks * 2 * k, np.uint8)
     unary[chosen.chunks() * k + slot_M + (within_M >> width)] = 1
-    parts = (low_bit, unary.reshape(chunks, 2 * k))
-    return np.concatenate([np.packbits(bit, axis=1, bitorder="little") for bit in parts], axis=1)
+    high = np.packbits(unary.reshape(chunks, 2 * k), axis=1, bitorder="little")
+    return np.concatenate([_joined(low, width).reshape(chunks, -1), high], axis=1)
 
 
 def unpack(packed: Bytes, k: int, size: int) -> Chosen:
     """The coordinates of C chunks that hold `size` elements together. Raises BadUpdate unless `pack` writes these
     very bytes for them."""
     chunks, width = len(packed), low_bits(k)
-    low_bit = np.unpackbits(packed[:, : k * width // 8], axis=1, bitorder="little").reshape(chunks * k, width)
-    low = np.packbits(low_bit, axis=1, bitorder="little")[:, 0]
+    low = _parted(packed[:, : k * width // 8], width)
     one_M = np.flatnonzero(np.unpackbits(packed[:, k * width // 8 :], bitorder="little"))
     chunk_M = one_M // (2 * k)
     counts_C = np.bincount(chunk_M, minlength=chunks)
@@ -88,3 +88,21 @@ def unpack(packed: Bytes, k: int, size: int) -> Chosen:
     if np.count_nonzero(low) != np.count_nonzero(low_M):
         raise BadUpdate("a slot without a coordinate is not zero")
     return Chosen(at_M, counts_C)
+
+
+def _joined(low: Bytes, width: int) -> Bytes:
+    """Numbers of `width` bits, eight after eight, as the `width` bytes that hold eight of them, low bits first."""
+    eight = low.reshape(-1, 8).astype(np.uint64) << _shifts(width)
+    return np.bitwise_or.reduce(eight, axis=1).astype(_WORD).view(np.uint8).reshape(-1, 8)[:, :width]
+
+
+def _parted(packed: Bytes, width: int) -> Bytes:
+    """What `_joined` made of them."""
+    words = np.zeros((packed.size // width, 8), np.uint8)
+    words[:, :width] = packed.reshape(-1, width)
+    eight = words.view(_WORD).astype(np.uint64) >> _shifts(width)
+    return (eight & np.uint64((1 << width) - 1)).astype(np.uint8).reshape(-1)
+
+
+def _shifts(width: int) -> npt.NDArray[np.uint64]:
+    return np.arange(8, dtype=np.uint64) * np.uint64(width)

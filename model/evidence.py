@@ -145,7 +145,7 @@ def _dense(delta: Delta, start: int, stop: int) -> tuple[torch.Tensor, torch.Ten
 
 def _sent(delta: Delta, start: int, stop: int) -> _Sent:
     places_K, values_K = entries(delta, start, stop)
-    starts_C = np.searchsorted(places_K.numpy(), np.arange(0, stop - start, CHUNK))
+    starts_C = np.searchsorted(places_K.numpy(), np.arange(0, stop - start, CHUNK, dtype=np.int64))
     largest_C = torch.from_numpy(_by_chunk(np.maximum, values_K.abs().numpy(), starts_C))
     scale_C, unit_C = _scales(largest_C)
     counts_C = np.diff(starts_C, append=places_K.numel())
