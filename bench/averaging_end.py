@@ -153,8 +153,7 @@ async def _measure(
         size = len(raw)
         if number == 0:
             group_s = await _all_known(service, chain.base)
-        while service.history.chain.round == chain.round or not service.history.is_whole:  # noqa: ASYNC110  # as above
-            await trio.sleep(0.01)
+        await service.opened()
         if number:
             cpu_s.append(_cpu_s() - began_cpu)
             wall_s.append(time.monotonic() - began)

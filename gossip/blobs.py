@@ -17,7 +17,7 @@ from pathlib import Path
 
 import trio
 
-from crypto.digest import Digest, digest, text_of
+from crypto.digest import Digest, text_of
 from crypto.disk import SYSTEM, System
 from crypto.identity import PeerId
 from gossip.blob_fetching import Fetch, FetchConfig, Place, Progress
@@ -25,7 +25,7 @@ from gossip.blob_files import BlobFolder, FileSource, MemorySource
 from gossip.blob_serving import Allowed, BlobServing, Blocking, FaultReport, ServingConfig, Streams
 from gossip.blob_wire import BLOB_PROTOCOL
 from gossip.errors import RemoteProtocolError
-from gossip.transfer import Manifest
+from gossip.transfer import CHUNK_BYTES, Manifest
 from p2p.transport import PeerChange, Transport
 
 DISK_THREADS_MAX = 4
@@ -125,9 +125,14 @@ class Blobs:
         `named` and has another digest here: its chunks are not of the usual size). Cancelled: it is not offered.
         """
         source = await self._blocking(FileSource, path, manifest)
-        if named is not None and digest(source.manifest.encode()) != named:
-            raise RemoteProtocolError(f"{text_of(named)} is not in chunks of {source.manifest.chunk_bytes} bytes")
+        if named is not None and (source.manifest.chunk_bytes != CHUNK_BYTES or source.manifest.blob != named):
+            raise RemoteProtocolError(f"{text_of(named)} is not in chunks of {CHUNK_BYTES} bytes")
         return self._serving.offer(source) if allowed is None else self._serving.offer(source, allowed)
+
+    async def offer_fetched(self, blob: Digest, allowed: Allowed | None = None) -> Digest:
+        """Give on what `fetch` has brought a moment ago: its chunks were compared then. Raises as `offer_file`."""
+        manifest = await self._blocking(self._folder.manifest, blob)
+        return await self.offer_file(self._folder.path(blob), allowed, named=blob, manifest=manifest)
 
     def withdraw(self, blob: Digest) -> None:
         """Offer it no more. A no-op when it is not offered."""

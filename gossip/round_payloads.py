@@ -10,7 +10,8 @@ Source: TRAINING.md 3 (1, 6).
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from crypto.digest import Digest
@@ -87,7 +88,9 @@ class Payloads:
         if self.has(blob):
             return self._paths[blob]
         path = await self._blobs.fetch(blob, holders, bytes_max=bytes_max)
-        self._note(number, await self._offer(path, blob), path)
+        with _as_storage(path):
+            await self._blobs.offer_fetched(blob, self._allowed)
+        self._note(number, blob, path)
         return path
 
     async def offer_state(self, path: Path, made_of: Made) -> Digest:
@@ -140,7 +143,14 @@ class Payloads:
 
     async def _offer(self, path: Path, named: Digest | None, made_of: Made | None = None) -> Digest:
         """Raises CannotStore, RemoteProtocolError."""
-        try:
+        with _as_storage(path):
             return await self._blobs.offer_file(path, self._allowed, named=named, manifest=made_of)
-        except (OSError, LocalProtocolError) as exc:
-            raise CannotStore(f"{path} cannot be offered: {exc}") from exc
+
+
+@contextmanager
+def _as_storage(path: Path) -> Iterator[None]:
+    """Raises CannotStore for what keeps a file from being offered."""
+    try:
+        yield
+    except (OSError, LocalProtocolError) as exc:
+        raise CannotStore(f"{path} cannot be offered: {exc}") from exc

@@ -53,11 +53,11 @@ class PlainCodec:
         """Check every element. Raises BadUpdate."""
         delta = PlainDelta(n, self.wire, sections)
         for start, stop in slices(n):
-            bits_S = delta.floats(start, stop).view(np.int32)
+            bits_S = delta.patterns(start, stop)
             magnitude_S = bits_S & 0x7FFF_FFFF  # positive floats stand in the order of their bits; NaN is the largest
             if magnitude_S.max() > _BITS_MAX:
                 raise BadUpdate(f"an element is not a number of at most {MAGNITUDE_MAX:g}")
-            if bits_S[magnitude_S < _BITS_MIN].any():
+            if bits_S[magnitude_S < _BITS_MIN].any():  # what is neither 0 nor normal
                 raise BadUpdate("an element is a negative zero or a subnormal number, wanted zero")
         return delta
 
@@ -78,6 +78,12 @@ class PlainDelta:
     def sent(self, start: int, stop: int) -> torch.Tensor:
         """All of them."""
         return torch.ones(stop - start, dtype=torch.bool)
+
+    def patterns(self, start: int, stop: int) -> npt.NDArray[np.int32]:
+        """The bits of the values of [start, stop), as fp32."""
+        if self.wire.kind == "f":
+            return np.frombuffer(self.sections.val, "<i4")[start:stop]
+        return self.floats(start, stop).view(np.int32)
 
     def floats(self, start: int, stop: int) -> Floats:
         """The values of [start, stop), copied out of the section."""
