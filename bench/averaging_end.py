@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import trio
 
-from crypto.digest import Digest, digest
+from crypto.digest import Digest
 from crypto.disk import write_whole
 from crypto.identity import Identity, PeerId
 from gossip.agreement import Timing
@@ -46,7 +46,7 @@ REST_S = 0.5  # after the last has come: what made its numbers ready is over
 
 
 class Vector:
-    """Stands for a model.train.Trainer: the weights of a model that changes at random, moved about as a trainer does."""
+    """Stands for a model.train.Trainer: weights that change at random, and are moved about as a trainer does."""
 
     def __init__(self, elements: int) -> None:
         self.layout = Layout((TensorSpec("weights", (elements,)),))

@@ -83,7 +83,7 @@ class FileSource:
     held_bytes = 0
 
     def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
-        """manifest: of a file whose bytes were compared with it just now; None: the whole file is read, for its digests.
+        """manifest: of a file whose bytes were compared with it just now; None: the file is read, for its digests.
 
         Raises OSError, LocalProtocolError (too large, of another size, changed meanwhile).
         """

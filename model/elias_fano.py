@@ -93,7 +93,8 @@ def unpack(packed: Bytes, k: int, size: int) -> Chosen:
 def _joined(low: Bytes, width: int) -> Bytes:
     """Numbers of `width` bits, eight after eight, as the `width` bytes that hold eight of them, low bits first."""
     eight = low.reshape(-1, 8).astype(np.uint64) << _shifts(width)
-    return np.bitwise_or.reduce(eight, axis=1).astype(_WORD).view(np.uint8).reshape(-1, 8)[:, :width]
+    words: Bytes = np.bitwise_or.reduce(eight, axis=1).astype(_WORD).view(np.uint8)
+    return words.reshape(-1, 8)[:, :width]
 
 
 def _parted(packed: Bytes, width: int) -> Bytes:

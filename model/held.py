@@ -31,7 +31,8 @@ class Held:
 
     def entries(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(places_K counted from start, values_K) of [start, stop), new each time."""
-        first, last = np.searchsorted(self.places, np.array((start, stop), np.uint32))  # of any other type: a copy of all
+        ends = np.array((start, stop), np.uint32)  # of any other type, all places would be copied
+        first, last = np.searchsorted(self.places, ends)
         places_K = self.places[first:last].astype(np.int64)
         places_K -= start
         return torch.from_numpy(places_K), torch.from_numpy(self.values[first:last].copy())

@@ -170,10 +170,9 @@ class OuterStep:
         velocity_N = None
         if self._momentum:
             velocity_N = torch.zeros_like(theta_N) if self.velocity is None else self.velocity.clone()
-        for start, stop, step_S in updates:
-            if velocity_N is not None:
-                step_S = self._with_momentum(velocity_N[start:stop], step_S)
-            step_S = step_S * self._rate
+        for start, stop, update_S in updates:
+            turned_S = update_S if velocity_N is None else self._with_momentum(velocity_N[start:stop], update_S)
+            step_S = turned_S * self._rate
             torch.sub(theta_N[start:stop], step_S, out=after_N[start:stop])
             squares.append(float(step_S.dot(step_S)))
         self.velocity = velocity_N

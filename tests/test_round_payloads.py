@@ -74,7 +74,9 @@ async def test_more_states_are_offered_where_there_is_room(tmp_path: Path, autoj
         roots = []
         for number in range(6):
             (tmp_path / f"state-{number}").write_bytes(bytes([number]) * 500)
-            roots.append(await payloads.offer_state(tmp_path / f"state-{number}", made_of(tmp_path / f"state-{number}")))
+            roots.append(
+                await payloads.offer_state(tmp_path / f"state-{number}", made_of(tmp_path / f"state-{number}"))
+            )
         assert me.blobs._serving.offered == set(roots[-4:])
 
 

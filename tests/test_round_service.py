@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import trio
 import pytest
+import trio
 from trio.testing import MockClock
 
 from tests.round_world import SIZE, Member, World
