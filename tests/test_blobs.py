@@ -18,8 +18,8 @@ from gossip.blob_wire import (
     piece_head,
     refusal_frame,
 )
-from gossip.errors import Unavailable
-from gossip.transfer import CHUNK_BYTES
+from gossip.errors import LocalProtocolError, Unavailable
+from gossip.transfer import CHUNK_BYTES, manifest_of
 from p2p.errors import P2PError
 from p2p.loopback import LoopbackTransport
 from p2p.transport import Stream
@@ -49,6 +49,33 @@ def autojump_clock() -> MockClock:
 
 
 # ---- the right way ----
+
+
+async def test_what_was_written_or_fetched_a_moment_ago_is_offered_unread(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    content = random.Random(2).randbytes(CHUNK_BYTES + 5)
+    (tmp_path / "state").write_bytes(content)
+    async with world(tmp_path) as there:
+        one, two = await there.peer(), await there.peer()
+        for other in (one, two):
+            await there.me.transport.dial(other.transport.addresses()[0])
+        await two.transport.dial(one.transport.addresses()[0])
+        made_of = manifest_of(content)
+        with pytest.raises(LocalProtocolError, match=f"has {len(content)} bytes, {len(content) - 1} were announced"):
+            await one.blobs.offer_file(tmp_path / "state", manifest=manifest_of(content[1:]))
+        assert await one.blobs.offer_file(tmp_path / "state", manifest=made_of) == made_of.blob
+        path = await there.me.blobs.fetch(made_of.blob, [one.id])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("gossip.blob_files.digest", None)
+            assert await there.me.blobs.offer_fetched(made_of.blob) == made_of.blob
+        one.blobs.withdraw(made_of.blob)
+        assert (await two.blobs.fetch(made_of.blob, [there.me.id])).read_bytes() == content
+        path.write_bytes(content[::-1])  # it is not any more what was compared: nobody gets it
+        again = await there.peer()
+        await again.transport.dial(there.me.transport.addresses()[0])
+        with pytest.raises(Unavailable):
+            await again.blobs.fetch(made_of.blob, [there.me.id])
 
 
 async def test_a_blob_comes_from_memory_and_from_a_file_as_it_was(tmp_path: Path, autojump_clock: MockClock) -> None:

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from crypto.digest import Digest
 from model.codecs import CODECS, codec_named, decode
-from model.delta import CHUNK, Codec, Delta
+from model.delta import CHUNK, Codec, Delta, HasEntries
 from model.errors import BadModel, ComputeFailed
 from model.feedback import DECAY, Feedback
+from model.merge import Vector
 from tests.vectors import KINDS, vector
 
 each_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
@@ -166,3 +167,18 @@ def test_a_damaged_state_is_refused_or_finite(at: int, raw: bytes) -> None:
         except BadModel:
             continue
         assert loaded.unsent_N.isfinite().all()
+
+
+@pytest.mark.parametrize("n", [CHUNK * 3, CHUNK * 70 + 5])
+def test_what_a_sparse_delta_sent_is_taken_where_it_was_sent_and_nowhere_else(n: int) -> None:
+    vector_N = torch.from_numpy(np.random.default_rng(1).standard_normal(n, dtype=np.float32))
+    vector_N[7] = -0.0
+    short, whole = (Feedback(n, decay=0.5) for _ in range(2))
+    for each in (short, whole):
+        each.unsent_N.copy_(vector_N)
+    sent = decode(short.encode(codec_named("ef64.2b")), codec_named("ef64.2b"), n)
+    assert isinstance(sent, HasEntries)
+    short.take(sent)
+    whole.take(Vector(sent.dense(0, n)))
+    assert torch.equal(short.unsent_N.view(torch.int32), whole.unsent_N.view(torch.int32))
+    assert int((short.unsent_N != vector_N).sum()) == len(sent.entries(0, n)[0])

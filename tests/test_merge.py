@@ -15,7 +15,18 @@ from model.codecs import CODECS, decode, encode
 from model.delta import CHUNK, Delta
 from model.errors import BadModel, CannotMerge
 from model.gate import ONE, WEIGHT_CAP
-from model.merge import SLICE, SLICE_SUM, Contribution, OuterStep, Vector, merge, merge_named, network
+from model.merge import (
+    SLICE,
+    SLICE_STEP,
+    SLICE_SUM,
+    Contribution,
+    OuterStep,
+    Vector,
+    merge,
+    merge_and_step,
+    merge_named,
+    network,
+)
 from model.rules import BY_DISTANCE, BY_ORDER, Rule
 from tests.made_deltas import Plain, TopK, honest, top_k
 
@@ -277,6 +288,46 @@ def test_nesterov_is_that_of_the_textbook_and_goes_on_after_a_restart() -> None:
         velocity = 0.9 * velocity + update.numpy()
         wanted -= 0.7 * (update.numpy() + 0.9 * velocity)
     np.testing.assert_allclose(theta.numpy(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("rule", Rule)
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_merge_and_step_in_one_pass_gives_the_bits_of_both(is_sparse: bool, rule: Rule, momentum: float) -> None:
+    if is_sparse and rule not in ON_SPARSE:
+        return
+    n = SLICE_STEP + CHUNK + 77
+    theta_N = torch.from_numpy(honest(1, n, seed=5)[0].astype(np.float32))
+    twice, once = OuterStep(0.7, momentum), OuterStep(0.7, momentum)
+    stepped_N, before_N = theta_N.clone(), theta_N
+    for turn in range(3):
+        vectors = [each.astype(np.float32) for each in honest(7, n, seed=turn)[1]]
+        contributions = listed([top_k(each) if is_sparse else dense(each) for each in vectors])
+        merged = merge(contributions, rule)
+        twice.step_(stepped_N, merged.update)
+        kept_N = before_N.clone()
+        made = merge_and_step(contributions, rule, once, before_N)
+        assert torch.equal(made.theta, stepped_N)
+        assert torch.equal(before_N, kept_N), "the weights of before are changed"
+        assert made.plan == merged.plan
+        assert made.moved == pytest.approx(float((made.theta - before_N).double().norm()), rel=1e-3)
+        before_N = made.theta
+    if momentum:
+        assert torch.equal(once.velocity, twice.velocity)
+
+
+def test_an_update_that_is_not_finite_leaves_weights_and_momentum_alone() -> None:
+    n = SLICE_STEP + 5
+    outer, theta_N = OuterStep(1.0, 0.5), torch.zeros(n)
+    theta_N = merge_and_step(listed([Vector(torch.ones(n))]), Rule.MEAN, outer, theta_N).theta
+    assert outer.velocity is not None
+    before_N, velocity_N = theta_N.clone(), outer.velocity.clone()
+    bad_N = torch.ones(n)
+    bad_N[-1] = math.inf  # in the last slice: those before it were stepped already
+    with pytest.raises(CannotMerge, match="not finite"):
+        merge_and_step(listed([Vector(bad_N)]), Rule.MEAN, outer, theta_N)
+    assert torch.equal(theta_N, before_N)
+    assert torch.equal(outer.velocity, velocity_N)
 
 
 @pytest.mark.parametrize(("rate", "momentum"), [(0.0, 0.0), (math.nan, 0.0), (math.inf, 0.0), (1.0, 1.0), (1.0, -0.1)])

@@ -307,6 +307,27 @@ async def test_the_disk_keeps_this_round_and_those_that_are_offered(
         assert made_of == manifest_of(one.participant.state())
 
 
+async def test_weights_are_written_and_named_once_in_some_rounds_where_the_plan_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Plan, "named_every", 3)
+    async with here(tmp_path) as one:
+        base: bytes = BASE
+        for number in range(1, 8):
+            _, path = await one.sent(OTHER, base=base)
+            base = (await one.commit({OTHER: (path, WEIGHT_ONE)}, base)).next_base
+            assert (one.weights.state is None) == bool(number % 3)
+            assert (one.weights.told.root == "") == bool(number % 3)
+            assert one.weights.told.rounds[-1].root == one.weights.told.root
+        assert one.states() == ["state-0", "state-3", "state-6"]
+        reached, at = one.participant.state(), one.weights.round
+    async with here(tmp_path / "else") as again:
+        again.weights._folder = tmp_path
+        await again.weights.restore(at, lambda _: BASE)
+        assert again.weights.round == 6
+        assert again.participant.state() != reached  # one round is to be made again
+
+
 async def test_weights_without_records_give_way_to_the_beginning(tmp_path: Path) -> None:
     """The records are gone: those weights belong to rounds that nobody can prove."""
     for number in (5, 6, 7):
