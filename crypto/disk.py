@@ -15,12 +15,13 @@ import errno
 import logging
 import os
 import secrets
+import shutil
 import stat
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -143,6 +144,31 @@ def write_whole(path: Path, content: bytes, *, over: bool, mode: int = 0o600, sy
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+    system.sync_folder(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path, *, system: System = SYSTEM) -> Iterator[Path]:
+    """A new folder to write into: it stands at `path` when the block has ended well, whole, and else not at all.
+
+    An empty folder may be there, nothing else. A kill leaves at worst a `.NAME.tmp-` folder beside it. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name[:200]}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    beside.mkdir()
+    try:
+        yield beside
+        for each in (*beside.rglob("*"), beside):
+            if each.is_dir():
+                system.sync_folder(each)
+                continue
+            with each.open("rb+") as file:
+                system.sync(file.fileno())
+        if path.exists():
+            path.rmdir()  # refuses when something has come into it meanwhile
+        system.rename(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     system.sync_folder(path.parent)
 
 

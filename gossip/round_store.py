@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 from msgspec import Meta, Struct
 
@@ -136,12 +137,9 @@ class RoundStore:
     def _read_through(self) -> None:
         """Find the records; what follows the last whole one is taken away. Raises OSError."""
         with self._path.open("rb") as file:
-            while len(head := file.read(HEAD_BYTES)) == HEAD_BYTES:
-                length = int.from_bytes(head[:4], "big")
-                if not 0 < length <= RECORD_BYTES_MAX or head != _head(file.read(length)):
-                    break
-                self._spans.append((self._end + HEAD_BYTES, length))
-                self._end += HEAD_BYTES + length
+            for record in _whole(file):
+                self._spans.append((self._end + HEAD_BYTES, len(record)))
+                self._end += HEAD_BYTES + len(record)
         size = os.fstat(self._handle).st_size
         if not size:
             return
@@ -182,6 +180,27 @@ class RoundStore:
         if handle >= 0:
             with suppress(OSError):
                 os.close(handle)
+
+
+def read_records(folder: Path) -> Iterator[bytes]:
+    """A run's records from round 0 on, for who only looks: another process may be appending meanwhile.
+
+    Raises CannotStore.
+    """
+    try:
+        with (folder / RECORDS).open("rb") as file:
+            yield from _whole(file)
+    except OSError as exc:
+        raise CannotStore(f"the records in {folder / RECORDS} cannot be read: {exc.strerror}") from exc
+
+
+def _whole(file: BinaryIO) -> Iterator[bytes]:
+    """Each record up to the first that is cut off or damaged. Raises OSError."""
+    while len(head := file.read(HEAD_BYTES)) == HEAD_BYTES:
+        length = int.from_bytes(head[:4], "big")
+        if not 0 < length <= RECORD_BYTES_MAX or head != _head(record := file.read(length)):
+            return
+        yield record
 
 
 def _head(record: bytes) -> bytes:

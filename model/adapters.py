@@ -12,14 +12,17 @@ is within 1/sqrt(I). Bits: numpy's PCG64, whose stream is kept (NEP 19).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from crypto.digest import Digest
 from model.errors import FOREIGN, BadInput, BadModel, first_line
@@ -102,3 +105,19 @@ def merged(model: Any, named: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
         base = layer.base_layer.weight.detach().float().cpu()
         found[f"{name}.weight"] = base + (change_OI.T if layer.fan_in_fan_out else change_OI)
     return found
+
+
+def save_adapters(folder: Path, model: Any, named: Mapping[str, torch.Tensor], base: str) -> None:
+    """Write adapters of these values as a folder that `PeftModel.from_pretrained` puts over the base model.
+
+    model: with the adapters in it, only read. base: what the folder calls the base model. Raises OSError,
+    SafetensorError.
+    """
+    config = copy.copy(model.peft_config[ADAPTER])
+    config.base_model_name_or_path, config.task_type, config.inference_mode = base, "CAUSAL_LM", True
+    config.target_modules = {name for name, layer in model.named_modules() if ADAPTER in getattr(layer, "lora_A", ())}
+    config.save_pretrained(str(folder))
+    held = {
+        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": value.contiguous() for name, value in named.items()
+    }
+    save_file(held, folder / "adapter_model.safetensors", metadata={"format": "pt"})

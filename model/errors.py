@@ -13,7 +13,8 @@
     |- BadState       a saved state of training is damaged, or of another model, text or order
     |- Diverged       training made numbers that are not finite, three steps in a row
     |- BudgetSpent    one more private step would promise less than the operator asked for
-    `- BudgetUnsaved  what a private step spends could not be written down, so it is not taken
+    |- BudgetUnsaved  what a private step spends could not be written down, so it is not taken
+    `- CannotWrite    the disk does not take the model that is to be written
 
 Rules: each message says what came, what was wanted and what to do. FOREIGN names what torch, transformers and the
 template engine raise for bad files or bad input, so that their errors are mapped at the door; anything else is a bug.
@@ -81,6 +82,10 @@ class BudgetUnsaved(ModelError):
 class CannotMerge(ModelError):
     """A round's contributions do not make an update by this rule: too few, of mixed kinds, or a rule that means nothing
     on them."""
+
+
+class CannotWrite(ModelError):
+    """A folder does not take a model."""
 
 
 FOREIGN = (

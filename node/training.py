@@ -35,6 +35,7 @@ from node.errors import BadRequest, NotReady
 from node.hosting import Hosting
 from node.inference import Inference
 from node.training_build import CannotTrain, Own, ledger_of, participant_of, planned
+from node.training_kept import keep_run
 from node.training_pause import PausePolicy
 from node.training_plan import Plan, fault_of, plan_of
 from node.training_session import Session, Wishes
@@ -47,7 +48,6 @@ from p2p.transport import Transport
 
 SEEK_EVERY_S: Final = 3.0
 ANSWER_S_MAX: Final = 5.0  # for peers to say which run they are in
-ID_DIGITS_MIN: Final = 8
 READY_EVERY_S: Final = 0.5
 PAYLOADS_KEPT: Final = (2, 64)  # rounds, at least and at most
 
@@ -195,6 +195,7 @@ class Training:
         weights = Weights(participant, plan, hosting, parts.identity.peer_id, folder)
         store = await trio.to_thread.run_sync(RoundStore, folder, parts.network)
         try:
+            await trio.to_thread.run_sync(keep_run, folder, plan, loaded.found)
             service = self._service(plan, weights, store, folder)
             manifests = service.history.manifests
             await weights.restore(
@@ -235,7 +236,7 @@ class Training:
         """Ask peers until one is in the run. Raises CannotTrain when two runs fit."""
         self._says("seeking", f"no peer that is connected is in a run {wish.run!r} yet")
         while True:
-            found = {plan.id: plan for plan in await self._plans() if _names(wish.run, plan)}
+            found = {plan.id: plan for plan in await self._plans() if plan.is_called(wish.run)}
             if len(found) > 1:
                 ids = ", ".join(sorted(each.hex()[:16] for each in found))
                 raise CannotTrain(f"there are {len(found)} runs {wish.run!r}: join one by its id ({ids})")
@@ -335,7 +336,7 @@ def _renewed(wish: Wish | None, before: Wish | None) -> Wish | None:
         return wish or before
     with suppress(CannotTrain):
         plan = _kept_plan(before)
-        if plan is not None and _names(wish.run, plan):
+        if plan is not None and plan.is_called(wish.run):
             return structs.replace(before, data=wish.data, privacy=wish.privacy)
     return wish
 
@@ -346,11 +347,6 @@ def _kept_plan(wish: Wish) -> Plan | None:
         return None if wish.plan is None else plan_of(wish.plan)
     except RemoteProtocolError as exc:
         raise CannotTrain(f"the run that this node was in cannot be gone on with: {exc}; leave it") from exc
-
-
-def _names(run: str, plan: Plan) -> bool:
-    """Whether a run is called this: its name, or the first ID_DIGITS_MIN or more digits of its id."""
-    return run == plan.name or (len(run) >= ID_DIGITS_MIN and plan.id.hex().startswith(run))
 
 
 def _name(wish: Wish) -> str:

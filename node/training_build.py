@@ -51,7 +51,7 @@ def planned(asked: Begin, loaded: Loaded, own: PeerId, network: str) -> Plan:
         revision=loaded.facts.revision,
         layout=layout.digest,
         elements=layout.size,
-        start=_root_of_files(loaded),
+        start=root_of_files(loaded),
         adapters=adapters,
         codec=codec,
         rule=asked.rule,
@@ -87,7 +87,7 @@ def participant_of(plan: Plan, loaded: Loaded, text: TrainingText, own: Own) -> 
         seed=own.seed, rate=plan.rate / 1e9, warmup_steps=plan.warmup_steps, accumulation=plan.accumulation
     )
     loaded = as_in_files(loaded)
-    if _root_of_files(loaded) != plan.start:
+    if root_of_files(loaded) != plan.start:
         raise CannotTrain(
             f"run {plan.name} starts from the model {plan.model} at revision {plan.revision}, and this node hosts "
             f"{loaded.facts.name} at {loaded.facts.revision}: start it with --model {plan.model}"
@@ -97,7 +97,7 @@ def participant_of(plan: Plan, loaded: Loaded, text: TrainingText, own: Own) -> 
         text,
         Shape(context=plan.context, rows=plan.rows),
         config,
-        adapters=None if plan.adapters is None else (_config(plan.adapters), plan.id),
+        adapters=None if plan.adapters is None else (adapter_config(plan.adapters), plan.id),
         budget=_budget(plan, own),
     )
     if trainer.layout.digest != plan.layout:
@@ -139,7 +139,8 @@ def _budget(plan: Plan, own: Own) -> Budget | None:
     return Budget(config, context=plan.context, save=own.ledger.write, ledger=ledger)
 
 
-def _config(adapters: Adapters) -> AdapterConfig:
+def adapter_config(adapters: Adapters) -> AdapterConfig:
+    """A plan's, as model/ has it."""
     return AdapterConfig(rank=adapters.rank, alpha=adapters.alpha, targets=adapters.targets)
 
 
@@ -148,11 +149,11 @@ def _layout(loaded: Loaded, adapters: Adapters | None) -> Layout:
     if adapters is None:
         return layout_of(dict(loaded.model.named_parameters()))
     model = copy.deepcopy(loaded.model)
-    add_adapters(model, _config(adapters), Digest(bytes(32)))  # of another run: names and shapes are the same
+    add_adapters(model, adapter_config(adapters), Digest(bytes(32)))  # of another run: names and shapes are the same
     return layout_of(trainable(model))
 
 
-def _root_of_files(loaded: Loaded) -> Digest:
+def root_of_files(loaded: Loaded) -> Digest:
     """The name of all weights of a model."""
     named = dict(loaded.model.named_parameters())
     plain = Course(run=Digest(bytes(32)), codec=codec_named("fp32"), rule=Rule.MEAN)

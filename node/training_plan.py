@@ -31,6 +31,7 @@ DENSE_ELEMENTS_MAX: Final = 6_000_000  # up to here every member gets everything
 STEPS_DEFAULT: Final = 20
 NAMED_EVERY_MAX: Final = 8
 NAMED_BYTES: Final = 16 << 20  # of weights, for which writing and hashing is nothing beside a round
+ID_DIGITS_MIN: Final = 8  # of a run's id, where its name is asked for
 _LIMITS: Final = Limits(bytes_max=PLAN_BYTES_MAX, array_max=ALLOWED_MAX, items_max=2 * ALLOWED_MAX)
 
 Parts = Annotated[int, Meta(ge=0, le=16 * PARTS)]
@@ -106,6 +107,10 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         state_bytes = 4 * self.elements * (2 if self.momentum else 1)
         payload_bytes = sum(codec_named(self.codec).sizes(self.elements))
         return max(1, min(NAMED_EVERY_MAX, state_bytes // NAMED_BYTES, state_bytes // (8 * payload_bytes)))
+
+    def is_called(self, run: str) -> bool:
+        """Whether this is its name, or the first ID_DIGITS_MIN or more digits of its id."""
+        return run == self.name or (len(run) >= ID_DIGITS_MIN and self.id.hex().startswith(run))
 
     def revision_at(self, number: int, base: bytes) -> str:
         """What the weights before a round are called: equal names, equal histories, equal weights."""

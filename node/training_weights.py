@@ -36,9 +36,9 @@ from model.private import PrivateTrainer
 from model.scores import Scores
 from node.hosting import Hosting
 from node.training_choice import Choice
+from node.training_kept import STATE, states_in
 from node.training_plan import Plan
 
-STATE = "state-"  # and the number of the round that begins with it
 STATES_BYTES_MAX = 256 << 20  # of those that are offered to who joins, if these are more than STATES_OFFERED[0]
 STATES_OFFERED = (2, 8)  # at least and at most
 SCORED_ROWS = 16
@@ -190,7 +190,7 @@ class Weights:
 
     async def restore(self, records: int, base_of: Callable[[int], bytes]) -> None:
         """Begin where the newest state of at most so many rounds ends; there may be none. Raises CannotStore."""
-        for number in sorted(self._states(), reverse=True):
+        for number in sorted(states_in(self._folder), reverse=True):
             if 0 < number <= records:
                 try:
                     await _in_thread(
@@ -322,7 +322,7 @@ class Weights:
             return made_of
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_whole(self._folder / f"{STATE}{number}", state, over=True)
-        states = sorted(self._states())
+        states = sorted(states_in(self._folder))
         kept = [each for each in states if each <= number][
             -self.states_offered - 1 :
         ]  # what is of later rounds has no records
@@ -330,10 +330,6 @@ class Weights:
             if old not in kept:
                 (self._folder / f"{STATE}{old}").unlink(missing_ok=True)
         return made_of
-
-    def _states(self) -> list[int]:
-        names = (path.name.removeprefix(STATE) for path in self._folder.glob(f"{STATE}*"))
-        return [int(name) for name in names if name.isdecimal()]
 
     def _refuse(self, header: Statement, reason: str) -> NoReturn:
         self.told.refused[str(header.sender)] = reason

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crypto.disk import ASIDE_MAX, StateFile, System, write_whole
+from crypto.disk import ASIDE_MAX, StateFile, System, whole_folder, write_whole
 from crypto.errors import BadState
 
 ROOT = Path(__file__).parent.parent
@@ -336,6 +336,41 @@ def test_what_a_kill_left_beside_is_swept_at_start(tmp_path: Path) -> None:
 
 
 @posix
+def test_a_failure_of_any_call_leaves_a_whole_folder_or_none(tmp_path: Path) -> None:
+    for at in range(1, 20):
+        (path := tmp_path / f"{at}" / "out").parent.mkdir()
+        system = Breaking(at, errno.ENOSPC)
+        try:
+            with whole_folder(path, system=system) as folder:
+                assert not path.exists()
+                (folder / "inner").mkdir()
+                for name in ("one", "inner/two"):
+                    (folder / name).write_bytes(b"content")
+        except OSError:
+            pass
+        names = [each.relative_to(path.parent).as_posix() for each in sorted(path.parent.rglob("*"))]
+        assert names in ([], ["out", "out/inner", "out/inner/two", "out/one"])
+        if system.calls < at:
+            break
+    assert at > 6, "two files, two folders, the rename, the parent's sync"
+
+
+def test_a_folder_whose_writer_fails_is_not_there_and_one_with_content_stays(tmp_path: Path) -> None:
+    def write(path: Path, fault: Exception | None) -> None:
+        with whole_folder(path) as folder:
+            (folder / "one").write_bytes(b"content")
+            if fault is not None:
+                raise fault
+
+    with pytest.raises(ValueError, match="no"):
+        write(tmp_path / "a", ValueError("no"))
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path / "a", None)
+    with pytest.raises(OSError, match="not empty"):
+        write(tmp_path / "a", None)
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "one"]
+
+
 def test_write_whole_can_refuse_to_replace(tmp_path: Path) -> None:
     path = tmp_path / "key"
     write_whole(path, b"first", over=False)

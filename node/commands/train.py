@@ -1,6 +1,7 @@
 """`python -m node train`: begin or join a run with a running node, look at it, pause it, leave it.
 
-Rules: the node does it; here is only said what the operator wants, and shown what the node tells.
+Rules: the node does it; here is only said what the operator wants, and shown what the node tells. `export` alone asks
+no node (train_export.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import typer
 
 from node.commands.client import NODE_URL, NodeClient, NodeUrl, plainly
 from node.commands.tables import print_table
+from node.commands.train_export import export
 
 train = typer.Typer(help="Train a model together with others, on text that stays here.", no_args_is_help=True)
 Data = Annotated[list[Path], typer.Option("--data", help="Text to train on, file or folder; may be repeated.")]
@@ -21,6 +23,7 @@ Epsilon = Annotated[float | None, typer.Option(help="Train privately (docs/PRIVA
 Delta = Annotated[float, typer.Option(help="The delta of --epsilon: well below 1 / rows of the text.")]
 WATCH_S = 2.0
 ROUNDS_SHOWN = 10  # the newest
+train.command()(export)
 
 
 @train.command()
