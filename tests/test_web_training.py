@@ -144,6 +144,32 @@ async def test_who_sits_here_may(address: str) -> None:
         assert (await bench.say("pause")).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "header",
+    ["X-Forwarded-For", "x-forwarded-host", "X-Forwarded-Proto", "X-Forwarded", "Forwarded", "Via", "X-Real-IP",
+     "CF-Connecting-IP", "True-Client-IP"],
+)  # fmt: skip
+async def test_a_proxy_on_this_machine_is_not_who_sits_here(bench: Bench, header: str) -> None:
+    """It says so whatever the value is: strangers stand behind it, and they look like loopback."""
+    for value in ("203.0.113.7", "127.0.0.1", ""):
+        for word in WORDS:
+            error = error_of(await bench.say(word, **{header: value}), 403)
+            assert f"the header {header.lower()} says that a proxy" in error["message"]
+            assert error["param"] == header.lower()
+    assert bench.front.trains.said == []
+    assert (await bench.http.get("/api/v1/training", headers={header: "203.0.113.7"})).status_code == 200
+
+
+async def test_what_is_refused_is_counted(bench: Bench) -> None:
+    await bench.say("pause", via="1.1 proxy")
+    stranger = Bench(("192.0.2.7", 50_000))
+    async with stranger.http:
+        await stranger.say("pause")
+        told = (await stranger.http.get("/metrics")).text
+    assert 'reason="training_from_elsewhere"} 1' in told
+    assert 'reason="training_by_proxy"} 1' in (await bench.http.get("/metrics")).text
+
+
 async def test_a_page_of_another_site_may_not(bench: Bench) -> None:
     for word in WORDS:
         error_of(await bench.say(word, origin="https://evil.example"), 403)
