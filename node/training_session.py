@@ -132,6 +132,7 @@ class Session:
             self._says("waiting")
             chain = await self.service.opened()
             self.weights.told.voters = tuple(map(str, chain.electors.voters))
+            self.told.step = 0
             if self.wishes.leaves:
                 await self.service.contribute(chain, None, leaves=True)
                 await self._while(partial(self.service.is_open, chain))

@@ -59,6 +59,7 @@ def told_run(session: Session, drops: Mapping[str, int]) -> dict[str, Any]:
             for peer, member in sorted(history.chain.electors.members.items())
         ],
         "refused": {**weights.told.refused, **({} if now is None else now.refused)},
+        "round_s": round(weights.round_s, 3),
         "round_s_median": sorted(seconds)[len(seconds) // 2] if seconds else None,
         "rounds": [asdict(each) for each in list(weights.told.rounds)[-ROUNDS_SHOWN:]],
         "counts": dict(history.counts),

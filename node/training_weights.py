@@ -184,6 +184,11 @@ class Weights:
 
     # ---- for the session ----
 
+    @property
+    def round_s(self) -> float:
+        """How long this round has lasted here."""
+        return trio.current_time() - self._began_s
+
     def tokens_of(self, steps: int) -> int:
         """How many tokens so many steps are."""
         return steps * self.plan.accumulation * self.plan.rows * self.plan.context

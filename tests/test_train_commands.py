@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from node.commands.train import train
+from node.commands.train_watch import line, watch
 from node.errors import BadRequest, NotReady
 from node.training_wish import Begin, Join, Privacy
 from tests.fake_front import PEER
@@ -53,6 +55,7 @@ RUN: dict[str, Any] = {
          "here_this_round": False},
     ],
     "refused": {OTHER: "an element is not a number\x1b[31m"},
+    "round_s": 3.1,
     "round_s_median": 9.4,
     "rounds": [
         {"round": number, "revision": f"tales-r{number + 1}-x", "contributed": [PEER], "sat_out": [],
@@ -213,6 +216,85 @@ async def test_status_as_json_is_what_the_node_told() -> None:
     assert json.loads(result.stdout) == RUN
 
 
+class Told:
+    """A node that tells these, one a look, and then the operator presses Ctrl-C."""
+
+    def __init__(self, *told: dict[str, Any]) -> None:
+        self._told = iter(told)
+
+    def get(self, path: str) -> dict[str, Any]:
+        assert path == "/api/v1/training"
+        told = next(self._told, None)
+        if told is None:
+            raise KeyboardInterrupt
+        return told
+
+
+class Screen(io.StringIO):
+    """A terminal of so many columns."""
+
+    columns = 100
+
+    def isatty(self) -> bool:
+        return True
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, screen: io.StringIO, *told: dict[str, Any], as_json: bool = False) -> str:
+    columns = getattr(screen, "columns", 80)
+    monkeypatch.setattr("node.commands.train_watch.LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    with pytest.raises(KeyboardInterrupt):
+        watch(Told(*told), as_json=as_json)  # type: ignore[arg-type]  # a node without a port
+    return screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({}, "tales round 12 [###-----------------] step 3 of 20, loss 6.679, held out -, about 6 s left, training"),
+        (
+            {"step": 20, "round_s": 9.4},
+            "[####################] step 20 of 20, loss 6.679, held out -, longer than the usual 9 s, ",
+        ),
+        (
+            {"step": 0, "loss": None, "round_s_median": None},
+            "[--------------------] step 0 of 20, loss -, held out -, tr",
+        ),
+        ({"state": "paused", "why": "by the\x1b[31m operator"}, "left, paused: by the?[31m operator"),
+        ({"run": None, "wanted": None, "state": "idle"}, "in no run, idle"),
+        ({"run": None, "state": "seeking", "why": "no peer"}, "tales, seeking: no peer"),
+        ({"run": None, "state": "stopped", "problem": "No space left"}, "tales, stopped, No space left"),
+    ],
+    ids=str,
+)
+def test_the_line_of_a_run(changes: dict[str, Any], shown: str) -> None:
+    assert shown in line({**RUN, **changes})
+
+
+def test_on_a_terminal_one_line_is_written_over_and_never_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [{**RUN, "why": "x" * 500}, {**RUN, "step": 4}, {**RUN, "run": None, "state": "idle", "wanted": None}]
+    raw = watched(monkeypatch, Screen(), *told)
+    assert raw.count("\n") == 1  # at the end, so that the prompt stands by itself
+    assert raw.endswith("\n")
+    first, second, third = raw.removesuffix("\n").split("\r")[1:]
+    assert len(first) == Screen.columns - 1
+    assert "step 4 of 20" in second
+    assert third.rstrip() == "in no run, idle"
+    assert len(third) == len(second.rstrip()) <= len(first)  # what stood there is gone
+
+
+def test_elsewhere_it_is_a_line_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [RUN, {**RUN, "loss": 6.5, "round_s": 4.0}, {**RUN, "step": 4}, {**RUN, "step": 4, "paused": True}]
+    told += [{**RUN, "step": 4, "state": "paused"}, {**RUN, "step": 4, "state": "paused"}, {**RUN, "round": 13}]
+    lines = watched(monkeypatch, io.StringIO(), *told).splitlines()
+    assert [each.split("] ")[1].split(",")[0] for each in lines] == [
+        "step 3 of 20", "step 4 of 20", "step 4 of 20", "step 3 of 20",
+    ]  # fmt: skip
+    rows = watched(monkeypatch, Screen(), *told, as_json=True).splitlines()
+    assert [json.loads(each)["step"] for each in rows] == [3, 4, 4, 3]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for a process")
 async def test_watching_ends_with_ctrl_c_and_no_traceback() -> None:
@@ -229,7 +311,7 @@ async def test_watching_ends_with_ctrl_c_and_no_traceback() -> None:
         try:
             assert process.stdout is not None
             first = await trio.to_thread.run_sync(process.stdout.readline)
-            assert first.startswith(b"training")
+            assert first.startswith(b"tales round 12 [###")
             process.send_signal(signal.SIGINT)
             out, err = await trio.to_thread.run_sync(process.communicate)
         finally:

@@ -308,9 +308,12 @@ async def test_a_run_in_which_all_rest_makes_no_rounds(tmp_path: Path, model: Pa
         await one.begin()
         await one.training.pause(is_paused=True)
         await until(lambda: one.status["state"] == "paused")
+        assert one.status["step"] == 0  # of this round, not the last one's
+        began_s = one.status["round_s"]
         stood = one.round
         await trio.sleep(1.0)
         assert one.round == stood
+        assert one.status["round_s"] >= began_s + 0.9
 
 
 async def test_hours_that_are_over_pause_and_say_so(tmp_path: Path, model: Path) -> None:

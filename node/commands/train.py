@@ -7,7 +7,6 @@ no node (train_export.py).
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +15,12 @@ import typer
 from node.commands.client import NODE_URL, NodeClient, NodeUrl, plainly
 from node.commands.tables import print_table
 from node.commands.train_export import export
+from node.commands.train_watch import watch as follow
 
 train = typer.Typer(help="Train a model together with others, on text that stays here.", no_args_is_help=True)
 Data = Annotated[list[Path], typer.Option("--data", help="Text to train on, file or folder; may be repeated.")]
 Epsilon = Annotated[float | None, typer.Option(help="Train privately (docs/PRIVACY.md), spending at most this.")]
 Delta = Annotated[float, typer.Option(help="The delta of --epsilon: well below 1 / rows of the text.")]
-WATCH_S = 2.0
 ROUNDS_SHOWN = 10  # the newest
 train.command()(export)
 
@@ -84,19 +83,17 @@ def join(
 def status(
     node: NodeUrl = NODE_URL,
     as_json: Annotated[bool, typer.Option("--json", help="Print the node's own JSON.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="One line that follows the round, until Ctrl-C.")] = False,
 ) -> None:
     """Show the run: rounds, losses, members, what was refused and why."""
     with plainly(), NodeClient(node) as client:
-        while True:
-            told = client.get("/api/v1/training")
-            if as_json:
-                print(json.dumps(told, ensure_ascii=False, indent=2))
-            else:
-                _show(told)
-            if not watch:
-                return
-            time.sleep(WATCH_S)
+        if watch:
+            follow(client, as_json=as_json)
+        told = client.get("/api/v1/training")
+        if as_json:
+            print(json.dumps(told, ensure_ascii=False, indent=2))
+        else:
+            _show(told)
 
 
 @train.command()
