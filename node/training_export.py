@@ -103,6 +103,7 @@ def _facts(plan: Plan, now: Reached, today: str, *, only_adapters: bool) -> dict
         "run_id": plan.id.hex(),
         "network": plan.network,
         "rounds": now.round,
+        "rounds_committed": now.committed,
         "revision": plan.revision_at(now.round, now.base),
         "root": root_of(now.state).hex(),
         "base_model": plan.model,

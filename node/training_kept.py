@@ -49,9 +49,11 @@ class KeptRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reached:
-    """Where a run stands at this node. round: how many are committed. state: see model/participant.py."""
+    """Where a run stands on this node's disk. round: how many rounds the weights have in them; committed: how many
+    there are: large weights are written in some rounds only (Plan.named_every). state: see model/participant.py."""
 
     round: int
+    committed: int
     base: bytes
     state: bytes
 
@@ -87,20 +89,23 @@ def reached(kept: KeptRun) -> Reached:
     for _ in range(TRIES):
         states = set(states_in(kept.folder)) - {0}
         newest: tuple[int, bytes] | None = None
-        for number, record in enumerate(read_records(kept.folder), 1):
-            if number in states:
-                newest = number, record
+        committed = 0
+        for committed, record in enumerate(read_records(kept.folder), 1):
+            if committed in states:
+                newest = committed, record
         if newest is None:
+            rounds = f"{committed or 'no'} committed round{'s' * (committed > 1)}"
+            first = kept.plan.named_every
             raise NotReady(
-                f"run {kept.plan.name} has no committed round at this node yet, its weights are those of "
-                f"{kept.plan.model} still: wait until `python -m node train status` shows one",
+                f"run {kept.plan.name} has {rounds} at this node, and its weights are on the disk after round {first}: "
+                f"wait until `python -m node train status` shows round {first}",
                 retry_after_s=READY_AFTER_S,
             )
         number, record = newest
         path = kept.folder / f"{STATE}{number}"
         try:
             base = recorded_manifest(record).next_base
-            return Reached(round=number, base=base, state=path.read_bytes())
+            return Reached(round=number, committed=committed, base=base, state=path.read_bytes())
         except FileNotFoundError:
             continue
         except (OSError, RemoteProtocolError) as exc:

@@ -19,7 +19,7 @@ from msgspec import structs
 from typer.testing import CliRunner, Result
 
 from crypto.digest import Digest
-from gossip.round_store import RECORDS
+from gossip.round_store import RECORDS, read_records
 from model.adapters import AdapterConfig, add_adapters, merged, trainable
 from model.codecs import codec_named
 from model.errors import BadModel, BadState
@@ -188,6 +188,7 @@ async def test_the_folder_answers_as_the_node_does(tmp_path: Path, model: Path, 
             assert result.exit_code == 0, result.output
             assert f"after {status['round']} rounds ({status['revision']})" in result.stdout
             assert f"python -m node run --model {tmp_path / to}" in result.stdout
+            assert "newer" not in result.stdout
             return dict(load(resolve(str(tmp_path / to))).model.named_parameters())
 
         served = dict(one.hosting.runtime.loaded.model.named_parameters())
@@ -326,10 +327,17 @@ def test_a_folder_that_no_plan_names_is_no_run(copied: Path, tmp_path: Path, con
 
 @pytest.mark.slow
 def test_a_run_without_a_committed_round_is_for_later(copied: Path, tmp_path: Path) -> None:
-    """state-3 is there, and no record says that it was committed."""
-    (run_of(copied) / RECORDS).write_bytes(b"")
+    """state-3 is there, and no record says that it was committed; then records are there, and no state."""
+    records = run_of(copied) / RECORDS
+    kept, count = records.read_bytes(), len(list(read_records(records.parent)))
+    words = ("tales", "--to", tmp_path / "out", "--data-dir", copied)
+    records.write_bytes(b"")
     assert list(run_of(copied).glob("state-*"))
-    refused(cli("tales", "--to", tmp_path / "out", "--data-dir", copied), 75, "no committed round", "train status")
+    refused(cli(*words), 75, "has no committed round at", "train status")
+    records.write_bytes(kept)
+    for path in run_of(copied).glob("state-*"):
+        path.unlink()
+    refused(cli(*words), 75, f"has {count} committed rounds at", "on the disk after round 1")
 
 
 @pytest.mark.slow
@@ -356,6 +364,7 @@ def test_a_round_whose_weights_are_not_there_yet_or_no_more_gives_way_to_another
         result = cli("tales", "--to", tmp_path / to, "--data-dir", copied)
         assert result.exit_code == 0, result.output
         assert json.loads((tmp_path / to / "training.json").read_text())["rounds"] == newest - 1
+        assert "1 newer round: their weights are not on the disk yet" in result.stdout
     monkeypatch.setattr("node.training_kept.states_in", lambda folder: [newest])
     refused(cli("tales", "--to", tmp_path / "last", "--data-dir", copied), 75, "try again")
 

@@ -306,6 +306,7 @@ async def test_a_run_in_which_all_rest_makes_no_rounds(tmp_path: Path, model: Pa
     async with world(tmp_path, model) as all_of_them:
         one = await all_of_them.start(0)
         await one.begin()
+        await all_of_them.rounds(1)
         await one.training.pause(is_paused=True)
         await until(lambda: one.status["state"] == "paused")
         assert one.status["step"] == 0  # of this round, not the last one's

@@ -46,5 +46,7 @@ def export(
             raise CommandFailed(str(exc), EXIT_USAGE) from None
     what = "adapters" if adapters else "model"
     print(f"the {what} of run {told['run']} after {told['rounds']} rounds ({told['revision']}) is in {to}")
+    if newer := told["rounds_committed"] - told["rounds"]:
+        print(f"{newer} newer round{'s' * (newer > 1)}: their weights are not on the disk yet; export again later")
     if not adapters:
         print(f"serve it: python -m node run --model {to}")
