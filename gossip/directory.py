@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -32,6 +32,7 @@ from gossip.view import OFFERS_MAX, Preference, sample, served_models, surplus
 
 ADVERTS_MAX = 4096  # at most 20 MB, whoever sends them
 OFFERS_SLACK = 1 / 8  # of the offers' room, so that tidying up is done now and then only
+ENDS_PER_OFFER_MAX = 4  # ends that are noted for each offer that there is room for, most of offers replaced since
 HANDED_LIFE_MS_MIN = 10_000  # of an advert that a third peer hands on, when its sender's clock is behind ours
 SKEW_MS = 60_000  # clocks of honest machines differ by seconds; this is generous
 FLOOR_KEEP_S = (ADVERT_LIFE_MS_MAX + 2 * SKEW_MS) / 1000 + 30.0  # after that any replay has expired by its own time
@@ -97,7 +98,6 @@ class _Entry(Struct, gc=False):
     sequence: int
     instance: str
     raw: bytes  # empty: only the sequence is known, from before a restart
-    touched_s: float
     offset_ms: int | None  # of its clock from ours; unknown when only copies came
 
 
@@ -134,7 +134,7 @@ class Directory:
         self._senders: dict[bytes, PeerId] = {}  # of the entries' bytes: what is known need not be checked again
         self._offers: dict[PeerId, Offer] = {}
         self._ends: list[tuple[float, PeerId, int]] = []  # a heap: when which offer ends
-        self._touched: deque[tuple[float, PeerId]] = deque()  # oldest first
+        self._touched: OrderedDict[PeerId, float] = OrderedDict()  # when an entry was last made; oldest first
         self._evidence: list[Evidence] = []
         self._outcomes: Counter[Outcome] = Counter()
         self._evicted = 0
@@ -223,17 +223,19 @@ class Directory:
             sequence=envelope.sequence,
             instance=offer.advert.instance,
             raw=raw,
-            touched_s=now,
             offset_ms=offset_ms,
         )
         self._senders[raw] = sender
-        self._touched.append((now, sender))
+        self._touch(sender, now)
         if offer.advert.is_goodbye:
             self._offers.pop(sender, None)
         else:
             self._offers[sender] = offer
             heapq.heappush(self._ends, (offer.expires_s, sender, offer.sequence))
             self._tidy()
+            if len(self._ends) > ENDS_PER_OFFER_MAX * self._offers_max:
+                self._ends = [(each.expires_s, peer, each.sequence) for peer, each in self._offers.items()]
+                heapq.heapify(self._ends)
         return Receipt(outcome=Outcome.ACCEPTED, peer=sender, sequence=envelope.sequence)
 
     def _tidy(self) -> None:
@@ -271,6 +273,11 @@ class Directory:
     def _remove(self, peer: PeerId) -> None:
         self._senders.pop(self._entries.pop(peer).raw, None)
         self._offers.pop(peer, None)
+        del self._touched[peer]
+
+    def _touch(self, peer: PeerId, now: float) -> None:
+        self._touched[peer] = now
+        self._touched.move_to_end(peer)
 
     def forget(self, peer: PeerId) -> None:
         """Drop a peer's offer (it is banned, say); its sequence stays known."""
@@ -285,11 +292,8 @@ class Directory:
             if offer is not None and offer.sequence == sequence:
                 del self._offers[peer]
                 gone.append(peer)
-        while self._touched and self._touched[0][0] + FLOOR_KEEP_S <= now:
-            _, peer = self._touched.popleft()
-            entry = self._entries.get(peer)
-            if entry is not None and entry.touched_s + FLOOR_KEEP_S <= now:
-                self._remove(peer)
+        while self._touched and next(iter(self._touched.values())) + FLOOR_KEEP_S <= now:
+            self._remove(next(iter(self._touched)))
         return tuple(gone)
 
     def deadline(self, now: float) -> float:
@@ -313,7 +317,7 @@ class Directory:
 
     def recent(self, now: float, limit: int) -> list[bytes]:
         """The signed bytes of at most `limit` live adverts, latest first, for a peer that has just joined."""
-        live = ((self._entries[offer.peer].touched_s, offer.peer) for offer in self._live(now))
+        live = ((self._touched[offer.peer], offer.peer) for offer in self._live(now))
         return self._raws(peer for _, peer in islice(sorted(live, key=lambda pair: -pair[0]), limit))
 
     def sample(self, now: float, limit: int, rng: random.Random) -> list[bytes]:
@@ -340,8 +344,8 @@ class Directory:
         """Take back what `floors` gave before a restart, so that nothing older is believed again."""
         for peer, sequence in islice(floors.items(), self._adverts_max):
             if peer not in self._entries:
-                self._entries[peer] = _Entry(sequence, "", b"", now, None)
-                self._touched.append((now, peer))
+                self._entries[peer] = _Entry(sequence, "", b"", None)
+                self._touch(peer, now)
 
     def statistics(self, now: float) -> DirectoryStatistics:
         """A snapshot of the counters."""

@@ -8,7 +8,6 @@ Source: SERVING.md "Routing"; Jacobson's mean and deviation for lateness (RFC 62
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 
 from crypto.identity import PeerId
@@ -77,7 +76,7 @@ class _Record:
     tok_s: float | None = None
     tally: _Tally = field(default_factory=_Tally)
     starts: list[float] = field(default_factory=list)  # of requests under way, oldest first
-    ended: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=ENDED_MAX))  # (start, end)
+    ended: list[tuple[float, float]] = field(default_factory=list)  # (start, end); an empty deque has 0.7 kB
     full_until_s: float = 0.0
     refusals: int = 0  # in a row
     connected: bool | None = None
@@ -149,6 +148,7 @@ class Observations:
         record = self._record(peer)
         assert record.starts, "ended without started"
         record.ended.append((record.starts.pop(0), now))
+        del record.ended[:-ENDED_MAX]
         if not record.starts:
             record.breaker.released(now)
 

@@ -102,6 +102,28 @@ class GuardedGossipSub(GossipSub):  # type: ignore[misc]  # libp2p's types are n
         """The service's manager, whose tasks are contained."""
         return ContainedTasks(super().manager, self._drops)
 
+    def _periodic_security_cleanup(self) -> None:
+        """At each beat: forget what is of no use any more.
+
+        Around: libp2p keeps the time of every message for figures that it makes only when it adapts, a peer's wait
+        until that peer is grafted again, and, of a peer that is gone and never took our gossip stream, what waited for
+        that stream.
+        """
+        super()._periodic_security_cleanup()
+        self.recent_message_deliveries.clear()
+        now = int(time.time())
+        for waits in self.back_off.values():
+            for peer_id in [each for each, until in waits.items() if until <= now]:
+                del waits[peer_id]
+        self.pubsub.forget_gone({*self._pending_messages, *self.peer_protocol, *self.dont_send_message_ids})
+
+    def _check_equivocation(self, _message: Any) -> bool:
+        """Always: a second message of an id is never looked at (GuardedPubsub.push_msg).
+
+        Around: libp2p keeps the last thousand messages to compare with.
+        """
+        return True
+
 
 class GuardedPubsub(Pubsub):  # type: ignore[misc]  # libp2p's types are not followed
     """Pubsub whose tasks are contained.
@@ -148,7 +170,9 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]  # libp2p's types are not fol
                 await trio.sleep(self._neighbours.read(peer, _units(rpc), trio.current_time()))
                 for message in rpc.publish:
                     if self._is_subscribed_to_msg(message):
-                        self.manager.run_task(self.push_msg, peer_id, message)
+                        alone = rpc_pb2.Message()
+                        alone.CopyFrom(message)  # a part of a frame, while it is remembered, keeps the whole frame
+                        self.manager.run_task(self.push_msg, peer_id, alone)
                     else:
                         self._drops.count("gossip_topic")
                 self._subscribed(peer_id, rpc.subscriptions)
@@ -239,6 +263,17 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]  # libp2p's types are not fol
             self._peer_subscription_count[peer_id] = len(topics)
             for topic in topics:
                 self.peer_topics.setdefault(topic, set()).add(peer_id)
+
+    def forget_gone(self, known: set[Any]) -> None:
+        """Forget all of those that are not connected, of these and of whom we have streams or subscriptions of.
+
+        Around: libp2p lets the router forget only who had taken our gossip stream, and takes subscriptions from
+        frames that were read before a connection ended.
+        """
+        for peer_id in known.union(self.peers, *self.peer_topics.values()):
+            if not self._peer_is_connected(peer_id):
+                self._handle_dead_peer(peer_id)
+                self.router.remove_peer(peer_id)
 
     def notify_subscriptions(self, publish_message: Any) -> None:
         """Nothing: the validator has delivered it; libp2p's queue of 32 would only fill and complain."""

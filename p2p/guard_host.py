@@ -10,12 +10,15 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import psutil
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_new_noise_pair
 from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
+from libp2p.host.ping import ID as PING_ID
+from libp2p.host.ping import PingService
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
@@ -33,6 +36,22 @@ from p2p.guard_store import GuardedPeerStore
 from p2p.guard_swarm import GuardedSwarm
 from p2p.host_config import HostConfig
 from p2p.interfaces import InterfaceAddress, is_wildcard, multiaddr_text, usable
+
+
+class GuardedPing(PingService):  # type: ignore[misc]  # libp2p's types are not followed
+    """Answers pings.
+
+    Around: libp2p remembers every peer that ever pinged.
+    """
+
+    async def handle_ping(self, stream: Any) -> None:
+        """Until a stream ends; of a peer without any nothing is kept."""
+        try:
+            await super().handle_ping(stream)
+        finally:
+            peer_id = stream.muxed_conn.peer_id
+            if not self._inbound_streams.get(peer_id):
+                self._inbound_streams.pop(peer_id, None)
 
 
 def make_host(identity: Identity, config: HostConfig, tcp: GuardedTcp, drops: Drops) -> BasicHost:
@@ -72,6 +91,7 @@ def make_host(identity: Identity, config: HostConfig, tcp: GuardedTcp, drops: Dr
         addrs_factory=partial(_advertised, config.announce),
         disable_identify_address_discovery=True,
     )
+    host.set_stream_handler(PING_ID, GuardedPing(host).handle_ping)
     inner = host._swarm_stream_handler
     swarm.set_stream_handler(guarded_stream_handler(inner, drops, config.streams_per_peer_max))
     return host

@@ -45,6 +45,9 @@ class Router(GuardedGossipSub):
         """Instead of libp2p's queues and streams."""
         self._meshes.send(self.my_id, peer_id, rpc.control)
 
+    def forget_gone(self, known: set[ID]) -> None:
+        """Nothing: here a router is told of each peer that leaves."""
+
 
 class Meshes:
     """The routers of all nodes, and what is on its way between them. `sent`: how many GRAFTs and PRUNEs."""

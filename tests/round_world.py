@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ SIZE = 5_000
 RUN = digest(b"a run of tests")
 BASE = digest(b"genesis of it")
 NETWORK = "tests"
+NOTED_MAX = 1024  # rounds that an owner has notes of: tests/fuzz_victim.py goes through many thousands
 START_MS = 1_800_000_000_000
 TIMING = Timing(propose_s=1.0, vote_s=0.3, growth_s=0.2, gone_s=0.1)
 POISON = b"poison"
@@ -102,9 +104,9 @@ class HashOwner:
         self.round = found[-1] if found else 0
         if not found:
             self._write(0, bytes(SIZE))
-        self.applied: list[Manifest] = []
+        self.applied: deque[Manifest] = deque(maxlen=NOTED_MAX)
         self.adopted: list[int] = []
-        self.examined: list[PeerId] = []
+        self.examined: deque[PeerId] = deque(maxlen=NOTED_MAX)
 
     @property
     def state_path(self) -> Path:

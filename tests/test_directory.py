@@ -14,6 +14,7 @@ from crypto.canonical import encode_struct
 from crypto.envelope import seal
 from crypto.identity import Identity
 from gossip.directory import (
+    ENDS_PER_OFFER_MAX,
     EVIDENCE_MAX,
     FLOOR_KEEP_S,
     HANDED_LIFE_MS_MIN,
@@ -444,6 +445,16 @@ def test_more_offers_than_there_is_room_for_are_let_go() -> None:
     assert len(book.floors()) == 41  # what they said is not forgotten with the offer
 
 
+def test_who_speaks_often_is_remembered_once() -> None:
+    book = directory(offers_max=4)
+    for number in range(1, 200):
+        assert heard(book, said(ALICE, number), by=ALICE, now=number / 100) is Outcome.ACCEPTED
+        assert len(book._ends) <= 4 * ENDS_PER_OFFER_MAX
+        assert len(book._touched) == 1
+    assert book.tick(1.99 + ADVERT_LIFE_S - 0.001) == ()
+    assert book.tick(1.99 + ADVERT_LIFE_S) == (ALICE.peer_id,)
+
+
 def test_a_newer_offer_outlives_the_end_of_the_older() -> None:
     book = directory()
     assert heard(book, said(ALICE, 1), by=ALICE) is Outcome.ACCEPTED
@@ -455,7 +466,8 @@ def test_a_newer_offer_outlives_the_end_of_the_older() -> None:
 
 def test_a_peer_heard_again_is_remembered_from_then_on() -> None:
     book = directory()
-    heard(book, said(ALICE, 1), by=ALICE)
+    for who in (ALICE, BOB):
+        heard(book, said(who, 1), by=who)
     heard(book, said(ALICE, 2, time_ms=NOW_MS + 100_000), by=ALICE, now=100.0)
     book.tick(FLOOR_KEEP_S)
     assert book.floors() == {ALICE.peer_id: 2}

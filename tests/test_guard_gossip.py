@@ -90,5 +90,5 @@ async def test_no_frame_of_ours_carries_the_record_of_our_addresses() -> None:
             await bob.publish(TOPIC, b"hello")
             await until(lambda: any(rpc.publish for rpc in came))
         assert any(rpc.subscriptions for rpc in came)
-        assert not [rpc for rpc in came if rpc.HasField("senderRecord")]
+        assert not [rpc for rpc in came if rpc.senderRecord]
         assert env_to_send_in_RPC(bob._host)[0]  # libp2p would send one: else this workaround is not needed any more
