@@ -1,8 +1,8 @@
 """Error feedback: what a peer has trained and not yet said, carried from round to round.
 
-Rules: core. `e = decay * e + delta`; what is sent is taken out of e; what the round did not take (it was rejected, or
-came too late) is given back. All in place, slice by slice: beside e and the delta no third vector is held. fp32 on the
-CPU. A delta that is not finite never reaches e.
+Rules: core. `e = decay * e + delta`, once a round; what is sent is taken out of e; what the round did not take (it was
+rejected, or came too late) is given back. All in place, slice by slice: beside e and the delta no third vector is held.
+fp32 on the CPU. A delta that is not finite never reaches e.
 Legend: N elements of the run's flat vector, S of a slice.
 
 Source: SparseLoCo (arXiv 2508.15706), decay 0.95; Karimireddy et al., Error Feedback Fixes SignSGD (arXiv 1901.09847).
@@ -39,6 +39,16 @@ class Feedback:
         assert delta_N.dtype is torch.float32
         check_numbers(delta_N)
         self.unsent_N.mul_(self.decay).add_(delta_N)
+
+    def add_on(self, delta_N: torch.Tensor) -> None:
+        """Take up more training of a round that was taken up before: e = e + delta, since e fades once a round.
+
+        Raises ComputeFailed, and then e is as it was.
+        """
+        assert delta_N.shape == self.unsent_N.shape
+        assert delta_N.dtype is torch.float32
+        check_numbers(delta_N)
+        self.unsent_N.add_(delta_N)
 
     def encode(self, codec: Codec) -> Sections:
         """What is worth sending of e; e stays as it is until `take`. Raises ComputeFailed."""

@@ -1,9 +1,11 @@
 """One member's part in a run, as numbers: what it sends of its own training, what it makes of what the others sent.
 
 Rules: sync, one call at a time. What was sent leaves the error feedback only when the round took it up, so that a round
-that did without it loses nothing. What changes the weights is a function of the committed round alone, in the order of
-its manifest, so that every member has the same bits; a round whose contributions make no update leaves them as they
-are, everywhere alike. A state is the weights as little-endian fp32, then the outer momentum if the run has one.
+that did without it loses nothing. Training may go on after the round's update was written: the update stays as it is,
+and what came after it is noted once, when the round is over here. What changes the weights is a function of the
+committed round alone, in the order of its manifest, so that every member has the same bits; a round whose contributions
+make no update leaves them as they are, everywhere alike. A state is the weights as little-endian fp32, then the outer
+momentum if the run has one.
 Legend: N elements of the run's flat vector, B rows, T tokens of a row.
 Source: TRAINING.md 1, 3 and 4.
 """
@@ -92,24 +94,27 @@ class Participant:
         self._feedback = Feedback(self.layout.size, decay=DECAY)
         self._sent: Delta | None = None  # announced, and not settled yet
         self._is_unnoted = False  # something was trained in this round that is not in the feedback yet
+        self._written_N: torch.Tensor | None = None  # the weights when the update was written, if they went on from it
         self._expected(0, Digest(bytes(32)), peer)  # raises for a codec whose payload would be too large
 
     # ---- own work ----
 
     @property
     def is_written(self) -> bool:
-        """Whether this round's update is: then training in it is over here."""
+        """Whether this round's update is: what is trained from now on is for the next."""
         return self._sent is not None
 
     def step(self) -> MicroStep:
         """One micro-batch. Raises as Trainer.micro_step."""
-        assert not self.is_written, "the round's training is in the feedback already: it would count twice"
+        if self.is_written and self._written_N is None:
+            self._written_N = self.layout.flatten(self.trainer.named)
         done = self.trainer.micro_step()
         self._is_unnoted = self._is_unnoted or done.stepped
         return done
 
     def write(self, number: int, base: Digest, *, steps: int, tokens: int) -> bytes:
         """The update that says what was trained in this round. Raises ComputeFailed, and then nothing is noted."""
+        assert self._written_N is None, "an announced update stays as it is: what was trained since is for the next"
         expected = self._expected(number, base, self._peer)
         self._note()
         sections = self._feedback.encode(expected.codec)
@@ -179,7 +184,7 @@ class Participant:
         """A round is committed: take the weights on by it, in place of what was trained here since.
 
         took_ours: whether our contribution counts in it; else, or when the round makes no update, it stays in the
-        feedback. So does unfinished training.
+        feedback. So does training that is in no update yet.
         """
         self._note()
         theta_N = self.trainer.start_vector_N
@@ -199,10 +204,17 @@ class Participant:
         return Settled(rule=rule, why=why, moved=moved)
 
     def _note(self) -> None:
-        """What was trained since the round began goes into the feedback, once."""
-        if self._is_unnoted:
-            self._feedback.add(self.trainer.delta())
-        self._is_unnoted = False
+        """What was trained since the round began, or since its update was written, goes into the feedback, once."""
+        self._add_unnoted(self._feedback)
+        self._is_unnoted, self._written_N = False, None
+
+    def _add_unnoted(self, feedback: Feedback) -> None:
+        if not self._is_unnoted:
+            return
+        if self._written_N is None:
+            feedback.add(self.trainer.delta())
+        else:
+            feedback.add_on(self._written_N - self.layout.flatten(self.trainer.named))
 
     def _begin(self, theta_N: torch.Tensor) -> None:
         """theta_N: new, or what was before."""
@@ -241,8 +253,7 @@ class Participant:
         """
         kept = Feedback(self.layout.size, decay=DECAY)
         kept.unsent_N.copy_(self._feedback.unsent_N)
-        if self._is_unnoted:
-            kept.add(self.trainer.delta())
+        self._add_unnoted(kept)
         if self._sent is not None:
             kept.take(self._sent)
         return kept.save(self.layout.digest)

@@ -1,9 +1,10 @@
 """One run at this node, from its text and weights to its last round: reads, trains, keeps members near, saves.
 
 Rules: a shell. Own work is one micro-batch a loan of the engine's thread. A round that is over meanwhile, or that the
-others wait to end, is not trained any further: what was done counts in it, or is carried into the next. While training
-is paused, each round that others work in is sat out, and said so, that nobody waits. Moments and what was not sent are
-saved now and then and at the end: a kill costs them, never a round that was committed.
+others wait to end, is not trained any further: what was done counts in it, or is carried into the next. When too many
+are away for a round to end, this member trains ahead, up to a bound, for its next updates; what it announced stays.
+While training is paused, each round that others work in is sat out, and said so, that nobody waits. Moments and what
+was not sent are saved now and then and at the end: a kill costs them, never a round that was committed.
 Source: TRAINING.md 1, 3, 6.
 """
 
@@ -29,10 +30,11 @@ from gossip.errors import CannotStore
 from gossip.round_service import RoundService, Work
 from gossip.round_state import Chain
 from gossip.transfer import manifest_of
-from model.errors import BadState, ModelError
+from model.errors import BadState, BudgetSpent, ModelError
 from model.train import MicroStep
 from model.train_state import SavedState
 from node.hosting import Hosting
+from node.training_away import AHEAD_ROUNDS, Absence
 from node.training_pause import PausePolicy
 from node.training_weights import Weights
 
@@ -61,6 +63,7 @@ class SessionTold:
     tokens: int = 0
     skipped: int = 0
     late: int = 0  # rounds that were over before our work was
+    ahead: int = 0  # steps in this round that its update has not got: they are for the next
 
 
 @dataclass(slots=True, kw_only=True)
@@ -123,14 +126,15 @@ class Session:
         if self.doing != "waiting":
             return self.told.why
         is_near = self.service.statistics() is not None
-        return "until the round ends" if is_near else "for the run's records and weights"
+        return self.told.why or ("until the round ends" if is_near else "for the run's records and weights")
 
     # ---- work ----
 
     async def _work(self) -> None:
         while True:
             self._says("waiting")
-            chain = await self.service.opened()
+            chain = await self._opened()
+            self.told.ahead = 0
             self.weights.told.voters = tuple(map(str, chain.electors.voters))
             self.told.step = 0
             if self.wishes.leaves:
@@ -142,8 +146,38 @@ class Session:
                 continue
             await self.weights.judge()
             await self._contribute(chain)
-            if trio.current_time() - self._saved_at > SAVE_EVERY_S:
-                await self._save()
+            await self._save_in_time()
+
+    async def _opened(self) -> Chain:
+        """Wait for a round to work in. Raises as `_train_ahead`."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._train_ahead)
+            chain = await self.service.opened()
+            nursery.cancel_scope.cancel()
+        self._says("waiting")
+        return chain
+
+    async def _train_ahead(self) -> None:
+        """While the round cannot end: steps for the updates after this round's, AHEAD_ROUNDS of a round's at most.
+
+        Not further: see node/training_away.py. Raises ModelError.
+        """
+        absence, steps_max = Absence(), AHEAD_ROUNDS * self.weights.plan.steps
+        while not self.wishes.leaves:
+            chain, transport, now_s = self.service.history.chain, self.service.transport, trio.current_time()
+            absence.look(chain.electors, transport.peers() | {transport.peer_id}, now_s)
+            is_open, why = self.service.is_open(chain), f"until others are back: {absence.why}"
+            is_long = is_open and absence.is_long(now_s, self.weights.told.round_s_median)
+            if not is_long or self.told.ahead >= steps_max or self._why_paused():
+                self._says("waiting", why if is_open and absence.why else "")
+                await trio.sleep(LOOK_S)
+                continue
+            self._says("training", f"ahead of the round {why}")
+            try:
+                self.told.ahead += await self._step(chain)
+            except BudgetSpent as exc:  # what was announced may count yet, and needs this member's vote
+                return self._says("waiting", f"{why}; {exc}")
+            await self._save_in_time()
 
     async def _contribute(self, chain: Chain) -> None:
         """Train, unless that was done before in this round, and say what came of it."""
@@ -183,17 +217,23 @@ class Session:
         for step in range(wanted):
             self.told.step = step + 1
             self._says("training")
-            is_over = False
-            while not is_over:  # a private step has as many micro-batches as its draw of rows needs
-                done = await self._micro_step(chain)
-                if done is None:
-                    return 0
-                is_over = done.stepped or done.skipped
-                self._learnt(done.loss, done.tokens, skipped=done.skipped)
-            self.told.steps += 1
+            if not await self._step(chain):
+                return 0
             if step + 1 < wanted and (self.service.is_waited_for(chain) or self._why_paused()):
                 return step + 1
         return wanted
+
+    async def _step(self, chain: Chain) -> bool:
+        """One of the optimiser, a skipped one too. False: the round is over, or this member leaves."""
+        is_over = False
+        while not is_over:  # a private step has as many micro-batches as its draw of rows needs
+            done = await self._micro_step(chain)
+            if done is None:
+                return False
+            is_over = done.stepped or done.skipped
+            self._learnt(done.loss, done.tokens, skipped=done.skipped)
+        self.told.steps += 1
+        return True
 
     async def _micro_step(self, chain: Chain) -> MicroStep | None:
         """None: the round is over, or this member leaves. However long requests run, a round is never held up."""
@@ -277,6 +317,10 @@ class Session:
         participant.trainer.restore(saved)
         participant.trainer.rebase(theta_N)  # the run's weights, which may be newer than what was saved
         participant.restore_unsent((self._folder / UNSENT).read_bytes())
+
+    async def _save_in_time(self) -> None:
+        if trio.current_time() - self._saved_at > SAVE_EVERY_S:
+            await self._save()
 
     async def _save(self) -> None:
         self._saved_at = trio.current_time()

@@ -20,7 +20,6 @@ def told_run(session: Session, drops: Mapping[str, int]) -> dict[str, Any]:
     plan, weights, service = session.weights.plan, session.weights, session.service
     history, told, now = service.history, session.told, service.statistics()
     peers = service.transport.peers() | {service.transport.peer_id}
-    seconds = [each.seconds for each in weights.told.rounds if each.seconds > 0]
     return {
         "run": {
             "name": plan.name,
@@ -46,7 +45,13 @@ def told_run(session: Session, drops: Mapping[str, int]) -> dict[str, Any]:
         "step": told.step,
         "loss": told.loss,
         "held_out_loss": weights.told.held_out_loss,
-        "work": {"steps": told.steps, "tokens": told.tokens, "skipped": told.skipped, "late": told.late},
+        "work": {
+            "steps": told.steps,
+            "tokens": told.tokens,
+            "skipped": told.skipped,
+            "late": told.late,
+            "ahead": told.ahead,
+        },
         "members": [
             {
                 "peer_id": peer,
@@ -60,7 +65,7 @@ def told_run(session: Session, drops: Mapping[str, int]) -> dict[str, Any]:
         ],
         "refused": {**weights.told.refused, **({} if now is None else now.refused)},
         "round_s": round(weights.round_s, 3),
-        "round_s_median": sorted(seconds)[len(seconds) // 2] if seconds else None,
+        "round_s_median": weights.told.round_s_median,
         "rounds": [asdict(each) for each in list(weights.told.rounds)[-ROUNDS_SHOWN:]],
         "counts": dict(history.counts),
         "drops": {**drops, **({} if now is None else now.drops)},

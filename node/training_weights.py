@@ -84,6 +84,12 @@ class WeightsTold:
     own_norm: float | None = None  # of this node's last update
     voters: tuple[str, ...] = ()  # as the round began, to say who was missing; the session keeps it
 
+    @property
+    def round_s_median(self) -> float | None:
+        """Of the rounds that were seen from begin to end; None: of none."""
+        seconds = sorted(each.seconds for each in self.rounds if each.seconds > 0)
+        return seconds[len(seconds) // 2] if seconds else None
+
 
 class Weights:
     """One run's. `lock` is held by whoever touches the participant."""

@@ -109,6 +109,7 @@ CORES = (
     "node/training_plan.py",
     "node/training_choice.py",
     "node/training_pause.py",
+    "node/training_away.py",
 )
 WAITING = {"trio", "socket", "time", "threading", "select", "subprocess", "os", "queue", "sched", "datetime"}
 FILE_LINES_MAX = 400

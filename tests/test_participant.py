@@ -156,14 +156,142 @@ def test_training_counts_once() -> None:
     written(one)
     before = unsent(one)
     assert one.is_written
-    with pytest.raises(AssertionError, match="count twice"):
-        one.step()
     assert one.write(0, BASE, steps=3, tokens=48)  # said again: the same
     assert torch.equal(unsent(one), before)
     one.settle([], took_ours=False)
     assert torch.equal(unsent(one), before)
     assert not one.is_written
     one.step()
+
+
+# training that goes on after the update was written
+
+
+def went_on(one: Participant, steps: int = 2) -> tuple[torch.Tensor, torch.Tensor, Payload]:
+    """What it trained for its update, what after it, and the update."""
+    train(one)
+    told = one.trainer.delta()
+    payload = one.read(one.write(0, BASE, steps=3, tokens=48), 0, BASE, one._peer)
+    at = theta(one)
+    train(one, steps)
+    return told, at - theta(one), payload
+
+
+each_codec = pytest.mark.parametrize("codec", ["fp32", "int4", "ef64.2b"])
+
+
+@each_codec
+@pytest.mark.parametrize("took_ours", [True, False])
+def test_what_is_trained_after_the_update_is_carried_and_counts_once(codec: str, took_ours: bool) -> None:
+    one = member(codec=codec)
+    told, after, payload = went_on(one)
+    sent = payload.delta.dense(0, payload.delta.n)
+    assert after.norm() > 0
+    assert torch.equal(unsent(one), told)  # it is no part of the update, nor of the feedback, before the round is over
+    one.settle([line(payload)] if took_ours else [], took_ours=took_ours)
+    carried = told + after - sent if took_ours else told + after
+    assert torch.equal(unsent(one), carried)
+    assert torch.equal(theta(one), one.trainer.start_vector_N)
+    assert one._written_N is None
+    train(one, 1)
+    last = one.trainer.delta()
+    raw = one.write(1, BASE, steps=1, tokens=16)
+    assert torch.equal(unsent(one), carried * 0.95 + last)  # it fades once a round, like what was left of the update
+    again = one.read(raw, 1, BASE, PEERS[0]).delta.dense(0, len(last))
+    one.settle([line(one.read(raw, 1, BASE, PEERS[0]))], took_ours=True)
+    assert torch.equal(unsent(one), carried * 0.95 + last - again)
+
+
+def test_the_announced_update_and_the_state_stay_while_training_goes_on() -> None:
+    one, other = member(), member()
+    before = one.state()
+    for each in (one, other):
+        train(each)
+    raws = [each.write(0, BASE, steps=3, tokens=48) for each in (one, other)]
+    one.step()
+    assert raws[0] == raws[1]
+    assert one.state() == before
+    with pytest.raises(AssertionError, match="stays as it is"):
+        one.write(0, BASE, steps=4, tokens=64)
+    payload = one.read(raws[0], 0, BASE, PEERS[0])
+    for each in (one, other):
+        each.settle([line(payload)], took_ours=True)
+    assert one.state() == other.state()
+
+
+def test_training_that_goes_on_takes_memory_only_then() -> None:
+    one = member()
+    written(one)
+    assert one._written_N is None
+    one.step()
+    held = one._written_N
+    one.step()
+    assert held is one._written_N is not None
+    one.settle([], took_ours=False)
+    assert one._written_N is None
+
+
+def test_micro_batches_that_made_no_step_are_not_carried() -> None:
+    config = TrainConfig(seed=1, rate=0.01, warmup_steps=0, autocast="off", accumulation=2)
+    one = Participant(
+        Trainer(Toy(), batches(), config), Course(run=RUN, codec=codec_named("fp32"), rule=Rule.MEAN), PEERS[0]
+    )
+    train(one, 2)
+    one.write(0, BASE, steps=1, tokens=32)
+    before = unsent(one)
+    one.step()
+    one.settle([], took_ours=False)
+    assert torch.equal(unsent(one), before)
+    assert one._written_N is None
+
+
+def test_what_is_trained_after_the_update_survives_a_state_that_is_adopted() -> None:
+    one, other = member(), member(PEERS[1])
+    played([other], 0)
+    told, after, _ = went_on(one)
+    one.adopt(other.state())
+    assert torch.equal(unsent(one), told + after)
+    assert one.state() == other.state()
+    assert one._written_N is None
+
+
+@each_codec
+def test_what_is_trained_after_the_update_outlives_a_restart(codec: str) -> None:
+    one, again = member(codec=codec), member(codec=codec)
+    told, after, payload = went_on(one)
+    kept = one.unsent()
+    assert torch.equal(unsent(one), told)  # keeping it changes nothing
+    again.restore_unsent(kept)
+    assert torch.equal(unsent(again), told + after - payload.delta.dense(0, payload.delta.n))
+    one.settle([line(payload)], took_ours=True)
+    assert torch.equal(unsent(one), unsent(again))
+
+
+def test_looking_at_updates_between_does_not_count_as_training() -> None:
+    one = member()
+    payload = one.read(written(member(PEERS[1])), 0, BASE, PEERS[1])
+    rows = one.trainer.held_out(SCORE_ROWS_MIN)
+    train(one)
+    told = one.trainer.delta()
+    one.write(0, BASE, steps=3, tokens=48)
+    finish(one.judge(rows))
+    at = theta(one)
+    one.step()
+    finish(one.score(payload, rows, None))
+    one.step()
+    after = at - theta(one)
+    one.settle([], took_ours=False)
+    assert torch.equal(unsent(one), told + after)
+
+
+def test_numbers_that_are_not_finite_are_not_noted_after_the_update_either() -> None:
+    one = member()
+    told, _, _ = went_on(one)
+    with torch.no_grad():
+        next(iter(one.trainer.named.values())).fill_(float("nan"))
+    with pytest.raises(ComputeFailed, match="diverged"):
+        one.settle([], took_ours=False)
+    assert torch.equal(unsent(one), told)
 
 
 def test_numbers_that_are_not_finite_are_not_written_and_not_noted() -> None:

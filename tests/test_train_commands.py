@@ -47,7 +47,7 @@ RUN: dict[str, Any] = {
     "step": 3,
     "loss": 6.6791,
     "held_out_loss": None,
-    "work": {"steps": 243, "tokens": 248_832, "skipped": 0, "late": 1},
+    "work": {"steps": 243, "tokens": 248_832, "skipped": 0, "late": 1, "ahead": 0},
     "members": [
         {"peer_id": PEER, "votes": True, "proven": True, "rounds_missed": 0, "connected": True,
          "here_this_round": False},
@@ -190,6 +190,7 @@ async def test_status_shows_the_run_its_members_and_its_last_rounds() -> None:
     [
         ({"state": "waiting", "why": "until the round ends"}, "waiting: until the round ends"),
         ({"state": "training", "paused": True}, "training, to be paused"),
+        ({"state": "training", "why": "ahead of the round"}, "training: ahead of the round"),
         ({"state": "paused", "why": "paused by the operator", "paused": True}, "paused: paused by the operator"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
@@ -197,6 +198,13 @@ async def test_status_shows_the_run_its_members_and_its_last_rounds() -> None:
 async def test_the_state_is_said_with_its_reason(changes: dict[str, Any], shown: str) -> None:
     result, _ = await with_node("status", tells={**RUN, **changes})
     assert f"│ {shown}  " in row(result, "state")
+
+
+async def test_steps_ahead_are_shown_while_there_are_some() -> None:
+    result, _ = await with_node("status", tells=RUN)
+    assert "next round" not in row(result, "trained here")
+    result, _ = await with_node("status", tells={**RUN, "work": {**RUN["work"], "ahead": 40}})
+    assert "248,832 tokens; 40 of the steps are for the next round" in row(result, "trained here")
 
 
 async def test_a_problem_is_shown_though_there_is_no_run() -> None:

@@ -149,7 +149,7 @@ def _show(told: dict[str, Any]) -> None:
         ("serving", told["revision"]),
         ("loss", f"{_number(told['loss'])} in training, {_number(told['held_out_loss'])} held out (nats a token)"),
         ("update", f"{run['codec']}, merged by {run['rule']}, at most {run['update_bytes_max'] / 1e6:.2f} MB a round"),
-        ("trained here", f"{told['work']['steps']:,} steps, {told['work']['tokens']:,} tokens"),
+        ("trained here", f"{told['work']['steps']:,} steps, {told['work']['tokens']:,} tokens{_ahead(told)}"),
     ]
     print_table("training", ("what", "value"), facts)
     if told["refused"]:
@@ -166,6 +166,11 @@ def _show(told: dict[str, Any]) -> None:
          _peers(list(each["not_counted"])), each["rule"], _number(each["held_out_loss"]), f"{each['seconds']:.1f}")
         for each in told["rounds"][-ROUNDS_SHOWN:]
     ])  # fmt: skip
+
+
+def _ahead(told: dict[str, Any]) -> str:
+    steps = told["work"]["ahead"]
+    return f"; {steps:,} of the steps are for the next round" if steps else ""
 
 
 def _number(value: float | None) -> str:
