@@ -123,7 +123,8 @@ class GuardedSwarm(Swarm):  # type: ignore[misc]  # libp2p's types are not follo
         return live
 
     async def watch_health(self, interval_s: float) -> None:
-        """Close connections on which nothing arrived for two intervals although we pinged. Never returns.
+        """Ping connections on which nothing arrived for an interval, and close those on which nothing did in the next:
+        within three intervals of the last word. Never returns.
 
         Around: libp2p's yamux pings are not answered for, so that a frozen peer stays connected for ever; its own
         health monitor asks one connection after another and dials replacements by itself.
@@ -143,7 +144,7 @@ class GuardedSwarm(Swarm):  # type: ignore[misc]  # libp2p's types are not follo
                     elif conn in pinged:
                         self.drops.count("peer_silent")
                         nursery.start_soon(close_connection, conn)
-                    if conn not in pinged:
+                    else:
                         pinged.add(conn)
                         nursery.start_soon(self.drops.contain, "ping_failed", conn.muxed_conn._write_frame, _PING)
 

@@ -40,7 +40,7 @@ class HostConfig:
     upgrade_s: float = 5.0  # a handshake, from accept to multiplexer
     negotiate_s: float = 5.0  # agreeing on a stream's protocol
     dial_s: float = 10.0  # a whole dial, handshake included
-    health_interval_s: float = 5.0  # a connection silent for two of these, though pinged, is dropped
+    health_interval_s: float = 10 / 3  # a connection silent for three of these, though pinged after one, is dropped
 
     def __post_init__(self) -> None:
         """Raises ValueError with what came and what is wanted."""

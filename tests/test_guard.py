@@ -33,6 +33,7 @@ from p2p.guard import Drops, guarded_stream_handler
 from p2p.guard_mux import STREAM_BYTES_MAX
 from p2p.guard_socket import WRITE_STALL_S, GuardedSocket
 from p2p.guard_store import ADDRESSES_MAX, PROTOCOLS_MAX, GuardedPeerStore
+from p2p.guard_swarm import _PING
 from p2p.transport import FRAME_BYTES_MAX, Stream
 from tests.libp2p_peers import TOPIC, bare_connection, node, raw_socket, stranger, until
 
@@ -617,6 +618,32 @@ async def test_a_silent_peer_is_dropped_and_an_idle_one_is_not() -> None:
         await trio.sleep(2)
         assert bob.peers() == {alice.peer_id}
         assert bob.statistics().drops["peer_silent"] == 1
+
+
+@slow
+async def test_who_speaks_is_not_pinged() -> None:
+    async with node(health_interval_s=0.5) as bob, node(health_interval_s=60.0) as alice:
+        bob.serve(RPC, echo)
+        peer = await alice.dial(bob.addresses()[0])
+        await until(bob.peers)
+        (conn,) = bob._swarm.get_connections()
+        pings: list[float] = []
+        write_frame = conn.muxed_conn._write_frame
+
+        async def counting(frame: bytes) -> None:
+            if frame == _PING:
+                pings.append(trio.current_time())
+            await write_frame(frame)
+
+        conn.muxed_conn._write_frame = counting
+        stream = await alice.open_stream(peer, RPC)
+        for _ in range(20):
+            await stream.send(b"a word")
+            await stream.receive()
+            await trio.sleep(0.1)
+        assert pings == []
+        await stream.close()
+        await until(lambda: pings)  # and who is silent is
 
 
 @slow
