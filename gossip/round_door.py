@@ -40,7 +40,7 @@ from gossip.standing import Fault
 from p2p.allowance import Buckets
 from p2p.calls import Calls, Handler, Incoming
 from p2p.errors import P2PError, RemoteError, Unreachable
-from p2p.transport import Transport
+from p2p.transport import PeerChange, Transport
 
 ROUND_PROTOCOL = "/openagi/round/1"
 PLAN_BYTES_MAX = 32_768
@@ -118,6 +118,9 @@ class RunHere(Protocol):
     def round(self) -> int:
         """The round to come."""
 
+    def peers_changed(self) -> None:
+        """A connection has begun or ended."""
+
 
 class RoundDoor:
     """One node's. Make it, run its `calls`; `run` is the run that this node is in."""
@@ -138,6 +141,11 @@ class RoundDoor:
         self._following: Counter[PeerId] = Counter()
         self._is_subscribed = False
         self.calls = Calls(transport, ROUND_PROTOCOL, self._handlers(), self._breach, ROUND_LIMITS)
+        transport.watch(self._peer_changed)
+
+    def _peer_changed(self, _change: PeerChange) -> None:
+        if self.run is not None:
+            self.run.peers_changed()
 
     async def open(self, run: RunHere) -> None:
         """Listen for this run."""

@@ -82,8 +82,11 @@ class Owner(Protocol):
         Raises CannotStore: they were changed and cannot be written, so that nothing here may go on with them.
         """
 
-    async def adopt(self, manifest: Manifest, state: Path) -> None:
-        """Take over the weights before a committed round, and write their file. Raises Unsound, and as `apply`."""
+    async def adopt(self, manifest: Manifest, state: Path, *, took_ours: bool) -> None:
+        """Take over the weights before a committed round, and write their file. Raises Unsound, and as `apply`.
+
+        took_ours: whether the round in which these weights stood until now counted what this member sent in it.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,6 +289,13 @@ class RoundHistory:
                 found[blob] = await self.payloads.get(manifest.round, blob, holders, self.owner.payload_bytes_max)
         return found
 
+    async def _has_taken_ours(self) -> bool:
+        """Whether the round that the weights stand before is committed with a share of this member's. Raises
+        CannotStore."""
+        manifests: list[Manifest] = await self._place.disk(self.manifests, self.owner.round, 1)
+        shares = [share for each in manifests for share in each.shares]
+        return any(share.peer == self._place.own and share.weight > 0 for share in shares)
+
     async def _take_state(self) -> None:
         """The newest weights that a quorum named. Raises Unavailable, CannotStore, Unsound."""
         least = self.owner.round + (not self._is_wrong)
@@ -306,7 +316,7 @@ class RoundHistory:
             raise Unavailable(str(exc)) from exc
         try:
             with trio.CancelScope(shield=True):
-                await self.owner.adopt(manifest, path)
+                await self.owner.adopt(manifest, path, took_ours=await self._has_taken_ours())
         finally:
             with trio.CancelScope(shield=True):
                 try:

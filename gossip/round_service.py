@@ -30,7 +30,7 @@ from gossip.rounds import Body, Committed, Contribution, Header, Statement, sign
 from gossip.standing import Fault
 from gossip.transfer import Manifest as Made
 from p2p.errors import P2PError
-from p2p.transport import PeerChange, Transport
+from p2p.transport import Transport
 
 REPLAYED_MAX = 2  # rounds behind that are made good without a new session
 
@@ -166,11 +166,15 @@ class RoundService:
         if self._session is not None and self._averaging is not None and number > self._averaging.chain.round:
             self._session.start_soon(self._follow, peer)
 
+    def peers_changed(self) -> None:
+        """A connection has begun or ended."""
+        if self._averaging is not None:
+            self._take(self._averaging.connected(self._place.transport.peers(), trio.current_time()))
+
     # ---- the life of a run ----
 
     async def run(self) -> None:
         """Take part until cancelled, or until all members have left. Raises CannotStore, and what the owner raises."""
-        self._place.transport.watch(self._peer_changed)
         await self.history.load()
         await self._place.door.open(self)
         try:
@@ -374,10 +378,6 @@ class RoundService:
     def _tell_opened(self) -> None:
         self._opened.set()
         self._opened = trio.Event()
-
-    def _peer_changed(self, _change: PeerChange) -> None:
-        if self._averaging is not None:
-            self._take(self._averaging.connected(self._place.transport.peers(), trio.current_time()))
 
     def _sign(self, body: Body) -> Statement:
         place, now_ms = self._place, self._place.door.now_ms()

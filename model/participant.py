@@ -234,14 +234,17 @@ class Participant:
             self.trainer.start_vector_N, self._outer.velocity if self.course.momentum else None, self.course
         )
 
-    def adopt(self, raw: bytes) -> None:
-        """Go on from such bytes. Raises BadState, and then nothing has changed."""
+    def adopt(self, raw: bytes, *, took_ours: bool = False) -> None:
+        """Go on from such bytes. took_ours: as in `settle`, of the round that was open here. Raises BadState, and then
+        nothing has changed."""
         if len(raw) != self.state_bytes:
             raise BadState(f"a state of {len(raw):,} bytes came, this run's have {self.state_bytes:,}")
         whole = torch.frombuffer(bytearray(raw), dtype=torch.float32)
         if not whole.isfinite().all():
             raise BadState("the state has numbers that are not finite")
         self._note()
+        if took_ours and self._sent is not None:
+            self._feedback.take(self._sent)
         if self.course.momentum:
             self._outer.velocity = whole[self.layout.size :].clone()
         self._begin(whole[: self.layout.size].clone())

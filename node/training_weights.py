@@ -179,11 +179,11 @@ class Weights:
             await self._begin(manifest.round + 1, manifest.next_base)
         self._tell(manifest, settled)
 
-    async def adopt(self, manifest: Manifest, state: Path) -> None:
+    async def adopt(self, manifest: Manifest, state: Path, *, took_ours: bool) -> None:
         """Take over the weights before a committed round. Raises Unsound, CannotStore."""
         async with self.lock:
             try:
-                await _in_thread(lambda: self.participant.adopt(state.read_bytes()))
+                await _in_thread(lambda: self.participant.adopt(state.read_bytes(), took_ours=took_ours))
             except (BadState, OSError) as exc:
                 raise Unsound(str(exc)) from exc
             await self._begin(manifest.round, manifest.base)

@@ -106,6 +106,7 @@ class HashOwner:
             self._write(0, bytes(SIZE))
         self.applied: deque[Manifest] = deque(maxlen=NOTED_MAX)
         self.adopted: list[int] = []
+        self.took_ours: list[tuple[int, bool]] = []  # at each: where it stood, and what it was told of that round
         self.examined: deque[PeerId] = deque(maxlen=NOTED_MAX)
 
     @property
@@ -151,10 +152,11 @@ class HashOwner:
         self.round += 1
         self._disk.step()
 
-    async def adopt(self, manifest: Manifest, state: Path) -> None:
+    async def adopt(self, manifest: Manifest, state: Path, *, took_ours: bool) -> None:
         await trio.sleep(0.1)
         number = manifest.round
         self.adopted.append(number)
+        self.took_ours.append((self.round, took_ours))
         self._write(number, await inline(state.read_bytes))
         self.round = number
 

@@ -256,6 +256,21 @@ def test_what_is_trained_after_the_update_survives_a_state_that_is_adopted() -> 
 
 
 @each_codec
+def test_what_a_round_took_is_not_sent_again_after_a_state_is_adopted(codec: str) -> None:
+    left = {}
+    for took_ours in (False, True):
+        one, other = member(codec=codec), member(PEERS[1], codec=codec)
+        train(one)
+        one.write(0, BASE, steps=1, tokens=32)
+        before, sent = unsent(one), one.own(steps=1, tokens=32).delta
+        played([other], 0)
+        one.adopt(other.state(), took_ours=took_ours)
+        left[took_ours] = unsent(one)
+    assert torch.equal(left[False], before)
+    assert torch.equal(left[True], before - sent.dense(0, sent.n))
+
+
+@each_codec
 def test_what_is_trained_after_the_update_outlives_a_restart(codec: str) -> None:
     one, again = member(codec=codec), member(codec=codec)
     told, after, payload = went_on(one)

@@ -62,6 +62,10 @@ class Run:
     behinds: list[tuple[PeerId, int]] = field(default_factory=list)
     read: list[tuple[int, int]] = field(default_factory=list)
     is_broken: bool = False
+    changes: int = 0
+
+    def peers_changed(self) -> None:
+        self.changes += 1
 
     @property
     def round(self) -> int:
@@ -574,3 +578,17 @@ async def test_what_is_told_reaches_who_listens_and_a_failure_is_counted(autojum
         huge = Statement(sender=other.id, body=Header(run=RUN, round=0, base=BASE), raw=bytes(1 << 20), id=RUN)
         await other.door.tell(huge)
         assert other.door.drops == {"publish_failed": 1}
+
+
+async def test_the_run_that_is_here_now_hears_of_connections_and_no_run_of_before() -> None:
+    network = LoopbackNetwork(random.Random(1))
+    async with network.join(Identity.make()) as here, network.join(Identity.make()) as there:
+        door = RoundDoor(here, NETWORK, lambda *_: None, lambda: START_MS)
+        first, second = Run(), Run()
+        for run in (first, second):
+            door.run = run
+            peer = await here.dial(there.addresses()[0])
+            await here.disconnect(peer)
+            door.run = None
+        await here.dial(there.addresses()[0])
+        assert (first.changes, second.changes) == (2, 2)

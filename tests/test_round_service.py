@@ -153,6 +153,24 @@ async def test_weights_that_are_not_those_of_a_quorum_are_given_up(
         assert members[3].owner.weights == states.get(members[3].owner.round, members[3].owner.weights)
 
 
+async def test_who_takes_a_state_learns_whether_its_last_work_was_counted(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with world(tmp_path) as run:
+        members = [await run.start(number, rounds_kept=1) for number in range(4)]
+        await run.until(2)
+        for other in members[:3]:
+            run.network.partition(members[3].id, other.id)
+        stood = members[3].owner.round
+        await run.until(stood + 12, *members[:3])
+        run.network.heal()
+        await run.until(stood + 15, within_s=120)
+        for number, took_ours in members[3].owner.took_ours:
+            shares = members[0].manifests[number].shares
+            assert took_ours == any(share.peer == members[3].id and share.weight > 0 for share in shares)
+        assert members[3].owner.took_ours
+
+
 async def test_a_minority_waits_and_comes_back(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with world(tmp_path) as run:
         members = [await run.start(number) for number in range(4)]
