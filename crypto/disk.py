@@ -124,7 +124,9 @@ class System:
 SYSTEM: Final = System()  # has no state
 
 
-def write_whole(path: Path, content: bytes, *, over: bool, mode: int = 0o600, system: System = SYSTEM) -> None:
+def write_whole(
+    path: Path, content: bytes | memoryview, *, over: bool, mode: int = 0o600, system: System = SYSTEM
+) -> None:
     """Write a file whole or not at all; after this returns it survives a power loss. Makes no folder.
 
     over: whether it may replace what is there. A kill leaves at worst a private `.NAME.tmp-` file beside it.

@@ -228,8 +228,9 @@ class Participant:
         """Of `state`."""
         return FP32_BYTES * self.layout.size * (2 if self.course.momentum else 1)
 
-    def state(self) -> bytes:
-        """The weights with which this round began, and the outer momentum: the same bytes at every member."""
+    def state(self) -> bytes | memoryview:
+        """The weights with which this round began, and the outer momentum: the same bytes at every member. To be read
+        only; the weights are never changed in place."""
         return state_of(
             self.trainer.start_vector_N, self._outer.velocity if self.course.momentum else None, self.course
         )
@@ -317,13 +318,14 @@ def make_trainer(
     return Trainer(model, batches, config)
 
 
-def state_of(theta_N: torch.Tensor, velocity_N: torch.Tensor | None, course: Course) -> bytes:
-    """The bytes of a state. velocity_N: None before the first step of a run with momentum: zeros."""
+def state_of(theta_N: torch.Tensor, velocity_N: torch.Tensor | None, course: Course) -> bytes | memoryview:
+    """The bytes of a state; without momentum those of theta_N itself. velocity_N: None before the first step of a run
+    with momentum: zeros."""
     assert sys.byteorder == "little", "fp32 is written as the machine has it"
-    parts = [theta_N]
-    if course.momentum:
-        parts.append(torch.zeros_like(theta_N) if velocity_N is None else velocity_N)
-    return b"".join(part.contiguous().numpy().tobytes() for part in parts)
+    if not course.momentum:
+        return theta_N.contiguous().numpy().data.cast("B")
+    parts = (theta_N, torch.zeros_like(theta_N) if velocity_N is None else velocity_N)
+    return b"".join(part.contiguous().numpy().data.cast("B") for part in parts)
 
 
 def load_named(model: Any, named: Mapping[str, torch.Tensor]) -> None:

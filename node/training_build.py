@@ -160,6 +160,6 @@ def root_of_files(loaded: Loaded) -> Digest:
     return root_of(state_of(layout_of(named).flatten(named), None, plain))
 
 
-def root_of(state: bytes) -> Digest:
+def root_of(state: bytes | memoryview) -> Digest:
     """The name of a state, as its blob has it."""
     return digest(manifest_of(state).encode())

@@ -120,7 +120,7 @@ def test_what_a_round_took_leaves_the_feedback_and_what_it_did_not_take_is_sent_
 
 def test_a_round_that_makes_no_update_leaves_the_weights_and_the_feedback() -> None:
     one, other = member(rule=Rule.MULTI_KRUM), member(PEERS[1], rule=Rule.MULTI_KRUM)
-    before = one.state()
+    before = bytes(one.state())
     payload = one.read(written(one), 0, BASE, PEERS[0])
     other.read(written(other), 0, BASE, PEERS[1])
     kept = unsent(one)
@@ -136,7 +136,7 @@ def test_a_round_that_makes_no_update_leaves_the_weights_and_the_feedback() -> N
 
 def test_a_round_of_nobody_changes_nothing() -> None:
     one = member()
-    before = one.state()
+    before = bytes(one.state())
     assert one.settle([], took_ours=False).rule == "none"
     assert one.state() == before
 
@@ -204,7 +204,7 @@ def test_what_is_trained_after_the_update_is_carried_and_counts_once(codec: str,
 
 def test_the_announced_update_and_the_state_stay_while_training_goes_on() -> None:
     one, other = member(), member()
-    before = one.state()
+    before = bytes(one.state())
     for each in (one, other):
         train(each)
     raws = [each.write(0, BASE, steps=3, tokens=48) for each in (one, other)]
@@ -474,7 +474,7 @@ def test_what_was_trained_before_a_state_came_is_not_lost() -> None:
 def test_a_state_that_is_none_changes_nothing(momentum: float) -> None:
     one = member(momentum=momentum)
     train(one)
-    before, own, left = one.state(), theta(one), unsent(one)
+    before, own, left = bytes(one.state()), theta(one), unsent(one)
     spoilt = bytearray(before)
     spoilt[4:8] = torch.tensor(float("nan")).numpy().tobytes()
     for wrong, why in ((b"", "bytes came"), (before[:-4], "bytes came"), (before + bytes(4), "bytes came"),

@@ -54,7 +54,7 @@ def moved(loaded: Loaded, adapters: AdapterConfig | None = None, *, momentum: fl
     layout = layout_of(named)
     theta_N = layout.flatten(named) + 0.01 * torch.randn(layout.size, generator=torch.Generator().manual_seed(3))
     course = Course(run=RUN, codec=codec_named("fp32"), rule=Rule.MEAN, momentum=momentum)
-    return state_of(theta_N, None, course), layout.digest
+    return bytes(state_of(theta_N, None, course)), layout.digest
 
 
 def tied(path: Path) -> Any:

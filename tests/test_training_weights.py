@@ -320,7 +320,7 @@ async def test_weights_are_written_and_named_once_in_some_rounds_where_the_plan_
             assert (one.weights.told.root == "") == bool(number % 3)
             assert one.weights.told.rounds[-1].root == one.weights.told.root
         assert one.states() == ["state-0", "state-3", "state-6"]
-        reached, at = one.participant.state(), one.weights.round
+        reached, at = bytes(one.participant.state()), one.weights.round
     async with here(tmp_path / "else") as again:
         again.weights._folder = tmp_path
         await again.weights.restore(at, lambda _: BASE)
