@@ -31,7 +31,7 @@ from gossip.round_payloads import Payloads
 from gossip.round_service import RoundService, Work
 from gossip.round_state import Chain
 from gossip.round_store import RoundStore
-from gossip.rounds import WEIGHT_ONE, Header, Manifest, Statement
+from gossip.rounds import WEIGHT_ONE, Contribution, Header, Manifest, Statement, sign_statement
 from gossip.transfer import Manifest as Made
 from gossip.transfer import manifest_of
 from p2p.errors import Unreachable
@@ -315,3 +315,12 @@ class World:
             for member in members or tuple(each for each in self.members if not each.scope.cancel_called):
                 while member.owner.round < number:  # noqa: ASYNC110  # the owner is a fake without events
                     await trio.sleep(0.05)
+
+
+def announced(run: World, liar: Member, blob: Digest, size: int) -> Statement:
+    """What a member says of its work in the round to come: a payload of this name and size, given or not."""
+    chain = liar.history.chain
+    contribution = Contribution(blob=blob, payload_bytes=size, steps=1, tokens=10)
+    body = Header(run=chain.run, round=chain.round, base=chain.base, contribution=contribution)
+    identity = next(one for one in run.identities if one.peer_id == liar.id)
+    return sign_statement(identity, body, network=NETWORK, sequence=run.now_ms(), time_ms=run.now_ms())

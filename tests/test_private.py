@@ -1,4 +1,4 @@
-"""Private training: rows clipped one by one, noise that nobody can guess, each step charged before it is taken."""
+"""Private training: rows clipped one by one, noise that nobody can guess, rows drawn each by itself."""
 
 from __future__ import annotations
 
@@ -14,112 +14,35 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.grad_sample import GradSampleModule
-from safetensors.torch import load as read_safetensors
 
-from crypto.digest import Digest
-from model.adapters import AdapterConfig, add_adapters, trainable
 from model.batches import Batches
-from model.budget import Budget
-from model.config import PrivacyConfig, TrainConfig
 from model.data import text_of
 from model.errors import (
-    BadInput,
-    BadModel,
-    BadState,
-    BudgetSpent,
-    BudgetUnsaved,
-    ComputeFailed,
     Diverged,
-    OutOfMemory,
 )
 from model.private import NOISE_BLOCK, PrivateTrainer, add_noise, gaussian, poisson
-from model.train import BETAS, MicroStep, Trainer, next_token_loss
-from model.train_memory import FP32_BYTES, needed_bytes
-from tests.tiny_models import causal_config
-from tests.toy_training import Toy, batches
-
-IMPORTED = (transformers.LlamaForCausalLM, transformers.GPT2LMHeadModel)  # takes seconds, once: not in a test's time
-CONFIG = TrainConfig(seed=1, rate=0.01, warmup_steps=0, clip_norm=1e9, autocast="off")
-PRIVATE = PrivacyConfig(noise_multiplier=1.0, clip_norm=1.0, delta=1e-6, epsilon_max=math.inf)
-SILENT = replace(PRIVATE, noise_multiplier=0.0)
-OPEN = replace(SILENT, clip_norm=math.inf)
-CONTEXT = 8
-DRAW_BYTES = 19 * 8  # to draw from the rows of a text of 20
-
-
-def tiny(kind: str, **changes: Any) -> Any:
-    """A random model in fp32, without dropout: GPT-2 draws it otherwise for rows than for batches."""
-    torch.manual_seed(0)
-    config = causal_config(kind, 64)
-    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    for name, value in {"initializer_range": 0.1, **quiet, **changes}.items():
-        setattr(config, name, value)
-    return transformers.AutoModelForCausalLM.from_config(config)
-
-
-def adapted() -> Any:
-    model = tiny("llama").requires_grad_(False)
-    add_adapters(model, AdapterConfig(rank=4), Digest(b"r" * 32))
-    for name, parameter in trainable(model).items():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)  # else the first matrices have no gradient
-    return model
-
-
-def tied() -> Any:
-    return tiny("llama", tie_word_embeddings=True)
-
-
-def some(vocabulary: int = 11, *, rows: int, found: int = 20) -> Batches:
-    """A text of `found` rows, of which every twentieth is held out."""
-    return batches(vocabulary, rows=rows, context=CONTEXT, length=found * (CONTEXT + 1))
-
-
-def budget(privacy: PrivacyConfig = PRIVATE, ledger: bytes | None = None) -> Budget:
-    return Budget(privacy, context=CONTEXT, save=lambda content: True, ledger=ledger)
-
-
-def private(
-    model: Any, text: Batches, privacy: PrivacyConfig = PRIVATE, config: TrainConfig = CONFIG
-) -> PrivateTrainer:
-    return PrivateTrainer(model, text, config, budget(privacy), chance=random.Random(3).randbytes)
-
-
-def step(trainer: Trainer) -> list[MicroStep]:
-    """The micro-batches of one whole step."""
-    done = [trainer.micro_step()]
-    while not (done[-1].stepped or done[-1].skipped):
-        done.append(trainer.micro_step())
-    return done
-
-
-def weights(trainer: Trainer) -> torch.Tensor:
-    return trainer.layout.flatten(trainer.named)
-
-
-def first_gradient(trainer: Trainer) -> torch.Tensor:
-    """What the optimiser got in the only step so far."""
-    assert trainer.step == 1
-    return read_safetensors(trainer.state().vectors)["first_moment"] / (1 - BETAS[0])
-
-
-class Forced:
-    """Secret bytes that are all alike for the draw of rows, and random after it: all rows are drawn, or none."""
-
-    def __init__(self, byte: int) -> None:
-        self._draw, self._rest = bytes((byte,)), random.Random(3)
-        self._is_draw = True
-
-    def __call__(self, count: int) -> bytes:
-        if self._is_draw:
-            self._is_draw = False
-            return self._draw * count
-        return self._rest.randbytes(count)
-
+from model.train import Trainer, next_token_loss
+from tests.private_training import (
+    CONFIG,
+    CONTEXT,
+    OPEN,
+    PRIVATE,
+    SILENT,
+    Forced,
+    adapted,
+    budget,
+    first_gradient,
+    private,
+    some,
+    step,
+    tied,
+    tiny,
+    weights,
+)
+from tests.toy_training import Toy
 
 # without noise and clipping it is the plain trainer
 
@@ -377,197 +300,3 @@ def test_held_out_rows_are_never_drawn() -> None:
     with pytest.raises(AssertionError, match="no such training rows"):
         text.training([38])
     assert text.training([]).shape == (0, CONTEXT + 1)
-
-
-# the budget
-
-
-def test_a_step_is_charged_and_saved_before_it_is_taken() -> None:
-    seen: list[tuple[bytes, torch.Tensor]] = []
-
-    def save(content: bytes) -> bool:
-        seen.append((content, weights(trainer)))
-        return len(seen) != 3
-
-    trainer = PrivateTrainer(Toy(), some(rows=2), CONFIG, Budget(PRIVATE, context=CONTEXT, save=save))
-    for number in (1, 2):
-        before = weights(trainer)
-        step(trainer)
-        ledger, at_that_time = seen[-1]
-        assert torch.equal(at_that_time, before)
-        assert not torch.equal(weights(trainer), before)
-        assert budget(ledger=ledger).spent() == trainer.spent()
-        assert len(seen) == number
-    kept, state = weights(trainer), trainer.state()
-    with pytest.raises(BudgetUnsaved):
-        step(trainer)
-    assert torch.equal(weights(trainer), kept)
-    assert trainer.state() == state
-    step(trainer)  # begun anew, once the disk is well
-    assert (trainer.step, budget(ledger=seen[-1][0]).steps) == (3, 3)
-
-
-def test_training_is_refused_before_the_step_that_would_go_past() -> None:
-    counted = budget()
-    for _ in range(3):
-        counted.charge(2 / 19)
-    model = Toy()
-    limited = replace(PRIVATE, epsilon_max=counted.spent())
-    trainer = PrivateTrainer(model, some(rows=2), CONFIG, budget(limited))
-    for _ in range(3):
-        step(trainer)
-    kept, passes = weights(trainer), model.passes
-    with pytest.raises(BudgetSpent, match=r"one more private step would bring epsilon to .* in 3 steps"):
-        trainer.micro_step()
-    assert torch.equal(weights(trainer), kept)
-    assert model.passes == passes
-    assert trainer.spent() == limited.epsilon_max
-    trainer.rebase(trainer.start_vector_N * 0.5)  # a new round gives nothing back
-    with pytest.raises(BudgetSpent):
-        trainer.micro_step()
-
-
-def test_a_restart_goes_on_counting_and_an_older_ledger_is_refused() -> None:
-    ledgers: list[bytes] = []
-    saving = Budget(PRIVATE, context=CONTEXT, save=lambda content: ledgers.append(content) is None)
-    trainer = PrivateTrainer(Toy(), some(rows=2), CONFIG, saving)
-    for _ in range(3):
-        step(trainer)
-    saved = trainer.state()
-    again = PrivateTrainer(Toy(), some(rows=2), CONFIG, budget(ledger=ledgers[-1]))
-    again.restore(saved)
-    assert torch.equal(weights(again), weights(trainer))
-    assert (again.step, again.spent()) == (3, trainer.spent())
-    step(again)
-    step(trainer)
-    assert again.spent() == trainer.spent()
-    late = PrivateTrainer(Toy(), some(rows=2), CONFIG, budget(ledger=ledgers[-1]))  # killed between charge and step
-    late.restore(saved)
-    assert late.spent() == trainer.spent()
-    for older in (ledgers[1], None):
-        refusing = PrivateTrainer(Toy(), some(rows=2), CONFIG, budget(ledger=older))
-        before = refusing.state()
-        with pytest.raises(BadState, match="lost or an older copy"):
-            refusing.restore(saved)
-        assert refusing.state() == before
-
-
-def test_states_with_and_without_privacy_do_not_pass_as_each_other() -> None:
-    plain, secret = Trainer(Toy(), some(rows=2), CONFIG), private(Toy(), some(rows=2))
-    for trainer, other in ((plain, secret), (secret, plain)):
-        with pytest.raises(BadState, match="another privacy"):
-            trainer.restore(other.state())
-
-
-@pytest.mark.parametrize(
-    ("text", "config", "privacy", "words"),
-    [
-        (some(rows=2), replace(CONFIG, accumulation=10), PRIVATE, "draws 20 rows on average, and the text has 19"),
-        (some(rows=2), CONFIG, replace(PRIVATE, delta=1 / 19), "giving away one whole row of 19"),
-        (batches(context=9), CONFIG, PRIVATE, "budget is about rows of 8 tokens, and these have 9"),
-    ],
-)
-def test_what_would_keep_no_promise_is_refused(
-    text: Batches, config: TrainConfig, privacy: PrivacyConfig, words: str
-) -> None:
-    with pytest.raises(BadInput, match=words):
-        private(Toy(), text, privacy, config)
-
-
-# faults, and what stays of a Trainer's conduct
-
-
-def test_a_failure_in_a_step_costs_nothing_and_draws_anew() -> None:
-    model = Toy()
-    trainer = private(model, some(rows=2), SILENT)
-    for fault, kind in ((RuntimeError("no"), ComputeFailed), (MemoryError(), OutOfMemory)):
-        trainer._chance = Forced(0)  # all 19 rows
-        assert not trainer.micro_step().stepped
-        handle = model.register_forward_pre_hook(lambda *_, fault=fault: (_ for _ in ()).throw(fault))
-        with pytest.raises(kind, match="step 0 of training"):
-            trainer.micro_step()
-        handle.remove()
-    trainer._chance = Forced(0)
-    assert not trainer.micro_step().stepped
-    trainer._chance = Forced(255)
-    trainer.rebase(trainer.start_vector_N * 0.5)
-    assert trainer.spent() == 0.0
-    step(trainer)  # no row is drawn: had any of the earlier ones stayed, their gradient would show
-    assert not first_gradient(trainer).any()
-
-
-def test_no_memory_for_noise_takes_no_step_and_the_next_draws_anew() -> None:
-    asked: list[int] = []
-
-    def short(count: int) -> bytes:
-        asked.append(count)
-        if count > DRAW_BYTES and len(asked) < 30:
-            raise MemoryError
-        return random.Random(len(asked)).randbytes(count)
-
-    trainer = PrivateTrainer(Toy(), some(rows=2), CONFIG, budget(), chance=short)
-    with pytest.raises(OutOfMemory, match="step 0"):
-        step(trainer)
-    assert not trainer.delta().any()
-    assert trainer.spent() > 0.0  # on the safe side
-    before = len(asked)
-    asked += [0] * 30
-    step(trainer)
-    assert asked[before + 30] == DRAW_BYTES
-    assert trainer.step == 1
-
-
-def test_a_step_that_could_not_be_charged_is_drawn_anew() -> None:
-    answers = [False, True]
-    unsaved = Budget(SILENT, context=CONTEXT, save=lambda content: answers.pop(0))
-    trainer = PrivateTrainer(Toy(), some(rows=2), CONFIG, unsaved, chance=Forced(0))
-    with pytest.raises(BudgetUnsaved):
-        step(trainer)
-    trainer._chance = Forced(255)
-    step(trainer)
-    assert not first_gradient(trainer).any()  # nothing of the rows drawn first
-
-
-def test_dropout_is_drawn_in_secret_and_the_chance_of_others_given_back() -> None:
-    trainer = private(tiny("gpt2", resid_pdrop=0.3, embd_pdrop=0.3), some(64, rows=19), SILENT)
-    other = PrivateTrainer(copy.deepcopy(trainer.model), some(64, rows=19), CONFIG, budget(SILENT))
-    torch.manual_seed(4)
-    before = torch.get_rng_state()
-    step(trainer)
-    step(other)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(trainer.delta(), other.delta())
-
-
-def test_autocast_keeps_fp32() -> None:
-    trainer = private(tiny("llama"), some(64, rows=19), SILENT, replace(CONFIG, autocast="on"))
-    plain = private(tiny("llama"), some(64, rows=19), SILENT)
-    (rounded,), (exact,) = step(trainer), step(plain)
-    assert rounded.loss != exact.loss
-    assert rounded.loss == pytest.approx(exact.loss, rel=0.02)
-    assert {parameter.dtype for parameter in trainer.named.values()} == {torch.float32}
-
-
-def test_a_layer_that_keeps_statistics_of_rows_is_refused() -> None:
-    model = Toy()
-    model.add_module("normal", torch.nn.BatchNorm1d(4))
-    with pytest.raises(BadModel, match="BatchNorm1d keeps statistics of the rows"):
-        private(model, some(rows=2))
-
-
-def test_the_estimate_of_memory_is_of_one_row_and_a_vector_more() -> None:
-    model, many, one = tiny("llama"), some(64, rows=19), some(64, rows=1)
-    vector_bytes = FP32_BYTES * sum(parameter.numel() for parameter in model.parameters())
-    assert needed_bytes(model, many, CONFIG, private=True) == needed_bytes(model, one, CONFIG) + vector_bytes
-    assert needed_bytes(model, one, CONFIG) < needed_bytes(model, many, CONFIG)
-
-
-@pytest.mark.slow
-def test_a_private_model_learns_within_its_budget() -> None:
-    text = batches(rows=40, context=CONTEXT, length=20_000)
-    privacy = replace(PRIVATE, clip_norm=0.5, delta=1e-5, epsilon_max=1.5)
-    trainer = private(Toy(), text, privacy, replace(CONFIG, rate=0.1))
-    losses = [step(trainer)[0].loss for _ in range(20)]
-    assert trainer.spent() < 1.5
-    assert losses[0] > 2.5
-    assert sum(losses[-5:]) / 5 < 1.9

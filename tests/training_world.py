@@ -218,3 +218,12 @@ def common_rounds(*trainees: Trainee) -> dict[int, set[bytes]]:
 def root_of(trainee: Trainee) -> Digest:
     """The base of the round to come: it names all that was before."""
     return Digest(trainee.session.service.history.chain.base)
+
+
+async def grown(all_of_them: World, founders: int, **asked: Any) -> list[Trainee]:
+    """A run of so many founders, all in it."""
+    trainees = [await all_of_them.start(number) for number in range(founders)]
+    await trainees[0].begin(founders=all_of_them.peers(*range(1, founders)), absent_max=50, **asked)
+    for each in trainees[1:]:
+        await each.join()
+    return trainees
