@@ -146,7 +146,8 @@ async def _measure(
         raw = await trio.to_thread.run_sync(lambda: participant.write(chain.round, base, steps=1, tokens=1))  # noqa: B023  # run at once
         write_whole(service.history.payloads.own_path(chain.round), raw, over=True)
         made_of = await trio.to_thread.run_sync(manifest_of, raw)
-        await weights.add_own(made_of.blob, chain.round, steps=1, tokens=1)
+        written = await trio.to_thread.run_sync(lambda: participant.own(steps=1, tokens=1))  # noqa: B023  # run at once
+        await weights.add_own(made_of.blob, chain.round, written)
         if number == 0:
             await barrier.wait()
         await service.contribute(chain, Work(steps=1, tokens=1, made_of=made_of))

@@ -200,12 +200,13 @@ class Session:
             raw = await trio.to_thread.run_sync(
                 lambda: weights.participant.write(chain.round, base, steps=steps, tokens=tokens)
             )
+            written = await trio.to_thread.run_sync(lambda: weights.participant.own(steps=steps, tokens=tokens))
         try:
             await trio.to_thread.run_sync(lambda: write_whole(payloads.own_path(chain.round), raw, over=True))
         except OSError as exc:
             raise CannotStore(f"the update cannot be written to {self._folder}: {exc.strerror}") from exc
         made_of = await trio.to_thread.run_sync(manifest_of, raw)
-        await weights.add_own(made_of.blob, chain.round, steps=steps, tokens=tokens)
+        await weights.add_own(made_of.blob, chain.round, written)
         self._done = chain.base, Work(steps=steps, tokens=tokens, made_of=made_of)
         return True
 

@@ -213,11 +213,10 @@ class Weights:
                 return await self._begin(number, base_of(number), is_written=True)
         await self._begin(0, base_of(0))
 
-    async def add_own(self, blob: Digest, number: int, *, steps: int, tokens: int) -> None:
-        """Own update, about to be announced."""
-        payload = await _in_thread(partial(self.participant.own, steps=steps, tokens=tokens))
-        self.told.own_norm = payload.norm
-        await self._note(number, blob, payload)
+    async def add_own(self, blob: Digest, number: int, written: Payload) -> None:
+        """Own update, about to be announced; the round may be over by then."""
+        self.told.own_norm = written.norm
+        await self._note(number, blob, written)
 
     async def judge(self) -> None:
         """The held-out loss of the weights before this round, once."""

@@ -328,6 +328,16 @@ async def test_weights_are_written_and_named_once_in_some_rounds_where_the_plan_
         assert again.participant.state() != reached  # one round is to be made again
 
 
+async def test_an_own_update_whose_round_is_over_while_it_is_written_is_not_noted(tmp_path: Path) -> None:
+    async with here(tmp_path) as one:
+        _, own = await one.sent(OWN)
+        written = one.participant.own(steps=3, tokens=48)
+        _, other = await one.sent(OTHER)
+        await one.commit({OTHER: (other, WEIGHT_ONE)})
+        await one.weights.add_own(blob_of(own.read_bytes()), 0, written)
+        assert one.weights._payloads == {}
+
+
 async def test_weights_without_records_give_way_to_the_beginning(tmp_path: Path) -> None:
     """The records are gone: those weights belong to rounds that nobody can prove."""
     for number in (5, 6, 7):
