@@ -53,11 +53,6 @@ class Vector:
         self.start_vector_N = torch.zeros(elements)
         self.named = {"weights": torch.zeros(elements)}
 
-    def delta(self) -> torch.Tensor:
-        """As Trainer.delta."""
-        end_N = self.layout.flatten(self.named)
-        return torch.sub(self.start_vector_N, end_N, out=end_N)
-
     def rebase(self, vector_N: torch.Tensor, *, is_given: bool = False) -> None:
         """As Trainer.rebase."""
         self.layout.load_into(self.named, vector_N)

@@ -10,6 +10,7 @@ Source: SparseLoCo (arXiv 2508.15706), decay 0.95; Karimireddy et al., Error Fee
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import safetensors
@@ -22,6 +23,7 @@ from model.delta import Codec, Delta, HasEntries, Sections, slices
 from model.errors import FOREIGN, BadModel, first_line
 
 DECAY: Final = 0.95
+Moved = Iterable[tuple[int, int, torch.Tensor]]  # (start, stop, delta_S), which together are all of a vector_N
 _NAME: Final = "error_feedback."  # and the layout's digest: a state is of one layout
 
 
@@ -37,18 +39,21 @@ class Feedback:
         """Take up a round's training: e = decay * e + delta. Raises ComputeFailed, and then e is as it was."""
         assert delta_N.shape == self.unsent_N.shape
         assert delta_N.dtype is torch.float32
-        check_numbers(delta_N)
-        self.unsent_N.mul_(self.decay).add_(delta_N)
+        self.add_moved(lambda: ((start, stop, delta_N[start:stop]) for start, stop in slices(len(delta_N))))
 
-    def add_on(self, delta_N: torch.Tensor) -> None:
-        """Take up more training of a round that was taken up before: e = e + delta, since e fades once a round.
+    def add_moved(self, moved: Callable[[], Moved], *, fades: bool = True) -> None:
+        """The same, of a delta in slices; `moved` is asked twice, and first only looked at. fades: False for more
+        training of a round that was taken up before, since e fades once a round: e = e + delta.
 
         Raises ComputeFailed, and then e is as it was.
         """
-        assert delta_N.shape == self.unsent_N.shape
-        assert delta_N.dtype is torch.float32
-        check_numbers(delta_N)
-        self.unsent_N.add_(delta_N)
+        for _, _, delta_S in moved():
+            check_numbers(delta_S)
+        for start, stop, delta_S in moved():
+            unsent_S = self.unsent_N[start:stop]
+            if fades:
+                unsent_S.mul_(self.decay)
+            unsent_S.add_(delta_S)
 
     def encode(self, codec: Codec) -> Sections:
         """What is worth sending of e; e stays as it is until `take`. Raises ComputeFailed."""

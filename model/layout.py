@@ -19,6 +19,7 @@ import torch
 
 from crypto.canonical import encode
 from crypto.digest import Digest, digest
+from model.delta import slices
 from model.errors import BadModel
 
 TENSORS_MAX: Final = 65_536  # a 400-layer model with adapters on every projection has fewer
@@ -90,6 +91,16 @@ class Layout:
         """Name -> the tensor's part of the vector, in its shape and sharing its memory."""
         assert vector_N.shape == (self.size,), f"the vector is {list(vector_N.shape)}, the layout {self.size}"
         return {spec.name: vector_N[start : start + spec.size].view(spec.shape) for spec, start in self._starts()}
+
+    def moved(self, start_N: torch.Tensor, named: Named) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(start, stop, delta_S) of start_N minus the tensors' values, fp32, in order; no whole vector is made. Raises
+        BadModel."""
+        self._check(named)
+        for spec, place in self._starts():
+            tensor_N = named[spec.name].detach().reshape(-1).to("cpu", torch.float32)
+            for first, last in slices(spec.size):
+                start_S = start_N[place + first : place + last]
+                yield place + first, place + last, start_S - tensor_N[first:last]
 
     def load_into(self, named: Named, vector_N: torch.Tensor) -> None:
         """Write the vector into the tensors, cast to each one's dtype and device. Raises BadModel, and then no tensor

@@ -211,10 +211,8 @@ class Participant:
     def _add_unnoted(self, feedback: Feedback) -> None:
         if not self._is_unnoted:
             return
-        if self._written_N is None:
-            feedback.add(self.trainer.delta())
-        else:
-            feedback.add_on(self._written_N - self.layout.flatten(self.trainer.named))
+        start_N = self.trainer.start_vector_N if self._written_N is None else self._written_N
+        feedback.add_moved(lambda: self.layout.moved(start_N, self.trainer.named), fades=self._written_N is None)
 
     def _begin(self, theta_N: torch.Tensor) -> None:
         """theta_N: new, or what was before."""
