@@ -24,7 +24,7 @@ from model.errors import CannotMerge
 from model.evidence import entries, gram, slices
 from model.gate import ONE, WEIGHT_CAP
 from model.layout import layout_of
-from model.rules import BY_DISTANCE, Plan, Round, Rule, check, make_plan
+from model.rules import Plan, Round, Rule, check, make_plan, needs_gram
 
 Comparators = tuple[tuple[int, int], ...]
 
@@ -197,7 +197,7 @@ def _planned(contributions: Sequence[Contribution], rule: Rule, bad_max: int | N
             sparse=deltas[0].sparse,
             weights_parts=tuple(contribution.weight_parts for contribution in counted),
             clips_parts=tuple(contribution.clip_parts for contribution in counted),
-            gram=_finite_gram(deltas) if rule in BY_DISTANCE else None,
+            gram=_finite_gram(deltas) if needs_gram(rule, len(deltas), deltas[0].sparse, bad_max) else None,
             bad_max=bad_max,
         ),
     )

@@ -159,6 +159,18 @@ def bad_count(count: int, bad_max: int | None) -> int:
     return max(1, (count - 1) // 3) if bad_max is None else bad_max
 
 
+def needs_gram(rule: Rule, count: int, sparse: bool, bad_max: int | None) -> bool:
+    """Whether the plan depends on the inner products of the contributions."""
+    if rule is not Rule.ADAPTIVE:
+        return rule in BY_DISTANCE
+    return count >= max(3, contributors_min(_wary_of_few(sparse), count, bad_max))
+
+
+def _wary_of_few(sparse: bool) -> Rule:
+    """The robust rule that wants the fewest contributions."""
+    return Rule.MULTI_KRUM if sparse else Rule.MEDIAN
+
+
 def clipped(given: Round) -> list[list[float]]:
     """Inner products of the deltas after the clip. The caller has put in those from before it."""
     assert given.gram is not None, "a rule by distance needs the inner products"
@@ -176,12 +188,16 @@ def adapt(given: Round) -> tuple[Rule, str]:
     Without evidence the mean loses least (relative error of 15 peers' aggregate: mean .265, multi-Krum .313; under
     ALIE, which leaves no such trace, .50 and .63; with 4 of 15 flipped 1.07 and .31: TRAINING.md 4).
     """
-    assert given.gram is not None, "adaptive needs the inner products"
-    gram_RR = clipped(given)
-    count = len(gram_RR)
+    count = len(given.clips_parts)
     calm = Rule.MEAN_NONZERO if given.sparse else Rule.WEIGHTED
     if count < 3:
         return calm, f"{calm}: of {count} there is no majority to go by"
+    if not needs_gram(Rule.ADAPTIVE, count, given.sparse, given.bad_max):
+        wary = _wary_of_few(given.sparse)
+        wanted = contributors_min(wary, count, given.bad_max)
+        return calm, f"{calm}: bad ones cannot be told among {count}, and {wary} wants at least {wanted}"
+    gram_RR = clipped(given)
+    assert given.gram is not None, "adaptive needs the inner products"
     squares = [row[at] for at, row in enumerate(given.gram)]
     loud = sum(square > LOUD * LOUD * lower_median(squares) for square in squares)
     against = sum(
@@ -191,10 +207,8 @@ def adapt(given: Round) -> tuple[Rule, str]:
         return calm, f"{calm}: {count} agree in direction and none is over {LOUD} times the median norm"
     seen = f"{against} of {count} point against the others and {loud} are over {LOUD} times the median norm"
     wary = Rule.MULTI_KRUM
-    if count < contributors_min(wary, count, given.bad_max) and not given.sparse:
-        wary = Rule.MEDIAN
-    if count < (wanted := contributors_min(wary, count, given.bad_max)):
-        return calm, f"{calm}: {seen}, and {wary} wants at least {wanted}"
+    if count < contributors_min(wary, count, given.bad_max):
+        wary = _wary_of_few(given.sparse)
     return wary, f"{wary}: {seen}"
 
 
