@@ -54,9 +54,12 @@ class Ledger:
         self._compare()
         return told
 
-    def adopt(self, raw: bytes) -> None:
+    def adopt(self, raw: bytes, *, took_ours: bool = False) -> None:
         self._note()
-        self._adopt(raw)
+        sent = self.participant._sent
+        self._adopt(raw, took_ours=took_ours)
+        if took_ours and sent is not None:
+            self.wanted_N -= sent.dense(0, sent.n)
         self._compare()
 
     def write(self, number: int, base: Any, *, steps: int, tokens: int) -> bytes:
