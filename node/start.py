@@ -20,6 +20,7 @@ import trio
 
 from crypto.errors import BadKey
 from model.errors import ModelError
+from node.arenas import few_arenas
 from node.collector import importing
 from node.config import NodeConfig, load_config
 from node.errors import ConfigError, DataDirLocked
@@ -35,6 +36,7 @@ def start(flags: Mapping[str, object], file: Path | None) -> int:
     try:
         config = load_config(flags, file=file)
         pace = _set_up_log(config)
+        few_arenas()
         with locked(config.data_dir):
             with importing():
                 from node.run import run_node  # not before the settings are good

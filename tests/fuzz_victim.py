@@ -34,6 +34,7 @@ from gossip.round_state import Chain
 from gossip.round_store import RoundStore
 from gossip.rounds import round_topic
 from gossip.transfer import manifest_of
+from node.arenas import few_arenas
 from node.config import NodeConfig
 from node.run import Node
 from p2p.errors import P2PError
@@ -192,6 +193,7 @@ async def main(path: Path) -> None:
 
 if __name__ == "__main__":
     logging.getLogger().addHandler(Tracebacks())
+    few_arenas()  # as a node's start does
     with tempfile.TemporaryDirectory() as folder:
         save_causal(Path(folder) / "model")
         trio.run(main, Path(folder))
