@@ -1,0 +1,248 @@
+"""KV memory in blocks: which block holds which tokens of which sequence, and which prefixes can be used again.
+
+Rules: core, no torch; a block is a number. A block may be shared once it is full and its KV was computed, so a shared
+block is never written. What can be shared stands in a tree: a child is one more block of tokens after its parent's.
+Children are found by a chained hash and their token ids compared, so that nobody gets another text's KV even where two
+hashes are equal. Blocks that nobody uses stay cached, oldest first to go; a sequence's last blocks go before its first,
+and a block that goes takes its descendants out of the tree with it. A private sequence neither uses the tree nor enters
+it: whoever shares can be told by how soon the first token comes.
+Source: GeeeekExplorer/nano-vllm `nanovllm/engine/block_manager.py`; vLLM "Automatic Prefix Caching".
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+ROOT = -1  # the block of the tree's root, which is none
+
+Digest = Callable[[bytes, Sequence[int]], bytes]
+
+
+def chained(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """SHA-256 over the parent's hash and the block's token ids, the same on every machine."""
+    return sha256(parent + struct.pack(f"<{len(tokens)}q", *tokens)).digest()
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A full block whose KV was computed, in the tree of prefixes."""
+
+    digest: bytes
+    tokens: tuple[int, ...]
+    block: int
+    parent: _Entry | None
+    children: dict[bytes, _Entry] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Table:
+    """blocks: those of a sequence, in order. entry: where the first `entered` of them end in the tree; None: it has
+    nothing to do with the tree, for ever."""
+
+    blocks: list[int]
+    entry: _Entry | None
+    entered: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockStatistics:
+    """Blocks: free hold nothing, cached hold a prefix that nobody uses now, used belong to a sequence or more.
+    hits, misses: prompt blocks that could have been shared, and were or were not."""
+
+    free: int
+    cached: int
+    used: int
+    hits: int
+    misses: int
+
+
+class BlockManager:
+    """A fixed pool of blocks, and a table of them for each sequence."""
+
+    def __init__(self, blocks: int, block_tokens: int, salt: bytes = b"", digest: Digest = chained) -> None:
+        """salt: names the weights. Raises ValueError for a size below 1."""
+        if min(blocks, block_tokens) < 1:
+            raise ValueError(f"blocks = {blocks}, block_tokens = {block_tokens} came, wanted at least 1 of each")
+        self.blocks, self.block_tokens = blocks, block_tokens
+        self._digest = digest
+        self._root = _root(salt)
+        self._users = [0] * blocks  # how many tables hold the block
+        self._entries: list[_Entry | None] = [None] * blocks
+        self._free = list(reversed(range(blocks)))
+        self._cached: dict[int, None] = {}  # in the tree, in no table; the oldest first
+        self._tables: dict[str, _Table] = {}
+        self._hits = self._misses = 0
+
+    @property
+    def available(self) -> int:
+        """Blocks that can be had now, cached ones included."""
+        return len(self._free) + len(self._cached)
+
+    def blocks_for(self, tokens: int) -> int:
+        """How many blocks so many tokens need, with nothing shared."""
+        return -(-tokens // self.block_tokens)
+
+    def table(self, sequence: str) -> tuple[int, ...]:
+        """The blocks of a sequence, in the order of its tokens."""
+        return tuple(self._tables[sequence].blocks)
+
+    def statistics(self) -> BlockStatistics:
+        """The pool in numbers."""
+        return BlockStatistics(
+            free=len(self._free),
+            cached=len(self._cached),
+            used=self.blocks - self.available,
+            hits=self._hits,
+            misses=self._misses,
+        )
+
+    def allocate(self, sequence: str, tokens: Sequence[int], private: bool = False, spare: int = 0) -> int | None:
+        """A table for all these tokens; how many of the first have their KV already. At least the last has not: its
+        forward pass gives the next token.
+
+        None, and nothing has changed, unless `spare` blocks would still be available after.
+        """
+        assert tokens
+        assert sequence not in self._tables, sequence
+        found = [] if private else list(self._found(self._root, tokens, 0))
+        fresh = self.blocks_for(len(tokens)) - len(found)
+        idle = sum(self._users[entry.block] == 0 for entry in found)
+        if fresh + idle + spare > self.available:
+            return None
+        if not private:
+            self._hits += len(found)
+            self._misses += self._shareable(tokens) - len(found)
+        blocks = [self._use(entry.block) for entry in found]
+        blocks += [self._use(self._take()) for _ in range(fresh)]
+        entry = None if private else (found[-1] if found else self._root)
+        self._tables[sequence] = _Table(blocks, entry, len(found))
+        return len(found) * self.block_tokens
+
+    def append(self, sequence: str, length: int) -> bool:
+        """Makes the table hold `length` tokens, at most a block more than before; False: no block is available."""
+        blocks = self._tables[sequence].blocks
+        if length <= len(blocks) * self.block_tokens:
+            return True
+        if not self.available:
+            return False
+        blocks.append(self._use(self._take()))
+        return True
+
+    def computed(self, sequence: str, tokens: Sequence[int], count: int) -> None:
+        """The KV of tokens[:count] is in the table's blocks: the full ones can be shared from now on."""
+        table, size = self._tables[sequence], self.block_tokens
+        while (entry := self._living(table)) is not None and (table.entered + 1) * size <= count:
+            begin = table.entered * size
+            part = tuple(tokens[begin : begin + size])
+            key = self._digest(entry.digest, part)
+            if (child := entry.children.get(key)) is None:
+                block = table.blocks[table.entered]
+                child = entry.children[key] = self._entries[block] = _Entry(key, part, block, entry)
+            table.entry = child if child.tokens == part else None
+            table.entered += 1
+
+    def reuse(self, sequence: str, tokens: Sequence[int], computed: int) -> int:
+        """Takes over what others have computed since this sequence, with so many tokens computed, got its table: its
+        own blocks, not full yet, are given back. How many tokens have their KV now."""
+        table = self._tables[sequence]
+        if (entry := self._living(table)) is None:
+            return computed
+        for found in self._found(entry, tokens, table.entered):
+            own = table.blocks[table.entered]
+            table.blocks[table.entered] = self._use(found.block)
+            self._release(own)
+            table.entry = found
+            table.entered += 1
+            self._hits, self._misses = self._hits + 1, self._misses - 1
+        return max(computed, table.entered * self.block_tokens)
+
+    def keys(self, sequence: str, tokens: Sequence[int], end: int) -> Iterator[bytes]:
+        """Hashes of the sequence's next full blocks up to `end`: those that are to be computed, or that it could take
+        over from others. None of a sequence that does not share."""
+        table, size = self._tables[sequence], self.block_tokens
+        entry = self._living(table)
+        if entry is None:
+            return
+        digest = entry.digest
+        for begin in range(table.entered * size, end - size + 1, size):
+            digest = self._digest(digest, tokens[begin : begin + size])
+            yield digest
+
+    def free(self, sequence: str) -> None:
+        """Gives the table back; what is in the tree stays cached."""
+        for block in reversed(self._tables.pop(sequence).blocks):
+            self._release(block)
+
+    def forget(self, salt: bytes) -> None:
+        """The weights have changed: nothing computed so far, nor later by a sequence that has a table now, is used by
+        another."""
+        for entry in list(self._root.children.values()):
+            self._drop(entry)
+        for table in self._tables.values():
+            table.entry = None
+        self._root = _root(salt)
+
+    def _shareable(self, tokens: Sequence[int]) -> int:
+        """Blocks of these that can be used from the tree: full, and without the last token."""
+        return (len(tokens) - 1) // self.block_tokens
+
+    def _found(self, entry: _Entry, tokens: Sequence[int], at: int) -> Iterator[_Entry]:
+        """What is in the tree below `entry` of these tokens, from their block number `at` on."""
+        size = self.block_tokens
+        for begin in range(at * size, self._shareable(tokens) * size, size):
+            part = tuple(tokens[begin : begin + size])
+            child = entry.children.get(self._digest(entry.digest, part))
+            if child is None or child.tokens != part:
+                return
+            yield child
+            entry = child
+
+    def _living(self, table: _Table) -> _Entry | None:
+        """Where the table stands in the tree; None if it never shares, or its place was dropped."""
+        entry = table.entry
+        if entry is not None and entry.block != ROOT and self._entries[entry.block] is not entry:
+            table.entry = entry = None
+        return entry
+
+    def _use(self, block: int) -> int:
+        self._cached.pop(block, None)
+        self._users[block] += 1
+        return block
+
+    def _take(self) -> int:
+        """A block for new content: a free one, else the one that was cached first."""
+        if not self._free:
+            entry = self._entries[next(iter(self._cached))]
+            assert entry is not None
+            self._drop(entry)
+        return self._free.pop()
+
+    def _release(self, block: int) -> None:
+        self._users[block] -= 1
+        if self._users[block] == 0:
+            if self._entries[block] is None:
+                self._free.append(block)
+            else:
+                self._cached[block] = None
+
+    def _drop(self, entry: _Entry) -> None:
+        """Takes an entry and its descendants out of the tree; those that nobody uses are free."""
+        assert entry.parent is not None
+        del entry.parent.children[entry.digest]
+        going = [entry]
+        while going:
+            entry = going.pop()
+            going += entry.children.values()
+            entry.parent = None
+            entry.children.clear()
+            self._entries[entry.block] = None
+            if entry.block in self._cached:
+                del self._cached[entry.block]
+                self._free.append(entry.block)
+
+
+def _root(salt: bytes) -> _Entry:
+    return _Entry(sha256(salt).digest(), (), ROOT, None)
