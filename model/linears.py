@@ -1,0 +1,324 @@
+"""Linear layers whose weights are packed once for the CPU's products, put in place of a model's own for serving.
+
+Rules: for inference only. A row's bits do not depend on how many rows go with it, nor on which, in the kinds fp32, bf16
+and int8; `int8-dynamic` has one activation scale for a batch and does not keep this. oneDNN has another kernel for
+one row than for more, so at least ROWS_MIN go through; it compiles for each number of rows, so their numbers come from
+model/lengths.py. A layer takes and gives the number type of what comes in. What is packed has no weights to save:
+embeddings, norms and whatever shares a weight with a packed layer keep theirs, under their names.
+Legend: O outputs, K inputs, M rows, S outputs of a slice.
+Source: SERVING.md, "Linear layers", "Batch invariance"; pytorch aten/src/ATen/native/mkldnn/Linear.cpp; Dettmers and
+others, "LLM.int8()" (arXiv 2208.07339), section 2 (a scale for each row and each output).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from model import linears_x86
+from model.errors import BadModel, NotFound
+from model.lengths import at_least
+
+EXACT: Final = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # the kind that keeps a model's number type
+KINDS: Final = ("fp32", "bf16", "int8", "int8-dynamic")
+INVARIANT: Final = frozenset({"fp32", "bf16", "int8"})
+ROWS_MIN: Final = (
+    4  # oneDNN adds up one row of more than about a thousand inputs in another order; 4 cost no more than 1
+)
+INPUTS_MAX: Final = 65_536  # 255 * 127 * K has to stay within 31 bits
+LARGEST: Final = 127.0
+SCALE_MIN: Final = 1e-30  # of a row of zeros
+SLICE: Final = 1 << 16  # elements that are quantized at once: they stay in the cache, which is four times as fast
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with a packed weight, and its bias. dtype: of the weights that it was made of."""
+
+    kind: str
+
+    def __init__(self, weight_OK: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight_OK.shape
+        self.dtype = weight_OK.dtype
+        self.take(self.packed_of(weight_OK))
+        self.take_bias(bias_O)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., K) to (..., O), of x's number type."""
+        assert x.shape[-1] == self.in_features, f"{x.shape[-1]} inputs, wanted {self.in_features}"
+        x_MK = x.reshape(-1, self.in_features)
+        if not len(x_MK):
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        return self._products(x_MK).to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def packed_of(self, weight_OK: torch.Tensor) -> Any:
+        """What `take` takes; rounded first to the number type that the layer was made of. Changes nothing."""
+        return self._pack(weight_OK.detach().to(self.dtype))
+
+    def take(self, packed: Any) -> None:
+        """Compute with this from now on."""
+        self._packed = packed
+
+    def take_bias(self, bias_O: torch.Tensor | None) -> None:
+        """Add this from now on."""
+        self._bias_O = None if bias_O is None else bias_O.detach().to(self.dtype).to(self._bias_dtype(), copy=True)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"
+
+    def _bias_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def _pack(self, weight_OK: torch.Tensor) -> Any:
+        raise NotImplementedError
+
+    def _products(self, x_MK: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, *_args: Any, **_named: Any) -> None:
+        raise BadModel("a packed layer has no weights to save; save the model before it is packed, or load it anew")
+
+
+class OneDnnLinear(PackedLinear):
+    """fp32 or bf16 in oneDNN's own layout."""
+
+    number_type: torch.dtype
+
+    def _bias_dtype(self) -> torch.dtype:
+        return self.number_type
+
+    def _pack(self, weight_OK: torch.Tensor) -> Any:
+        plain_OK = weight_OK.to(self.number_type).contiguous()
+        return torch.ops.mkldnn._reorder_linear_weight(plain_OK, 16)  # of several rows: one layout serves all
+
+    def _products(self, x_MK: torch.Tensor) -> torch.Tensor:
+        rows = len(x_MK)
+        spare = at_least(max(rows, ROWS_MIN)) - rows
+        x_MK = x_MK.to(self.number_type)
+        if spare:
+            x_MK = nn.functional.pad(x_MK, (0, 0, 0, spare))
+        made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, self._packed, self._bias_O, "none", [], "")
+        return made[:rows]
+
+
+class Fp32Linear(OneDnnLinear):
+    """fp32 throughout."""
+
+    kind, number_type = "fp32", torch.float32
+
+
+class Bf16Linear(OneDnnLinear):
+    """bf16 in and out, sums in fp32."""
+
+    kind, number_type = "bf16", torch.bfloat16
+
+
+class Int8Linear(PackedLinear):
+    """int8 weights with a scale for each output, int8 activations with a scale for each row, sums in whole numbers."""
+
+    kind = "int8"
+
+    def __init__(self, weight_OK: torch.Tensor, bias_O: torch.Tensor | None, *, by_x86: bool | None = None) -> None:
+        self._by_x86 = linears_x86.is_here() if by_x86 is None else by_x86
+        super().__init__(weight_OK, bias_O)
+
+    def _pack(self, weight_OK: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        whole_OK, scale_O = quantized(weight_OK)
+        if self._by_x86:
+            return linears_x86.pack_x86(whole_OK, scale_O), scale_O
+        return self._two_columns(whole_OK).t().contiguous(), scale_O
+
+    def _products(self, x_MK: torch.Tensor) -> torch.Tensor:
+        packed, scale_O = self._packed
+        x_MK = x_MK.float()
+        scale_M1 = x_MK.abs().amax(1, keepdim=True).clamp_(min=SCALE_MIN).div_(LARGEST)
+        whole_MK = (x_MK / scale_M1).round_()
+        if self._by_x86:
+            made = linears_x86.by_row(whole_MK, packed)
+        else:
+            made = torch._int_mm(self._two_columns(whole_MK.to(torch.int8)), packed).float().mul_(scale_O)
+        made.mul_(scale_M1)
+        return made if self._bias_O is None else made.add_(self._bias_O)
+
+    def _two_columns(self, whole: torch.Tensor) -> torch.Tensor:
+        """torch 2.13's _int_mm reads a single column wrongly: another, of zeros, beside it."""
+        return whole if self.in_features > 1 else nn.functional.pad(whole, (0, 1))
+
+
+class DynamicLinear(PackedLinear):
+    """int8 weights, int8 activations with one scale for the whole batch: the fastest, and not batch-invariant."""
+
+    kind = "int8-dynamic"
+
+    def _pack(self, weight_OK: torch.Tensor) -> Any:
+        return linears_x86.pack_x86(*quantized(weight_OK))
+
+    def _products(self, x_MK: torch.Tensor) -> torch.Tensor:
+        x_MK = x_MK.float()
+        made = linears_x86.by_batch(x_MK, self._packed)
+        made.add_(x_MK.sum(1, keepdim=True).mul_(0.0))  # what is not finite would come out as some number
+        return made if self._bias_O is None else made.add_(self._bias_O)
+
+
+LAYERS: Final[Mapping[str, type[PackedLinear]]] = {
+    layer.kind: layer for layer in (Fp32Linear, Bf16Linear, Int8Linear, DynamicLinear)
+}
+
+
+def quantized(weight_OK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int8 weights, the scale of each output): weight = int8 * scale, to half a scale. A NaN makes its scale NaN."""
+    outputs, inputs = weight_OK.shape
+    whole_OK, scale_O = torch.empty(outputs, inputs, dtype=torch.int8), torch.empty(outputs)
+    step = max(1, SLICE // inputs)
+    for begin in range(0, outputs, step):
+        part_SK = weight_OK[begin : begin + step].float()
+        scale_S = part_SK.abs().amax(1).clamp_(min=SCALE_MIN).div_(LARGEST)
+        scale_O[begin : begin + step] = scale_S
+        whole_OK[begin : begin + step] = (part_SK / scale_S[:, None]).round_()
+    return whole_OK, scale_O
+
+
+def kinds_here() -> tuple[str, ...]:
+    """The kinds that this machine computes in by its own instructions."""
+    if not torch._C._has_mkldnn:
+        return ()
+    here = {
+        "fp32": True,
+        "bf16": torch.cpu._is_avx512_bf16_supported(),
+        "int8": torch.cpu._is_vnni_supported(),
+        "int8-dynamic": linears_x86.is_here(),
+    }
+    return tuple(kind for kind in KINDS if here[kind])
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a value by a name of the plain model belongs in a packed one. turned: as Conv1D has it, (K, O)."""
+
+    layer: PackedLinear
+    is_bias: bool
+    turned: bool
+
+
+class PackedModel:
+    """A model that serves with packed layers, and the door for new weights. shapes: of the plain model's parameters."""
+
+    def __init__(self, model: Any, kind: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.model, self.kind, self.shapes = model, kind, shapes
+        self._places: dict[str, list[_Place]] = {}
+
+    @property
+    def is_invariant(self) -> bool:
+        """Whether a row's bits in the packed layers are its own, whatever else is in the batch."""
+        return self.kind in INVARIANT
+
+    @property
+    def layers(self) -> int:
+        """How many are packed."""
+        return sum(isinstance(module, PackedLinear) for module in self.model.modules())
+
+    def adopt(self, named: Mapping[str, torch.Tensor]) -> None:
+        """`adopting`, at once."""
+        for _ in self.adopting(named):
+            pass
+
+    def adopting(self, named: Mapping[str, torch.Tensor]) -> Generator[None, None, None]:
+        """Go on with these weights, by the names of the plain model; what packing a model with them gives, to the bit.
+
+        Yields after each layer, so that serving under the old weights can go in between; all are changed together after
+        the last, and none if it is closed before. Until then both are in memory. The values must not change meanwhile.
+        Raises BadModel, before any is changed.
+        """
+        for name, value in named.items():
+            if self.shapes.get(name) != tuple(value.shape):
+                raise BadModel(
+                    f"the model that serves has no {name} of shape {list(value.shape)}; adopt weights by the names of "
+                    "the model that was packed, a shared one by its first name"
+                )
+        ready: list[tuple[PackedLinear, Any]] = []
+        biases: list[tuple[PackedLinear, torch.Tensor]] = []
+        for name, value in named.items():
+            for place in self._places.get(name, ()):
+                if place.is_bias:
+                    biases.append((place.layer, value))
+                else:
+                    ready.append((place.layer, place.layer.packed_of(value.t() if place.turned else value)))
+                    yield
+        own = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name in named.keys() & own.keys():
+                own[name].copy_(named[name])
+        for layer, value in biases:
+            layer.take_bias(value)
+        for layer, packed in ready:
+            layer.take(packed)
+
+    def _put(self, name: str, place: _Place) -> None:
+        self._places.setdefault(name, []).append(place)
+
+
+def pack(model: Any, kind: str) -> PackedModel:
+    """Put packed layers into a model in place of its nn.Linear and Conv1D; their weights are let go one by one.
+
+    A layer that shares its weight with an embedding gets a packed copy; the embedding keeps the weight, and `adopt`
+    gives both the new one. Classes derived from nn.Linear compute otherwise, and stay. Raises NotFound (this machine
+    cannot), BadModel (this model cannot), before anything is changed.
+    """
+    _check(model, kind)
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    packed = PackedModel(model, kind, shapes)
+    made: dict[nn.Module, PackedLinear] = {}
+    with torch.no_grad():
+        for parent, key, plain in list(_linears(model)):
+            if plain not in made:
+                turned = isinstance(plain, Conv1D)
+                weight, bias = plain.weight, plain.bias
+                layer = LAYERS[kind](weight.t() if turned else weight, bias).train(plain.training)
+                packed._put(first[id(weight)], _Place(layer, False, turned))
+                if bias is not None:
+                    packed._put(first[id(bias)], _Place(layer, True, turned))
+                made[plain] = layer
+            setattr(parent, key, made[plain])
+    return packed
+
+
+def linear_shapes(model: Any) -> list[tuple[int, int]]:
+    """(K, O) of each layer that `pack` would pack."""
+    plain = {layer: None for _, _, layer in _linears(model)}
+    return [
+        tuple(layer.weight.shape) if isinstance(layer, Conv1D) else tuple(layer.weight.shape[::-1]) for layer in plain
+    ]
+
+
+def _linears(model: Any) -> Iterator[tuple[nn.Module, str, Any]]:
+    """(parent, its name there, layer) of each layer that computes x W + b and nothing else, wherever it stands."""
+    for parent in model.modules():
+        for key, child in parent._modules.items():  # named_children would give a shared one once
+            if type(child) in (nn.Linear, Conv1D):
+                yield parent, key, child
+
+
+def _check(model: Any, kind: str) -> None:
+    if kind not in KINDS:
+        raise BadModel(f"there are no packed layers of kind {kind!r}; choose one of {', '.join(KINDS)}")
+    if kind not in (here := kinds_here()):
+        raise NotFound(
+            f"this machine does not compute in {kind} by its own instructions; it has {', '.join(here) or 'none'}"
+        )
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise BadModel("the model's layers are packed already; load it anew, or adopt new weights")
+    shapes = linear_shapes(model)
+    if not shapes:
+        raise BadModel("the model has no linear layers to pack; serve it as it is")
+    for _, _, layer in _linears(model):
+        weight = layer.weight
+        if weight.device.type != "cpu" or weight.dtype not in EXACT:
+            raise BadModel(f"a layer is {weight.dtype} on {weight.device}; only fp32 and bf16 on a CPU are packed")
+    if kind.startswith("int8") and (inputs := max(inputs for inputs, _ in shapes)) > INPUTS_MAX:
+        raise BadModel(f"a layer has {inputs:,} inputs, int8 sums hold {INPUTS_MAX:,}; choose bf16 or fp32")
