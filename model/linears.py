@@ -1,10 +1,10 @@
 """Linear layers whose weights are packed once for the CPU's products, put in place of a model's own for serving.
 
 Rules: for inference only. A row's bits do not depend on how many rows go with it, nor on which, in the kinds fp32, bf16
-and int8; `int8-dynamic` has one activation scale for a batch and does not keep this. oneDNN has another kernel for
-one row than for more, so at least ROWS_MIN go through; it compiles for each number of rows, so their numbers come from
-model/lengths.py. A layer takes and gives the number type of what comes in. What is packed has no weights to save:
-embeddings, norms and whatever shares a weight with a packed layer keep theirs, under their names.
+and int8; `int8-dynamic` has one activation scale for a batch and does not keep this. oneDNN has another kernel for one
+row than for more, so at least ROWS_MIN go through it. It and FBGEMM compile for numbers of rows, so these come from
+model/lengths.py, and rows of zeros fill up. A layer takes and gives the number type of what comes in. What is packed
+has no weights to save: embeddings, norms and whatever shares a weight with a packed layer keep theirs.
 Legend: O outputs, K inputs, M rows, S outputs of a slice.
 Source: SERVING.md, "Linear layers", "Batch invariance"; pytorch aten/src/ATen/native/mkldnn/Linear.cpp; Dettmers and
 others, "LLM.int8()" (arXiv 2208.07339), section 2 (a scale for each row and each output).
@@ -40,6 +40,7 @@ class PackedLinear(nn.Module):
     """A linear layer with a packed weight, and its bias. dtype: of the weights that it was made of."""
 
     kind: str
+    rows_min = 1
 
     def __init__(self, weight_OK: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         super().__init__()
@@ -54,7 +55,10 @@ class PackedLinear(nn.Module):
         x_MK = x.reshape(-1, self.in_features)
         if not len(x_MK):
             return x.new_zeros(*x.shape[:-1], self.out_features)
-        return self._products(x_MK).to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        rows = len(x_MK)
+        if spare := at_least(max(rows, self.rows_min)) - rows:
+            x_MK = nn.functional.pad(x_MK, (0, 0, 0, spare))
+        return self._products(x_MK)[:rows].to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def packed_of(self, weight_OK: torch.Tensor) -> Any:
         """What `take` takes; rounded first to the number type that the layer was made of. Changes nothing."""
@@ -88,6 +92,7 @@ class OneDnnLinear(PackedLinear):
     """fp32 or bf16 in oneDNN's own layout."""
 
     number_type: torch.dtype
+    rows_min = ROWS_MIN
 
     def _bias_dtype(self) -> torch.dtype:
         return self.number_type
@@ -97,13 +102,9 @@ class OneDnnLinear(PackedLinear):
         return torch.ops.mkldnn._reorder_linear_weight(plain_OK, 16)  # of several rows: one layout serves all
 
     def _products(self, x_MK: torch.Tensor) -> torch.Tensor:
-        rows = len(x_MK)
-        spare = at_least(max(rows, ROWS_MIN)) - rows
         x_MK = x_MK.to(self.number_type)
-        if spare:
-            x_MK = nn.functional.pad(x_MK, (0, 0, 0, spare))
         made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, self._packed, self._bias_O, "none", [], "")
-        return made[:rows]
+        return made
 
 
 class Fp32Linear(OneDnnLinear):

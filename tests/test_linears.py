@@ -20,7 +20,6 @@ from model.linears import (
     INVARIANT,
     KINDS,
     LAYERS,
-    ROWS_MIN,
     Int8Linear,
     PackedLinear,
     kinds_here,
@@ -100,25 +99,26 @@ def test_a_row_has_the_same_bits_in_every_batch(kind: str, shape: tuple[int, int
 
 
 class Seen(TorchDispatchMode):
-    """Notes how many rows oneDNN's products get."""
+    """Notes how many rows the products get."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "_linear_pointwise" in str(func):
+        if any(product in str(func) for product in ("_linear_pointwise", "_int_mm", "linear_with", "linear_dynamic")):
             self.rows.add(len(args[0]))
         return func(*args, **(kwargs or {}))
 
 
-def test_few_numbers_of_rows_reach_the_compiler() -> None:
-    """oneDNN compiles anew for each, and keeps the code."""
-    layer = LAYERS[HERE[0]](weights(8, 8), None)
+@every_kind
+def test_few_numbers_of_rows_reach_the_compiler(kind: str) -> None:
+    """oneDNN and FBGEMM compile anew for many, and keep the code."""
+    layer = LAYERS[kind](weights(8, 8), None)
     with Seen() as seen:
-        for count in range(1, 400):
+        for count in range(1, 100):
             layer(rows(count, 8))
-    assert seen.rows == {number for number in LENGTHS if ROWS_MIN <= number <= 512}
+    assert seen.rows == {number for number in LENGTHS if layer.rows_min <= number <= 128}
 
 
 @pytest.mark.skipif(not linears_x86.is_here(), reason="no FBGEMM")
