@@ -60,7 +60,7 @@ class Streams(Protocol):
 class ServingConfig:
     """Bounds of what is offered and given. Times are seconds."""
 
-    offers_max: int = 1024
+    offers_max: int = 8192
     memory_bytes_max: int = 256 << 20  # of the blobs that are offered from memory
     streams_max: int = 16  # that give; one that has not asked yet takes nobody's place
     streams_per_peer_max: int = 4  # that give, or have not asked yet

@@ -61,6 +61,9 @@ class Owner(Protocol):
         """The weights as a file, which stays as it is until the next `apply` or `adopt`, and what it is made of. None:
         those of this round are not named, and lie nowhere: a restart makes them again."""
 
+    def state_files(self) -> list[tuple[int, Path]]:
+        """All such files that are still there, and before which round their weights stand; the oldest first."""
+
     @property
     def state_bytes(self) -> int:
         """Of such a file."""
@@ -82,10 +85,10 @@ class Owner(Protocol):
         Raises CannotStore: they were changed and cannot be written, so that nothing here may go on with them.
         """
 
-    async def adopt(self, manifest: Manifest, state: Path, *, took_ours: bool) -> None:
+    async def adopt(self, manifest: Manifest, state: Path, *, passed: Manifest | None) -> None:
         """Take over the weights before a committed round, and write their file. Raises Unsound, and as `apply`.
 
-        took_ours: whether the round in which these weights stood until now counted what this member sent in it.
+        passed: the round before which the weights stood until now, if it is committed.
         """
 
 
@@ -145,6 +148,15 @@ class RoundHistory:
         self.chain, self.loaded = chain, chain.round
         kept = await self._place.disk(self.store.kept)
         await self.payloads.restore(newest, announced(kept.heard) if kept is not None else ())
+        await self.payloads.offer_again(await self._place.disk(self._named))
+
+    def _named(self) -> list[tuple[Path, Digest]]:
+        """The weights on the disk that a quorum has named, the oldest first. Blocks for it. Raises CannotStore."""
+        found = list[tuple[Path, Digest]]()
+        for number, path in self.owner.state_files():
+            roots = [each.root for each in self.manifests(number, 1)] if number < self.loaded else []
+            found += [(path, Digest(root)) for root in roots if root is not None]
+        return found
 
     def manifests(self, first: int, count_max: int) -> list[Manifest]:
         """Committed rounds. Blocks for the disk. Raises CannotStore."""
@@ -236,7 +248,12 @@ class RoundHistory:
                     or not await self._is_replay_cheaper()
                     or not await self._replay(await self._behind())
                 ):
-                    await self._take_state()
+                    try:
+                        await self._take_state()
+                    except Unavailable:
+                        if self._is_wrong:
+                            raise  # no round may change these
+                        # dear as they are, payloads are all that there is since the last weights that were named
                     await self._replay(await self._behind())
                 why = (
                     "their payloads are not to be had"
@@ -289,13 +306,6 @@ class RoundHistory:
                 found[blob] = await self.payloads.get(manifest.round, blob, holders, self.owner.payload_bytes_max)
         return found
 
-    async def _has_taken_ours(self) -> bool:
-        """Whether the round that the weights stand before is committed with a share of this member's. Raises
-        CannotStore."""
-        manifests: list[Manifest] = await self._place.disk(self.manifests, self.owner.round, 1)
-        shares = [share for each in manifests for share in each.shares]
-        return any(share.peer == self._place.own and share.weight > 0 for share in shares)
-
     async def _take_state(self) -> None:
         """The newest weights that a quorum named. Raises Unavailable, CannotStore, Unsound."""
         least = self.owner.round + (not self._is_wrong)
@@ -314,9 +324,10 @@ class RoundHistory:
             path = await self.payloads.get_state(root, self.members_here(), self.owner.state_bytes)
         except CannotStore as exc:
             raise Unavailable(str(exc)) from exc
+        passed: list[Manifest] = await self._place.disk(self.manifests, self.owner.round, 1)
         try:
             with trio.CancelScope(shield=True):
-                await self.owner.adopt(manifest, path, took_ours=await self._has_taken_ours())
+                await self.owner.adopt(manifest, path, passed=next(iter(passed), None))
         finally:
             with trio.CancelScope(shield=True):
                 try:

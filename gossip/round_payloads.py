@@ -23,6 +23,7 @@ from gossip.rounds import Manifest
 from gossip.transfer import Manifest as Made
 
 OWN = "own-"  # and the number of the round
+OFFERED_MAX = 4096  # payloads, of all rounds; half of what a node offers at most
 STATES_KEPT = 2  # at least: the newest that a quorum names, and the one that comes after it
 
 _log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Payloads:
 
     async def add_own(self, number: int, made_of: Made | None = None) -> Digest:
         """Offer own payload of a round. made_of: as it was written a moment ago. Raises CannotStore."""
+        await self._make_room(number)
         path = self.own_path(number)
         return self._note(number, await self._offer(path, None, made_of), path)
 
@@ -84,12 +86,16 @@ class Payloads:
 
         Raises Unavailable, CannotStore (TooLarge: it has more bytes), RemoteProtocolError (nobody can give it on).
         """
+        await self._make_room(number)
         self._rounds.setdefault(number, set()).add(blob)
         if self.has(blob):
             return self._paths[blob]
         path = await self._blobs.fetch(blob, holders, bytes_max=bytes_max)
-        with _as_storage(path):
-            await self._blobs.offer_fetched(blob, self._allowed)
+        try:
+            with _as_storage(path):
+                await self._blobs.offer_fetched(blob, self._allowed)
+        except CannotStore as exc:  # it is here all the same
+            _log.warning("a payload of round %d is not given on: %s", number, exc)
         self._note(number, blob, path)
         return path
 
@@ -102,6 +108,14 @@ class Payloads:
         while len(self._states) > self._states_kept:
             self._blobs.withdraw(self._states.pop(0))
         return root
+
+    async def offer_again(self, states: Iterable[tuple[Path, Digest]]) -> None:
+        """After a restart: weights of before, each by the name that a quorum gave it, the newest last."""
+        for path, root in states:
+            try:
+                self._states.append(await self._offer(path, root))
+            except (CannotStore, RemoteProtocolError) as exc:
+                _log.warning("the weights in %s are not offered again: %s", path, exc)
 
     async def get_state(self, root: Digest, holders: Iterable[PeerId], bytes_max: int) -> Path:
         """Weights by their name. Raises Unavailable, CannotStore."""
@@ -116,16 +130,25 @@ class Payloads:
     async def over(self, number: int) -> None:
         """This round is committed and applied: what is too old goes. Raises CannotStore; what stayed goes next time."""
         for old in [each for each in self._rounds if each <= number - self.rounds_kept]:
-            for blob in list(self._rounds[old]):
-                if not any(blob in others for each, others in self._rounds.items() if each != old):
-                    await self.forget(blob)
-            del self._rounds[old]
+            await self._let_go(old)
         try:
             for own, path in self._own_files():
                 if own <= number - self.rounds_kept:
                     path.unlink(missing_ok=True)
         except OSError as exc:
             raise CannotStore(f"own payloads in {self._folder} cannot be removed: {exc.strerror}") from exc
+
+    async def _let_go(self, old: int) -> None:
+        """Raises CannotStore."""
+        for blob in list(self._rounds[old]):
+            if not any(blob in others for each, others in self._rounds.items() if each != old):
+                await self.forget(blob)
+        del self._rounds[old]
+
+    async def _make_room(self, number: int) -> None:
+        """In a run of very many members payloads are kept for fewer rounds. Raises CannotStore."""
+        while sum(map(len, self._rounds.values())) >= OFFERED_MAX and (oldest := min(self._rounds)) < number:
+            await self._let_go(oldest)
 
     def close(self) -> None:
         """Offer nothing any more; the files stay."""

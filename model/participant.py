@@ -35,7 +35,7 @@ from model.feedback import DECAY, Feedback
 from model.load import Loaded
 from model.merge import Contribution, OuterStep, merge_and_step
 from model.private import PrivateTrainer
-from model.rules import Rule
+from model.rules import Rule, check
 from model.train import MicroStep, Trainer
 from model.train_memory import training_copy
 from model.update import Expected, read_update, write_update
@@ -202,6 +202,14 @@ class Participant:
                 self._feedback.take(self._sent)
         self._begin(theta_N)
         return Settled(rule=rule, why=why, moved=moved)
+
+    def makes_update(self, count: int) -> bool:
+        """Whether a round in which so many have a weight changes the weights by the run's rule."""
+        try:
+            check(self.course.rule, count, self.course.codec.name.startswith("ef"))
+        except CannotMerge:
+            return False
+        return True
 
     def _note(self) -> None:
         """What was trained since the round began, or since its update was written, goes into the feedback, once."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import sys
 
 ARENAS_MAX = 2
 _M_ARENA_MAX = -8
@@ -16,6 +17,9 @@ _M_ARENA_MAX = -8
 
 def few_arenas() -> bool:
     """For this process, from now on: before threads are started. False where the C library is another."""
-    if platform.libc_ver()[0] != "glibc":
+    if sys.platform != "linux":
         return False
-    return bool(ctypes.CDLL(None).mallopt(_M_ARENA_MAX, ARENAS_MAX))
+    try:
+        return platform.libc_ver()[0] == "glibc" and bool(ctypes.CDLL(None).mallopt(_M_ARENA_MAX, ARENAS_MAX))
+    except (OSError, AttributeError):  # libc_ver reads the interpreter's file; another library has no mallopt
+        return False

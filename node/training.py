@@ -199,7 +199,9 @@ class Training:
             service = self._service(plan, weights, store, folder)
             manifests = service.history.manifests
             await weights.restore(
-                store.count, lambda number: manifests(number - 1, 1)[0].next_base if number else plan.genesis.base
+                store.count,
+                lambda number: manifests(number - 1, 1)[0].next_base if number else plan.genesis.base,
+                lambda number: manifests(number, 1)[0].root if number < store.count else None,
             )
             self._session = Session(weights, service, hosting, self._wishes, folder, self._connect)
             await self._session.run()

@@ -303,21 +303,25 @@ class Session:
     # ---- what outlives a restart ----
 
     async def _restore(self) -> None:
-        """Moments and what was not sent, if they fit; without them training begins afresh from the round's weights."""
-        try:
-            await trio.to_thread.run_sync(self._read)
-        except FileNotFoundError:
-            return
-        except (BadState, OSError) as exc:
-            _log.warning("training goes on without what was saved of it: %s", exc)
+        """Moments, and what was not sent, each if it fits; without them training begins afresh from the round's
+        weights."""
+        for read in (self._read_moments, self._read_unsent):
+            try:
+                await trio.to_thread.run_sync(read)
+            except FileNotFoundError:
+                continue
+            except (BadState, OSError) as exc:
+                _log.warning("training goes on without what was saved of it: %s", exc)
 
-    def _read(self) -> None:
-        participant = self.weights.participant
+    def _read_moments(self) -> None:
+        trainer = self.weights.participant.trainer
         saved = SavedState(numbers=(self._folder / NUMBERS).read_bytes(), vectors=(self._folder / MOMENTS).read_bytes())
-        theta_N = participant.trainer.start_vector_N
-        participant.trainer.restore(saved)
-        participant.trainer.rebase(theta_N)  # the run's weights, which may be newer than what was saved
-        participant.restore_unsent((self._folder / UNSENT).read_bytes())
+        theta_N = trainer.start_vector_N
+        trainer.restore(saved)
+        trainer.rebase(theta_N)  # the run's weights, which may be newer than what was saved
+
+    def _read_unsent(self) -> None:
+        self.weights.participant.restore_unsent((self._folder / UNSENT).read_bytes())
 
     async def _save_in_time(self) -> None:
         if trio.current_time() - self._saved_at > SAVE_EVERY_S:

@@ -116,6 +116,11 @@ class Weights:
         """The weights before this round as they lie on the disk."""
         return None if self._made_of is None else (self._folder / f"{STATE}{self.round}", self._made_of)
 
+    def state_files(self) -> list[tuple[int, Path]]:
+        """What is on the disk of this run's weights; the newest STATES_OFFERED[1] of it."""
+        numbers = sorted(number for number in states_in(self._folder) if number)
+        return [(number, self._folder / f"{STATE}{number}") for number in numbers[-self.states_offered :]]
+
     @property
     def state_bytes(self) -> int:
         """Of a state."""
@@ -179,8 +184,10 @@ class Weights:
             await self._begin(manifest.round + 1, manifest.next_base)
         self._tell(manifest, settled)
 
-    async def adopt(self, manifest: Manifest, state: Path, *, took_ours: bool) -> None:
+    async def adopt(self, manifest: Manifest, state: Path, *, passed: Manifest | None) -> None:
         """Take over the weights before a committed round. Raises Unsound, CannotStore."""
+        shares = [] if passed is None else [share for share in passed.shares if share.weight > 0]
+        took_ours = any(share.peer == self._own for share in shares) and self.participant.makes_update(len(shares))
         async with self.lock:
             try:
                 await _in_thread(lambda: self.participant.adopt(state.read_bytes(), took_ours=took_ours))
@@ -199,14 +206,18 @@ class Weights:
         """How many tokens so many steps are."""
         return steps * self.plan.accumulation * self.plan.rows * self.plan.context
 
-    async def restore(self, records: int, base_of: Callable[[int], bytes]) -> None:
-        """Begin where the newest state of at most so many rounds ends; there may be none. Raises CannotStore."""
+    async def restore(
+        self, records: int, base_of: Callable[[int], bytes], root_of: Callable[[int], bytes | None] = lambda _: None
+    ) -> None:
+        """Begin where the newest state of at most so many rounds ends; there may be none. root_of: what a quorum has
+        named the weights before a round, if it has. Raises CannotStore."""
         for number in sorted(states_in(self._folder), reverse=True):
             if 0 < number <= records:
                 try:
-                    await _in_thread(
-                        lambda n=number: self.participant.adopt((self._folder / f"{STATE}{n}").read_bytes())
-                    )
+                    raw = await _in_thread((self._folder / f"{STATE}{number}").read_bytes)
+                    if (root := root_of(number)) not in (None, (found := (await _in_thread(manifest_of, raw)).blob)):
+                        raise BadState(f"their name is {found.hex()[:16]}, a quorum named {Digest(root).hex()[:16]}")
+                    await _in_thread(self.participant.adopt, raw)
                 except (BadState, OSError) as exc:
                     _log.warning("the weights of round %d cannot be used: %s", number, exc)
                     continue

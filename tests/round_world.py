@@ -106,12 +106,15 @@ class HashOwner:
             self._write(0, bytes(SIZE))
         self.applied: deque[Manifest] = deque(maxlen=NOTED_MAX)
         self.adopted: list[int] = []
-        self.took_ours: list[tuple[int, bool]] = []  # at each: where it stood, and what it was told of that round
+        self.passed: list[tuple[int, Manifest | None]] = []  # at each: where it stood, and that round
         self.examined: deque[PeerId] = deque(maxlen=NOTED_MAX)
 
     @property
     def state_path(self) -> Path:
         return self._folder / f"state-{self.round}"
+
+    def state_files(self) -> list[tuple[int, Path]]:
+        return [(number, self._folder / f"state-{number}") for number in sorted(self.states)]
 
     @property
     def state(self) -> tuple[Path, Made] | None:
@@ -152,11 +155,11 @@ class HashOwner:
         self.round += 1
         self._disk.step()
 
-    async def adopt(self, manifest: Manifest, state: Path, *, took_ours: bool) -> None:
+    async def adopt(self, manifest: Manifest, state: Path, *, passed: Manifest | None) -> None:
         await trio.sleep(0.1)
         number = manifest.round
         self.adopted.append(number)
-        self.took_ours.append((self.round, took_ours))
+        self.passed.append((self.round, passed))
         self._write(number, await inline(state.read_bytes))
         self.round = number
 

@@ -8,10 +8,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
+import trio
 from trio.testing import MockClock
 
 from crypto.digest import Digest
-from gossip.errors import CannotStore
+from gossip.errors import CannotStore, LocalProtocolError
 from gossip.round_payloads import STATES_KEPT, Payloads
 from gossip.transfer import Manifest, manifest_of
 from tests.blob_world import Peer, World
@@ -78,6 +79,35 @@ async def test_more_states_are_offered_where_there_is_room(tmp_path: Path, autoj
                 await payloads.offer_state(tmp_path / f"state-{number}", made_of(tmp_path / f"state-{number}"))
             )
         assert me.blobs._serving.offered == set(roots[-4:])
+
+
+async def test_in_a_run_of_very_many_members_payloads_are_let_go_earlier(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gossip.round_payloads.OFFERED_MAX", 4)
+    async with place(tmp_path) as (me, donor, made):
+        payloads = Payloads(made._blobs, tmp_path, 100, lambda _peer: True)
+        paths = [
+            await payloads.get(number, await offered(donor, tmp_path, number), [donor.id], 300) for number in range(6)
+        ]
+        assert [path.exists() for path in paths] == [False, False, True, True, True, True]
+        assert len(me.blobs._serving.offered) == 4
+
+
+async def test_a_payload_that_cannot_be_given_on_is_here_all_the_same(
+    tmp_path: Path, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with place(tmp_path) as (me, donor, payloads):
+        blob = await offered(donor, tmp_path, 1)
+
+        async def full(*_: object) -> None:
+            await trio.lowlevel.checkpoint()
+            raise LocalProtocolError("too many are offered")
+
+        me.blobs.offer_fetched = full  # type: ignore[method-assign, assignment]
+        assert (await payloads.get(1, blob, [donor.id], 300)).exists()
+        assert payloads.has(blob)
+        assert "not given on" in caplog.text
 
 
 async def test_the_newest_states_are_offered(tmp_path: Path, autojump_clock: MockClock) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -165,10 +166,59 @@ async def test_who_takes_a_state_learns_whether_its_last_work_was_counted(
         await run.until(stood + 12, *members[:3])
         run.network.heal()
         await run.until(stood + 15, within_s=120)
-        for number, took_ours in members[3].owner.took_ours:
-            shares = members[0].manifests[number].shares
-            assert took_ours == any(share.peer == members[3].id and share.weight > 0 for share in shares)
-        assert members[3].owner.took_ours
+        assert members[3].owner.passed
+        for number, passed in members[3].owner.passed:
+            assert passed == members[0].manifests[number]
+
+
+@pytest.mark.parametrize("named_every", [1, 4])
+async def test_a_member_that_was_restarted_gives_the_weights_that_its_disk_has(
+    tmp_path: Path, autojump_clock: MockClock, named_every: int
+) -> None:
+    """The other's folder is gone, and no round ends without both."""
+    async with world(tmp_path) as run:
+        run.named_every = named_every
+        members = [await run.start(number, founders=2) for number in range(2)]
+        await run.until(18)
+        for member in members:
+            await member.stop()
+        shutil.rmtree(tmp_path / members[1].id)
+        stood = members[0].owner.round
+        members = [await run.start(number, founders=2) for number in range(2)]
+        await run.until(stood + 2, *members, within_s=300)
+        assert members[1].owner.adopted
+
+
+async def test_weights_that_rotted_on_the_disk_are_not_given_out_after_a_restart(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with world(tmp_path) as run:
+        member = await run.start(0, founders=1)
+        await run.until(5)
+        await member.stop()
+        files = member.owner.state_files()
+        (sound, _), (rotten, path) = files[-3], files[-2]
+        path.write_bytes(path.read_bytes()[::-1])
+        again = await run.start(0, founders=1)
+        await again.service.opened()
+        roots = [each.root for each in again.manifests]
+        assert roots[sound] in again.history.payloads._states
+        assert roots[rotten] not in again.history.payloads._states
+
+
+async def test_dear_payloads_are_fetched_where_no_weights_were_named_since(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with world(tmp_path) as run:
+        run.named_every = 1000
+        members = [await run.start(number) for number in range(4)]
+        await run.until(2)
+        await members[3].stop()
+        await run.until(9, *members[:3])
+        members[3] = await run.start(3)
+        await run.until(12, within_s=300)
+        assert members[3].owner.adopted == []
+        run.agree()
 
 
 async def test_a_minority_waits_and_comes_back(tmp_path: Path, autojump_clock: MockClock) -> None:

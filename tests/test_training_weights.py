@@ -69,20 +69,25 @@ class Here:
         body = Header(run=a_plan().id, round=self.weights.round, base=base, contribution=Contribution(**fields))
         return signed(peer, body), path
 
-    async def commit(self, shares: dict[PeerId, tuple[Path, int]], base: bytes = BASE) -> Manifest:
-        """A round in which these have this weight."""
-        blobs = {peer: blob_of(path.read_bytes()) for peer, (path, _) in shares.items()}
-        manifest = Manifest(
+    def manifest(
+        self, shares: dict[PeerId, tuple[Path, int]], base: bytes = BASE, number: int | None = None
+    ) -> Manifest:
+        """Of a round in which these have this weight."""
+        return Manifest(
             run=a_plan().id,
-            round=self.weights.round,
+            round=self.weights.round if number is None else number,
             base=base,
             shares=tuple(
-                Share(peer=peer, header=digest(peer.encode()), blob=blobs[peer], weight=shares[peer][1])
-                for peer in sorted(shares)
+                Share(peer=peer, header=digest(peer.encode()), blob=blob_of(path.read_bytes()), weight=weight)
+                for peer, (path, weight) in sorted(shares.items())
             ),
             reports=(digest(b"report"),),
         )
-        await self.weights.apply(manifest, {blobs[peer]: path for peer, (path, _) in shares.items()})
+
+    async def commit(self, shares: dict[PeerId, tuple[Path, int]], base: bytes = BASE) -> Manifest:
+        """Such a round."""
+        manifest = self.manifest(shares, base)
+        await self.weights.apply(manifest, {blob_of(path.read_bytes()): path for path, _ in shares.values()})
         return manifest
 
 
@@ -336,6 +341,40 @@ async def test_an_own_update_whose_round_is_over_while_it_is_written_is_not_note
         await one.commit({OTHER: (other, WEIGHT_ONE)})
         await one.weights.add_own(blob_of(own.read_bytes()), 0, written)
         assert one.weights._payloads == {}
+
+
+async def test_weights_that_a_quorum_names_otherwise_are_not_gone_on_from(tmp_path: Path) -> None:
+    good, other = bytes(member(THIRD).state()), member(OTHER)
+    train(other)
+    other.settle([], took_ours=False)
+    rotten = bytearray(good)
+    rotten[2] ^= 1  # finite, and of the right length
+    roots = {2: manifest_of(good).blob, 3: manifest_of(good).blob}
+    for number, content in ((2, good), (3, bytes(rotten))):
+        (tmp_path / f"state-{number}").write_bytes(content)
+    async with here(tmp_path / "else") as one:
+        one.weights._folder = tmp_path
+        await one.weights.restore(3, lambda _: BASE, roots.get)
+        assert one.weights.round == 2
+        await one.weights.restore(3, lambda _: BASE)  # without its name nobody can tell
+        assert one.weights.round == 3
+
+
+@pytest.mark.parametrize(("weight", "count", "taken"), [(WEIGHT_ONE, 2, True), (0, 2, False), (WEIGHT_ONE, 0, False)])
+async def test_a_state_takes_from_what_is_unsent_what_the_round_before_it_counted(
+    tmp_path: Path, weight: int, count: int, taken: bool
+) -> None:
+    """count 0: no round was committed where the weights stood."""
+    async with here(tmp_path) as one:
+        _, own = await one.sent(OWN)
+        _, other = await one.sent(OTHER)
+        before = unsent(one)
+        state = tmp_path / "given"
+        state.write_bytes(member(THIRD).state())
+        shares = {OWN: (own, weight), OTHER: (other, WEIGHT_ONE)}
+        passed = one.manifest(shares) if count else None
+        await one.weights.adopt(one.manifest({}, number=3), state, passed=passed)
+        assert (not torch.equal(unsent(one), before)) == taken
 
 
 async def test_weights_without_records_give_way_to_the_beginning(tmp_path: Path) -> None:
