@@ -12,6 +12,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from gossip.transfer import manifest_of
 from tests.round_world import SIZE, Member, World
 
 
@@ -204,6 +205,7 @@ async def test_weights_that_rotted_on_the_disk_are_not_given_out_after_a_restart
         roots = [each.root for each in again.manifests]
         assert roots[sound] in again.history.payloads._states
         assert roots[rotten] not in again.history.payloads._states
+        assert manifest_of(path.read_bytes()).blob not in again.history.payloads._states
 
 
 async def test_dear_payloads_are_fetched_where_no_weights_were_named_since(
