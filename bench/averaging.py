@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import Options, Row, report
+from node.training_plan import NAMED_EVERY_MAX
 
 ELEMENTS = 25_500_000
 
@@ -134,7 +135,7 @@ def main() -> int:
             python, script = chosen.hivemind
             rival = hivemind(python, script, case.processes, elements)
             print(f"hivemind, {case.processes} peers: {rival}", flush=True)
-        new = rows_of(case, measure(case, 2 if chosen.quick else 6, elements), rival, elements)
+        new = rows_of(case, measure(case, 2 if chosen.quick else NAMED_EVERY_MAX, elements), rival, elements)
         rows += new
         for row in new:
             print(f"{row.figure}: {row.value:.4g} {row.unit}", flush=True)

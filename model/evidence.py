@@ -67,6 +67,21 @@ def overlaps(deltas: Sequence[Delta]) -> dict[tuple[int, int], float]:
     return {pair: count / max(1, min(counts[pair[0]], counts[pair[1]])) for pair, count in shared.items()}
 
 
+def overlaps_with(delta: Delta, others: Sequence[Delta]) -> list[float]:
+    """The same of one delta with each of some others."""
+    counts, shared, own = [0] * len(others), [0] * len(others), 0
+    for start, stop in slices(delta.n, SLICE_SPARSE):
+        sent_S = np.zeros(stop - start, np.bool_)
+        places_K = entries(delta, start, stop)[0].numpy()
+        sent_S[places_K] = True
+        own += len(places_K)
+        for at, other in enumerate(others):
+            theirs_K = entries(other, start, stop)[0].numpy()
+            counts[at] += len(theirs_K)
+            shared[at] += int(np.count_nonzero(sent_S.take(theirs_K)))
+    return [count / max(1, min(own, their)) for count, their in zip(shared, counts, strict=True)]
+
+
 def entries(delta: Delta, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Places (int64_K, from start) and values (fp32_K) of what a sparse delta sent; the long way if it has no short."""
     if isinstance(delta, HasEntries):

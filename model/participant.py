@@ -30,7 +30,7 @@ from model.data import TrainingText
 from model.delta import Codec, Delta
 from model.errors import BadModel, BadState, BadUpdate, CannotMerge
 from model.evaluate import SCORE_ROWS_MIN, SHARE, held_out_loss, scoring
-from model.evidence import norm, overlaps
+from model.evidence import norm, overlaps_with
 from model.feedback import DECAY, Feedback
 from model.load import Loaded
 from model.merge import Contribution, OuterStep, merge_and_step
@@ -141,11 +141,11 @@ class Participant:
             raise BadUpdate(f"the update's norm is {size}: it is not finite")
         return Payload(delta=delta, norm=size, steps=update.steps, tokens=update.tokens)
 
-    def overlap(self, one: Payload, other: Payload) -> float:
-        """The share of indices that both sent, of the lesser; 0 when everything is sent anyway."""
+    def overlaps(self, one: Payload, others: Sequence[Payload]) -> list[float]:
+        """With each, the share of indices that both sent, of the lesser; 0 when everything is sent anyway."""
         if not one.delta.sparse:
-            return 0.0
-        return overlaps([one.delta, other.delta])[0, 1]
+            return [0.0] * len(others)
+        return overlaps_with(one.delta, [other.delta for other in others])
 
     def judge(self, ids_BT: torch.Tensor) -> Generator[None, None, float]:
         """Yields after each row; the held-out loss, nats a token, of the weights that this round began with.

@@ -30,7 +30,7 @@ NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,31}$"
 DENSE_ELEMENTS_MAX: Final = 6_000_000  # up to here every member gets everything in int4, and every robust rule works
 STEPS_DEFAULT: Final = 20
 NAMED_EVERY_MAX: Final = 8
-NAMED_BYTES: Final = 16 << 20  # of weights, for which writing and hashing is nothing beside a round
+NAMED_BYTES: Final = 8 << 20  # of weights, for which writing and hashing is nothing beside a round
 ID_DIGITS_MIN: Final = 8  # of a run's id, where its name is asked for
 _LIMITS: Final = Limits(bytes_max=PLAN_BYTES_MAX, array_max=ALLOWED_MAX, items_max=2 * ALLOWED_MAX)
 

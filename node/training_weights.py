@@ -253,11 +253,12 @@ class Weights:
         """Compared with each that is here, also those that came while it was: no pair may be missing."""
         overlaps: dict[Digest, float] = {}
         while number == self.round:
-            other = next((each for each in self._payloads if each != blob and each not in overlaps), None)
-            if other is None:
+            others = [each for each in self._payloads if each != blob and each not in overlaps]
+            if not others:
                 self._payloads[blob] = payload
                 return self.choice.note(blob, payload.norm, overlaps)
-            overlaps[other] = await _in_thread(self.participant.overlap, payload, self._payloads[other])
+            there = [self._payloads[each] for each in others]
+            overlaps |= zip(others, await _in_thread(self.participant.overlaps, payload, there), strict=True)
 
     @property
     def is_private(self) -> bool:

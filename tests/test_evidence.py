@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from model.codecs import CODECS, decode, encode
 from model.delta import CHUNK, Delta, HasEntries, Sections
-from model.evidence import SLICE, SLICE_SPARSE, entries, gram, norm, overlaps, slices
+from model.evidence import SLICE, SLICE_SPARSE, entries, gram, norm, overlaps, overlaps_with, slices
 from model.held import ENTRIES_MAX, Held
 from model.merge import Vector
 from model.sparse import SparseDelta
@@ -120,6 +120,9 @@ def test_overlap_is_the_share_of_the_lesser_ones_indices(sets: list[set[int]]) -
         assert one < other
         assert share == len(sets[one] & sets[other]) / max(1, min(len(sets[one]), len(sets[other])))
     assert len(found) == len(sets) * (len(sets) - 1) // 2
+    for at, delta in enumerate(deltas):
+        pairs = [found.get((min(at, other), max(at, other)), 1.0 if sets[at] else 0.0) for other in range(len(sets))]
+        assert overlaps_with(delta, deltas) == pairs
 
 
 @pytest.mark.parametrize("name", ["ef64.2b", "ef256.2b"])

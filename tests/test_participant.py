@@ -372,10 +372,10 @@ def test_a_norm_that_overflows_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_copy_overlaps_and_dense_payloads_never_do() -> None:
     one = member(codec="ef64.2b")
     payload = one.read(written(one), 0, BASE, PEERS[0])
-    assert one.overlap(payload, payload) == 1.0
+    assert one.overlaps(payload, [payload] * 2) == [1.0, 1.0]
     dense = member()
     payload = dense.read(written(dense), 0, BASE, PEERS[0])
-    assert dense.overlap(payload, payload) == 0.0
+    assert dense.overlaps(payload, [payload]) == [0.0]
 
 
 def test_a_codec_whose_payload_would_be_too_large_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,14 +190,14 @@ async def test_payloads_that_come_at_once_are_all_compared_with_each_other(tmp_p
         }
         meeting, pairs = threading.Barrier(2, timeout=10), list[tuple[Payload, Payload]]()
 
-        def overlap(first: Payload, second: Payload) -> float:
+        def overlaps(first: Payload, others: Sequence[Payload]) -> list[float]:
             """Two are compared with what was there before, at the same time."""
-            pairs.append((first, second))
+            pairs.extend((first, other) for other in others)
             if len(pairs) <= 2:
                 meeting.wait()
-            return 1.0
+            return [1.0] * len(others)
 
-        one.participant.overlap = overlap  # type: ignore[method-assign]
+        one.participant.overlaps = overlaps  # type: ignore[method-assign]
         await one.weights._note(0, blob(sent[OWN][0]), payloads[OWN])
         async with trio.open_nursery() as nursery:
             for peer in (OTHER, THIRD):
