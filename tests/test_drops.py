@@ -18,6 +18,7 @@ from tests.test_house import ROOT, name_of, sources
 
 # an exception that ends here without a count, and why that hides nothing
 SILENT = {
+    "node/arenas.py:few_arenas": "another C library: memory is kept as it keeps it, and the caller is told",
     "node/training_kept.py:_read": "a run of another version: whoever names it is told which are there",
     "node/training_kept.py:reached": "the node took it away meanwhile: it is looked for anew, and then it is an error",
     "node/training_session.py:_restore": "nothing was saved yet: a run begins",
