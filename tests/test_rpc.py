@@ -352,7 +352,9 @@ class Line:
     def do_item(self, pick: int, size: int) -> None:
         call_id = self.chosen(self.callee, pick)
         if call_id is not None and self.callee.state(call_id) is State.OPEN:
-            raw = self.callee.item(call_id, bytes(min(size, 130_000)))
+            raw = self.callee.item(
+                call_id, bytes(min(size, canonical.CONTROL.bytes_max - 64))
+            )  # with its head it fits a frame
             if raw is not None:
                 self.up.append(raw)
 
