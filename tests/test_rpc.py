@@ -31,6 +31,7 @@ def pair() -> tuple[Rpc, Rpc]:
     return Rpc(Role.CALLER), Rpc(Role.CALLEE)
 
 
+ITEM_BYTES_MAX = canonical.CONTROL.bytes_max - 64  # with its head it fits a frame
 WIDE = canonical.Limits(bytes_max=FRAME_BYTES_MAX, bin_max=FRAME_BYTES_MAX)
 
 
