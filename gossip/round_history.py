@@ -62,7 +62,8 @@ class Owner(Protocol):
         those of this round are not named, and lie nowhere: a restart makes them again."""
 
     def state_files(self) -> list[tuple[int, Path]]:
-        """All such files that are still there, and before which round their weights stand; the oldest first."""
+        """Such files that are still there, the newest at least, and before which round their weights stand; the oldest
+        first."""
 
     @property
     def state_bytes(self) -> int:

@@ -101,21 +101,24 @@ class Payloads:
 
     async def offer_state(self, path: Path, made_of: Made) -> Digest:
         """Offer the weights of a round to come, which were written a moment ago; their name. Raises CannotStore."""
-        root = await self._offer(path, None, made_of)
+        return self._keep_state(await self._offer(path, None, made_of))
+
+    async def offer_again(self, states: Iterable[tuple[Path, Digest]]) -> None:
+        """After a restart: weights of before, each by the name that a quorum gave it, the newest last."""
+        for path, root in states:
+            try:
+                self._keep_state(await self._offer(path, root))
+            except (CannotStore, RemoteProtocolError) as exc:
+                _log.warning("the weights in %s are not offered again: %s", path, exc)
+
+    def _keep_state(self, root: Digest) -> Digest:
+        """It is the newest now."""
         if root in self._states:
             self._states.remove(root)
         self._states.append(root)
         while len(self._states) > self._states_kept:
             self._blobs.withdraw(self._states.pop(0))
         return root
-
-    async def offer_again(self, states: Iterable[tuple[Path, Digest]]) -> None:
-        """After a restart: weights of before, each by the name that a quorum gave it, the newest last."""
-        for path, root in states:
-            try:
-                self._states.append(await self._offer(path, root))
-            except (CannotStore, RemoteProtocolError) as exc:
-                _log.warning("the weights in %s are not offered again: %s", path, exc)
 
     async def get_state(self, root: Digest, holders: Iterable[PeerId], bytes_max: int) -> Path:
         """Weights by their name. Raises Unavailable, CannotStore."""

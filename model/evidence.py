@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any, Final
 
 import numpy as np
@@ -53,18 +52,11 @@ def gram(deltas: Sequence[Delta]) -> list[list[float]]:
 
 def overlaps(deltas: Sequence[Delta]) -> dict[tuple[int, int], float]:
     """For each pair (earlier, later place) of sparse deltas: the indices in common, over what the lesser one sent."""
-    counts = [0] * len(deltas)
-    shared = dict.fromkeys(combinations(range(len(deltas)), 2), 0)
-    for start, stop in slices(deltas[0].n, SLICE_SPARSE):
-        places = [entries(delta, start, stop)[0].numpy() for delta in deltas]
-        sent_S = np.zeros(stop - start, np.bool_)
-        for later, places_K in enumerate(places):
-            counts[later] += len(places_K)
-            sent_S[places_K] = True
-            for earlier in range(later):
-                shared[earlier, later] += int(np.count_nonzero(sent_S.take(places[earlier])))
-            sent_S[places_K] = False
-    return {pair: count / max(1, min(counts[pair[0]], counts[pair[1]])) for pair, count in shared.items()}
+    return {
+        (earlier, later): share
+        for later, delta in enumerate(deltas)
+        for earlier, share in enumerate(overlaps_with(delta, deltas[:later]))
+    }
 
 
 def overlaps_with(delta: Delta, others: Sequence[Delta]) -> list[float]:

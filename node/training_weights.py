@@ -117,7 +117,7 @@ class Weights:
         return None if self._made_of is None else (self._folder / f"{STATE}{self.round}", self._made_of)
 
     def state_files(self) -> list[tuple[int, Path]]:
-        """What is on the disk of this run's weights; the newest STATES_OFFERED[1] of it."""
+        """Weights of before that are on the disk, as many of the newest as are offered; the oldest first."""
         numbers = sorted(number for number in states_in(self._folder) if number)
         return [(number, self._folder / f"{STATE}{number}") for number in numbers[-self.states_offered :]]
 
