@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from model.step import SchedulerConfig
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KINDS = ("causal", "encoder")
 AUTOCAST = ("auto", "on", "off")
 SEED_MAX = (1 << 63) - 1
+CHUNK_MIN = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,15 +38,30 @@ class ModelFacts:
 class EngineConfig:
     """Bounds of the engine. kv_tokens: tokens of all running requests together, prompts and answers."""
 
-    slots: int = 4
+    slots: int = 16
     kv_tokens: int = 16_384
-    prefill_chunk: int = 256  # tokens of prompt in one step: bounds how long others wait for their next token
+    prefill_chunk: int = 256  # tokens in one step: bounds how long others wait for their next token
     queue_max: int = 64
+    block_tokens: int = 64  # of KV memory: what is given out, and shared, at once
 
     def __post_init__(self) -> None:
         """Raises ValueError for a bound below 1 (queue_max: below 0)."""
-        if min(self.slots, self.kv_tokens, self.prefill_chunk) < 1 or self.queue_max < 0:
+        if min(self.slots, self.kv_tokens, self.prefill_chunk, self.block_tokens) < 1 or self.queue_max < 0:
             raise ValueError(f"engine bounds must be at least 1 (queue_max 0), not {self}")
+
+    def scheduler(self) -> SchedulerConfig:
+        """The scheduler's bounds. A requester that is not this node's user may fill a quarter of the queue."""
+        block_tokens = min(self.block_tokens, self.kv_tokens)
+        chunk_min = max(1, min(CHUNK_MIN, self.prefill_chunk - self.slots))
+        return SchedulerConfig(
+            slots=self.slots,
+            blocks=self.kv_tokens // block_tokens,
+            block_tokens=block_tokens,
+            step_tokens=max(self.prefill_chunk, self.slots + chunk_min),
+            chunk_min=chunk_min,
+            queue_max=self.queue_max,
+            requester_queue_max=-(-self.queue_max // 4),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +73,7 @@ class RuntimeConfig:
     dtype: str = "auto"
     threads: int = 0
     embedding_name: str = ""
-    slots: int = 4
+    slots: int = 16
     kv_cache_mb: int = 256
     kv_tokens: int = 0
     queue_max: int = 64

@@ -1,54 +1,34 @@
-"""The engine: step() admits, decodes one token of every running request, and prefills one chunk of prompts.
+"""The engine: step() plans, runs one forward pass for all that is planned, chooses tokens, and takes note.
 
-Rules: sync, one thread. A request's answer depends on nothing but itself: each has its own KV cache and its own
-forward pass, so its numbers are those of a request alone, and one that fails ends alone. No step prefills more than
-prefill_chunk tokens, so none is long. Delivered tokens are replayed as text, then prefilled like a prompt.
-Source: step() as schedule, run, take note: GeeeekExplorer/nano-vllm `nanovllm/engine/llm_engine.py`.
+Rules: sync, one thread. model/scheduler.py says who runs, model/execute.py how. A request's answer depends on nothing
+but itself, and one that fails ends alone: a pass that fails is run again, request by request, to see whose fault it is.
+Source: GeeeekExplorer/nano-vllm `nanovllm/engine/llm_engine.py`.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import TypeVar
 
 import torch
 
+from model.answer import Answer
 from model.config import EngineConfig
-from model.errors import FOREIGN, BadInput, ComputeFailed, ModelError, OutOfMemory, first_line
-from model.forward import KV, Forward
+from model.errors import FOREIGN, BadInput, ComputeFailed, EngineFull, ModelError, OutOfMemory, first_line
+from model.execute import Task, executor_for
 from model.load import Loaded
 from model.requests import EngineStatistics, GenerationRequest, Output, Progress, TokenLogprob
-from model.sample import choose
-from model.schedule import Schedule
-from model.text import TextStream
+from model.sample import choose, greedy, is_plain
+from model.scheduler import Scheduler
+from model.step import Outcome, Step
 
-REPLAY_TOKENS_MAX = 4_096  # delivered tokens turned into text in one step: 10 us each
 RATE_WEIGHT = 0.1  # of the newest step in the measured speeds
 OUT_OF_MEMORY_TEXT = ("can't allocate memory", "out of memory")
 
-
-@dataclass(slots=True)
-class _Sequence:
-    """One running request. tokens: prompt and answer so far; cached: how many of them are in the KV cache."""
-
-    request: GenerationRequest
-    text: TextStream
-    kv: KV
-    prompt_set: frozenset[int]
-    tokens: list[int] = field(default_factory=list)
-    generated: Counter[int] = field(default_factory=Counter)
-    cached: int = 0
-    answer_length: int = 0
-    replayed: int = 0
-    carry: str = ""  # text of delivered tokens that the client does not have yet
-
-    @property
-    def pending(self) -> int:
-        """Tokens that the next forward passes must take in; 1 while decoding."""
-        return len(self.tokens) - self.cached
+T = TypeVar("T")
 
 
 class Rate:
@@ -76,11 +56,12 @@ class Engine:
         self._loaded = loaded
         self._config = config or EngineConfig()
         self._clock = clock
-        self._forward = Forward(loaded)
-        self._schedule = Schedule(self._config)
+        schedule = self._config.scheduler()
+        self._executor = executor_for(loaded, schedule.blocks, schedule.block_tokens)
+        self._scheduler = Scheduler(schedule, loaded.facts.revision.encode())
         self._requests: dict[str, GenerationRequest] = {}
-        self._running: dict[str, _Sequence] = {}
-        self._turns: deque[str] = deque()  # whose prompt is prefilled next
+        self._answers: dict[str, Answer] = {}  # of those that were admitted
+        self._whole: set[str] = set()  # delivered whole: only replayed, and not scheduled
         self._decode_rate = Rate()
         self._prefill_rate = Rate()
         self._counts: Counter[str] = Counter()
@@ -90,53 +71,100 @@ class Engine:
         """Whether a step would do anything."""
         return bool(self._requests)
 
+    @property
+    def why_single(self) -> str:
+        """Why this model's requests go one by one; "" if they share a pass."""
+        return self._executor.why
+
     def add(self, request: GenerationRequest) -> None:
         """Takes a request in; it runs when there is room. Raises BadInput, EngineFull, and then holds nothing of it."""
         self._check(request)
-        self._schedule.add(request.request_id, len(request.prompt) + request.sampling.max_tokens)
-        self._requests[request.request_id] = request
+        name, left = request.request_id, request.sampling.max_tokens - len(request.delivered)
+        if name in self._requests:
+            raise BadInput(f"request id {name!r} is already in use; choose another")
+        if left:
+            self._scheduler.add(
+                name,
+                (*request.prompt, *request.delivered),
+                left,
+                request.requester,
+                request.priority,
+                request.private or not self._executor.shares,
+            )
+        elif len(self._whole) > self._config.queue_max:
+            raise EngineFull(f"{len(self._whole)} answers are being replayed; try again later")
+        else:
+            self._whole.add(name)
+        self._requests[name] = request
 
     def cancel(self, request_id: str) -> None:
         """Ends a request without an output; its room is free at once. An unknown id is no error."""
         if request_id in self._requests:
+            self._scheduler.cancel(request_id)
             self._end(request_id, "cancelled")
 
     def progress(self, request_id: str) -> Progress:
         """How far a request is. Raises BadInput for an unknown id."""
-        position = self._schedule.position(request_id)
-        if position is None:
-            raise BadInput(f"there is no request {request_id!r}")
-        sequence = self._running.get(request_id)
-        return Progress(queue_position=position, prefilled_tokens=0 if sequence is None else sequence.cached)
+        if request_id in self._whole:
+            return Progress(queue_position=0, prefilled_tokens=0)
+        return self._scheduler.progress(request_id)
+
+    def forget(self, revision: str) -> None:
+        """The weights have changed: nothing computed before is used again. To be called while no request is here."""
+        self._scheduler.forget(revision.encode())
 
     def statistics(self) -> EngineStatistics:
         """The engine's state; costs microseconds."""
+        scheduled = self._scheduler.statistics()
+        blocks, size = scheduled.blocks, self._scheduler.blocks.block_tokens
         return EngineStatistics(
             slots_total=self._config.slots,
-            slots_free=self._schedule.slots_free,
-            queue_length=self._schedule.queue_length,
+            slots_free=scheduled.slots_free,
+            queue_length=scheduled.queue_length,
             queue_max=self._config.queue_max,
-            kv_tokens_total=self._config.kv_tokens,
-            kv_tokens_free=self._schedule.kv_tokens_free,
+            kv_tokens_total=self._scheduler.blocks.blocks * size,
+            kv_tokens_free=(blocks.free + blocks.cached) * size,
             steps=self._counts["steps"],
             decode_tok_s=self._decode_rate.value,
             prefill_tok_s=self._prefill_rate.value,
-            decoded_tokens=self._counts["decoded"],
-            prefilled_tokens=self._counts["prefilled"],
+            decoded_tokens=scheduled.decoded,
+            prefilled_tokens=scheduled.prefilled,
+            reused_tokens=scheduled.reused,
+            recomputed_tokens=scheduled.recomputed,
+            preemptions=scheduled.preemptions,
             finished=self._counts["finished"],
             failed=self._counts["failed"],
             cancelled=self._counts["cancelled"],
         )
 
     def step(self) -> list[Output]:
-        """One round: admit, one token for each request that decodes, one chunk of prompts. Never raises for a
-        request's fault: that request ends with Output.error."""
+        """One round: at most one token for each running request, and one chunk of prompts. Never raises for a request's
+        fault: that request ends with Output.error."""
         self._counts["steps"] += 1
-        outputs: list[Output] = []
-        for request_id in self._schedule.admit():
-            outputs += self._guarded(request_id, partial(self._start, self._requests[request_id]))
-        outputs += self._decode()
-        outputs += self._prefill()
+        outputs = self._replay(list(self._whole))
+        plan = self._scheduler.plan()
+        for name in plan.preempted:
+            self._executor.drop(name)
+        errors = {o.request_id: o for o in self._admit(plan)}
+        tasks = self._tasks(plan, errors.keys())
+        began = self._clock()
+        logits = self._run(tasks, errors)
+        seconds = self._clock() - began
+        made = {o.request_id: o for o in self._chosen(logits)}
+        errors |= {name: output for name, output in made.items() if output.error is not None}
+        outcome = Outcome(
+            sampled={name: output.tokens[0] for name, output in made.items() if output.tokens},
+            finished=frozenset(name for name, output in made.items() if output.finish is not None),
+            failed=frozenset(errors),
+            seconds=seconds,
+        )
+        self._scheduler.took(outcome)
+        self._note(plan, seconds)
+        for name in errors:
+            self._scheduler.cancel(name)  # no error for one that took() has ended
+        ended = made | errors
+        outputs += self._replay([s.request_id for s in plan.chunks if s.request_id not in ended])
+        outputs += ended.values()
         for output in outputs:
             if output.error is not None:
                 self._end(output.request_id, "failed")
@@ -169,117 +197,100 @@ class Engine:
                 f"token id {wrong} is outside the vocabulary of {facts.name} (0 to {facts.vocabulary - 1:,})"
             )
 
-    def _start(self, request: GenerationRequest) -> None:
-        """A running sequence for an admitted request."""
-        self._running[request.request_id] = _Sequence(
-            request=request,
-            text=self._loaded.tokens.stream(request.prompt, request.sampling.stop, request.delivered_chars),
-            kv=self._forward.new_kv(),
-            prompt_set=frozenset(request.prompt),
-            tokens=list(request.prompt),
-        )
-        self._turns.append(request.request_id)
+    # --- a step's parts, in their order ---
+
+    def _replay(self, names: Iterable[str]) -> list[Output]:
+        """Some of the delivered tokens of each of these; the outputs of answers that end with them, or fail."""
+        outputs = []
+        for name in names:
+            if name not in self._answers:
+                outputs += self._admitted([name])
+            if (answer := self._answers.get(name)) is not None and answer.is_behind:
+                ended, error = _guarded(name, answer.replay)
+                outputs += [output for output in (ended, error) if output is not None]
+        for output in outputs:
+            self._scheduler.cancel(output.request_id)
+        return outputs
+
+    def _admit(self, plan: Step) -> list[Output]:
+        """Answers for requests that run from now on; the errors of those that cannot."""
+        return self._admitted(name for name, _ in plan.admitted if name not in self._answers)
+
+    def _admitted(self, names: Iterable[str]) -> list[Output]:
+        errors = []
+        for name in names:
+            make = partial(Answer, self._requests[name], self._loaded.tokens, self._loaded.end_tokens)
+            answer, error = _guarded(name, make)
+            if answer is not None:
+                self._answers[name] = answer
+            if error is not None:
+                errors.append(error)
+        return errors
+
+    def _tasks(self, plan: Step, without: Iterable[str]) -> list[Task]:
+        table, left_out = self._scheduler.blocks.table, set(without)
+        return [
+            Task(
+                request_id=span.request_id,
+                table=table(span.request_id),
+                tokens=self._answers[span.request_id].tokens,
+                begin=span.begin,
+                end=span.end,
+                samples=span.samples,
+            )
+            for span in (*plan.decodes, *plan.chunks)
+            if span.request_id not in left_out
+        ]
+
+    def _run(self, tasks: list[Task], errors: dict[str, Output]) -> dict[str, torch.Tensor]:
+        """Logits of the tasks that sample; adds the errors of those whose pass failed."""
+        if self._executor.shares and len(tasks) > 1:
+            made, error = _guarded("", partial(self._executor.run, tasks))
+            if error is None and made is not None:
+                return made
+        logits: dict[str, torch.Tensor] = {}
+        for task in tasks:
+            alone, error = _guarded(task.request_id, partial(self._executor.run, [task]))
+            if error is not None:
+                errors[task.request_id] = error
+            logits |= alone or {}
+        return logits
+
+    def _chosen(self, logits: dict[str, torch.Tensor]) -> Iterable[Output]:
+        """The next token of each, or its error."""
+        plain = [name for name in logits if is_plain(self._requests[name].sampling)]
+        best = dict(zip(plain, greedy([logits[name] for name in plain]), strict=True))
+        for name, logits_V in logits.items():
+            output, error = _guarded(name, partial(self._next, self._answers[name], logits_V, best.get(name)))
+            if (done := output or error) is not None:
+                yield done
+
+    def _next(self, answer: Answer, logits_V: torch.Tensor, token: int | None) -> Output:
+        while answer.is_behind:  # never long: a step replays more tokens than it computes
+            if (ended := answer.replay()) is not None:
+                return ended
+        sampling = answer.request.sampling
+        if token is None:
+            token = choose(logits_V, sampling, answer.length, answer.generated, answer.prompt_set)
+        logprobs = () if sampling.logprobs is None else (self._logprob(logits_V, token, sampling.logprobs),)
+        return answer.push(token, logprobs)
+
+    def _note(self, plan: Step, seconds: float) -> None:
+        """Measured speeds; of a mixed step the decodes are taken to go at their own speed."""
+        decodes, chunks = len(plan.decodes), sum(span.end - span.begin for span in plan.chunks)
+        if not chunks:
+            self._decode_rate.note(decodes, seconds)
+        else:
+            alone_s = decodes / self._decode_rate.value if self._decode_rate.value else 0.0
+            self._prefill_rate.note(chunks, max(seconds - alone_s, seconds / 2))
 
     def _end(self, request_id: str, how: str) -> None:
         """The one place where a request leaves the engine."""
         del self._requests[request_id]
-        self._schedule.release(request_id)
-        if self._running.pop(request_id, None) is not None and request_id in self._turns:
-            self._turns.remove(request_id)
+        self._answers.pop(request_id, None)
+        self._whole.discard(request_id)
+        self._executor.drop(request_id)
         self._counts[how] += 1
-
-    def _decode(self) -> list[Output]:
-        ready = [s for r, s in self._running.items() if r not in self._turns]
-        if not ready:
-            return []
-        begin = self._clock()
-        outputs: list[Output] = []
-        for sequence in ready:
-            outputs += self._guarded(sequence.request.request_id, partial(self._advance, sequence, 1))
-        self._counts["decoded"] += len(ready)
-        self._decode_rate.note(len(ready), self._clock() - begin)
-        return outputs
-
-    def _prefill(self) -> list[Output]:
-        outputs: list[Output] = []
-        room = self._config.prefill_chunk
-        begin = self._clock()
-        for _ in range(len(self._turns)):
-            request_id = self._turns[0]
-            sequence = self._running[request_id]
-            if sequence.replayed < len(sequence.request.delivered):
-                made = self._guarded(request_id, partial(self._replay, sequence))
-            elif room > 0:
-                count = self._forward.piece(min(room, sequence.pending))
-                made = self._guarded(request_id, partial(self._advance, sequence, count))
-                room -= count
-            else:
-                break
-            self._turns.rotate(-1)
-            if made:
-                outputs += made
-                self._turns.remove(request_id)
-        done = self._config.prefill_chunk - room
-        self._counts["prefilled"] += done
-        self._prefill_rate.note(done, self._clock() - begin)
-        return outputs
-
-    def _replay(self, sequence: _Sequence) -> Output | None:
-        """Turns delivered tokens into text again, a bounded number; an output only if they end the answer."""
-        delivered = sequence.request.delivered
-        until = min(len(delivered), sequence.replayed + REPLAY_TOKENS_MAX)
-        for token in delivered[sequence.replayed : until]:
-            text, finish = self._take(sequence, token)
-            sequence.carry += text
-            if finish is not None:
-                return Output(request_id=sequence.request.request_id, text=sequence.carry, finish=finish)
-        sequence.replayed = until
-        return None
-
-    def _guarded(self, request_id: str, act: Callable[[], Output | None]) -> list[Output]:
-        """Does one thing for one request; what it makes, or its error, which ends this request alone."""
-        try:
-            output = act()
-        except ModelError as exc:
-            output = Output(request_id=request_id, error=exc)
-        except (MemoryError, torch.OutOfMemoryError) as exc:
-            output = Output(request_id=request_id, error=_out_of_memory(exc))
-        except FOREIGN as exc:
-            if any(text in str(exc) for text in OUT_OF_MEMORY_TEXT):
-                return [Output(request_id=request_id, error=_out_of_memory(exc))]
-            error = ComputeFailed(f"the model failed on this request ({type(exc).__name__}: {first_line(exc)})")
-            error.__cause__ = exc
-            output = Output(request_id=request_id, error=error)
-        return [] if output is None else [output]
-
-    def _advance(self, sequence: _Sequence, count: int) -> Output | None:
-        """Feeds `count` pending tokens; when none is left, chooses the next one. Raises what the model raises."""
-        begin = sequence.cached
-        logits_V = self._forward.logits(sequence.kv, sequence.tokens, begin, begin + count)
-        sequence.cached += count
-        if logits_V is None:
-            return None
-        request, sampling = sequence.request, sequence.request.sampling
-        token = choose(logits_V, sampling, sequence.answer_length, sequence.generated, sequence.prompt_set)
-        logprobs = () if sampling.logprobs is None else (self._logprob(logits_V, token, sampling.logprobs),)
-        text, finish = self._take(sequence, token)
-        text, sequence.carry = sequence.carry + text, ""
-        return Output(request_id=request.request_id, tokens=(token,), text=text, logprobs=logprobs, finish=finish)
-
-    def _take(self, sequence: _Sequence, token: int) -> tuple[str, str | None]:
-        """Appends a token of the answer; the text that became certain, and why the answer ends here if it does."""
-        sequence.tokens.append(token)
-        sequence.generated[token] += 1
-        sequence.answer_length += 1
-        if token in self._loaded.end_tokens:
-            return sequence.text.finish(), "stop"
-        text = sequence.text.push(token)
-        if sequence.text.stopped:
-            return text, "stop"
-        if sequence.answer_length >= sequence.request.sampling.max_tokens:
-            text += sequence.text.finish()
-            return text, "stop" if sequence.text.stopped else "length"
-        return text, None
 
     def _logprob(self, logits_V: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:
         decode = self._loaded.tokens.decode_token
@@ -287,6 +298,22 @@ class Engine:
         best_K, ids_K = torch.topk(logprobs_V, min(alternatives, logprobs_V.shape[0]))
         top = tuple((decode(i), p) for i, p in zip(ids_K.tolist(), best_K.tolist(), strict=True))
         return TokenLogprob(text=decode(token), logprob=float(logprobs_V[token]), top=top)
+
+
+def _guarded(request_id: str, act: Callable[[], T]) -> tuple[T | None, Output | None]:
+    """Does one thing for one request: what it makes, or the output with its error, which ends this request alone."""
+    try:
+        return act(), None
+    except ModelError as exc:
+        return None, Output(request_id=request_id, error=exc)
+    except (MemoryError, torch.OutOfMemoryError) as exc:
+        return None, Output(request_id=request_id, error=_out_of_memory(exc))
+    except FOREIGN as exc:
+        if any(text in str(exc) for text in OUT_OF_MEMORY_TEXT):
+            return None, Output(request_id=request_id, error=_out_of_memory(exc))
+        error = ComputeFailed(f"the model failed on this request ({type(exc).__name__}: {first_line(exc)})")
+        error.__cause__ = exc
+        return None, Output(request_id=request_id, error=error)
 
 
 def _out_of_memory(exc: BaseException) -> OutOfMemory:

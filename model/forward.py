@@ -8,6 +8,7 @@ Legend: T tokens of this pass, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ class Forward:
         return lengths.at_most(tokens) if self._compiles and self._cached else tokens
 
     @torch.inference_mode()
-    def logits(self, kv: KV, tokens: list[int], begin: int, end: int) -> torch.Tensor | None:
+    def logits(self, kv: KV, tokens: Sequence[int], begin: int, end: int) -> torch.Tensor | None:
         """Takes tokens[begin:end] in; gives the fp32 logits_V after the last of all tokens, None before the end.
 
         Raises what torch and transformers raise; the cache is then spoilt.
@@ -54,10 +55,10 @@ class Forward:
         if kv.cache is None:
             if not last:
                 return None
-            ids_1T = torch.tensor([tokens], device=self._device)
+            ids_1T = torch.tensor([list(tokens)], device=self._device)
             out = self._model(input_ids=ids_1T, use_cache=False, return_dict=True, **self._extra)
         else:
-            ids_1T = torch.tensor([tokens[begin:end]], device=self._device)
+            ids_1T = torch.tensor([list(tokens[begin:end])], device=self._device)
             out = self._model(
                 input_ids=ids_1T, past_key_values=kv.cache, use_cache=True, return_dict=True, **self._extra
             )

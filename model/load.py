@@ -123,7 +123,7 @@ def load(found: Found, *, device: str = "auto", dtype: str = "auto") -> Loaded:
         context_tokens=context_of(config, tokens),
         dtype=_dtype_name(number_type),
         parameters=parameters,
-        kv_token_bytes=kv_token_bytes(config, number_type) if kind == "causal" else 0,
+        kv_token_bytes=kv_token_bytes(config, kv_dtype(place, number_type)) if kind == "causal" else 0,
         vocabulary=int(model.get_input_embeddings().num_embeddings),
     )
     return Loaded(
@@ -247,6 +247,11 @@ def context_of(config: Any, tokens: Tokens) -> int:
             offset = text.pad_token_id + 1 if text.model_type in ("roberta", "xlm-roberta", "camembert") else 0
             return length - offset
     return tokens.length_max or CONTEXT_TOKENS_DEFAULT
+
+
+def kv_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Of keys and values: fp32 on a CPU, where attention in bf16 took three times as long (SERVING.md)."""
+    return torch.float32 if device.type == "cpu" else dtype
 
 
 def kv_token_bytes(config: Any, dtype: torch.dtype) -> int:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from model.config import ModelFacts
 from model.errors import ModelError
+from model.step import Priority
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +35,17 @@ class SamplingParameters:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One answer to make. delivered: the answer's first tokens, made elsewhere: they count toward max_tokens and are
-    not given out again; delivered_chars: characters of the answer's text that the client already has."""
+    not given out again; delivered_chars: characters of the answer's text that the client already has. requester: who
+    asks, of those of its priority; private: nothing computed for it is used for another."""
 
     request_id: str
     prompt: tuple[int, ...]
     delivered: tuple[int, ...] = ()
     delivered_chars: int = 0
     sampling: SamplingParameters = SamplingParameters()
+    requester: str = ""
+    priority: Priority = Priority.OWN
+    private: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +93,9 @@ class EngineStatistics:
     prefill_tok_s: float = 0.0
     decoded_tokens: int = 0
     prefilled_tokens: int = 0
+    reused_tokens: int = 0  # of prompts, whose KV was there already
+    recomputed_tokens: int = 0  # a second time, after a preemption
+    preemptions: int = 0
     finished: int = 0
     failed: int = 0
     cancelled: int = 0

@@ -119,6 +119,8 @@ class Runtime:
         assert isinstance(weights, Mapping)
         assert not self.has_work, "a request is running: its KV cache is of the weights before"
         load_named(self._loaded.model, weights)
+        if self._engine is not None:
+            self._engine.forget(revision)
         is_encoder_too = self._encoder is self._loaded
         self._loaded = replace(self._loaded, facts=replace(self._loaded.facts, revision=revision))
         if is_encoder_too:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -46,6 +46,22 @@ def choose(
     if not np.isfinite(scores_K[best]):
         raise ComputeFailed("the model made numbers that are not finite for this request")
     return int(ids_K[best])
+
+
+def is_plain(params: SamplingParameters) -> bool:
+    """Whether the best token is wanted, and nothing else of the logits."""
+    penalties = params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0
+    return params.temperature < TEMPERATURE_MIN and not penalties and params.logprobs is None
+
+
+def greedy(rows: Sequence[torch.Tensor]) -> list[int | None]:
+    """What `choose` gives for each of these logits_V if `is_plain`, at once; None where it would raise."""
+    if not rows:
+        return []
+    logits_SV = torch.stack(tuple(rows))
+    best_S = logits_SV.argmax(1)
+    finite_S = torch.isfinite(logits_SV.gather(1, best_S[:, None]))[:, 0]
+    return [token if finite else None for token, finite in zip(best_S.tolist(), finite_S.tolist(), strict=True)]
 
 
 def penalize(

@@ -269,9 +269,10 @@ class Scheduler:
 
         return sorted(waiting, key=turn)
 
-    def _prefill_turn(self, sequence: _Sequence) -> tuple[bool, int, int, int]:
-        account = sequence.account
-        return sequence is not self._first, account.priority, self._shares.served(account), sequence.number
+    def _prefill_turn(self, sequence: _Sequence) -> tuple[bool, int, int, int, int]:
+        """Of one requester's prompts the shortest first: its user waits for it least, and the others hardly longer."""
+        account, left = sequence.account, sequence.pending
+        return sequence is not self._first, account.priority, self._shares.served(account), left, sequence.number
 
     # --- bounds ---
 
@@ -308,7 +309,7 @@ class Scheduler:
                 f"{state}; with this one {behind} of class {account.priority.name.lower()} or lower would wait, which "
                 f"may fill {class_max} of {config.queue_max} places; try again later"
             )
-        if of_requester > config.requester_queue_max:
+        if account.priority is not Priority.OWN and of_requester > config.requester_queue_max:
             raise EngineFull(
                 f"{state}; with this one {of_requester} of this requester's would wait, which may have "
                 f"{config.requester_queue_max} waiting; try again when one has ended"

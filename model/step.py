@@ -34,7 +34,7 @@ class SchedulerConfig:
     step_tokens: int = 260  # in one step, decoded and prefilled together
     chunk_min: int = 16  # tokens of prompt in a step while others decode, whatever the speeds: so that prompts end
     queue_max: int = 64
-    requester_queue_max: int = 32
+    requester_queue_max: int = 32  # for each that is not this node's own user
     age_steps: int = 2_048  # after so many a request is overdue; and the rest between two overdue ones that had to wait
 
     def __post_init__(self) -> None:

@@ -455,12 +455,18 @@ def test_the_queue_is_bounded_and_says_so() -> None:
 
 
 def test_a_requester_is_bounded_and_told() -> None:
-    scheduler = full_queue((OWN, "a", 3))
+    scheduler = full_queue((PEER, "a", 3))
     with pytest.raises(
         EngineFull, match="3 requests run and 3 wait; with this one 4 of this requester's would wait, which may have 3"
     ):
+        scheduler.add("more", [1], 4, "a", PEER, False)
+    scheduler.add("other", [1], 4, "b", PEER, False)
+
+
+def test_this_nodes_user_may_fill_the_queue() -> None:
+    scheduler = full_queue((OWN, "a", 5))
+    with pytest.raises(EngineFull, match="the queue is full at 5"):
         scheduler.add("more", [1], 4, "a", OWN, False)
-    scheduler.add("other", [1], 4, "b", OWN, False)
 
 
 def test_strangers_leave_room_in_the_queue() -> None:

@@ -1,0 +1,179 @@
+"""Attention over keys and values kept in blocks, for many sequences in one pass, behind transformers' own interface.
+
+Rules: what a token gets depends on itself and on the keys before it, to the bit: not on the sequences that go with it,
+on how its prompt was cut into chunks, nor on where its blocks lie. So each product is over one block and at least
+ROWS_MIN rows (a BLAS has other kernels for fewer), a sequence's blocks are padded at the end only, and are added up in
+its order. A block is zeroed before its first token: what an earlier user left must not be multiplied, not even by 0.
+Legend: T tokens of the pass, H query heads, J key heads, G = H / J, D and E widths of a key and a value, S tokens of a
+block, B sequences of a group, R tokens of each, N blocks of the longest, P pairs of a sequence and one of its blocks.
+Source: PagedAttention (Kwon and others, arXiv 2309.06180); transformers `integrations/sdpa_paged.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from transformers import AttentionInterface
+
+from model.errors import BadModel
+from model.load import kv_dtype
+from model.paged_plan import Group, Pass
+
+NAME: Final = "openagi_paged"
+MASKED: Final = float("-inf")
+KNOWN: Final = frozenset({"dropout", "scaling", "sliding_window", "softcap", "s_aux", "is_causal"})
+_current: ContextVar[tuple[Pool, Pass] | None] = ContextVar("paged_pass", default=None)
+
+
+@dataclass(slots=True)
+class _Layer:
+    """One layer's blocks: keys (blocks, J, S, D), values (blocks, J, S, E)."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def write(self, key_JTD: torch.Tensor, value_JTE: torch.Tensor, work: Pass) -> None:
+        """Puts the pass's keys and values in their places."""
+        if work.fresh is not None:
+            self.keys.index_fill_(0, work.fresh, 0.0)
+            self.values.index_fill_(0, work.fresh, 0.0)
+        at = work.places(self.keys.shape[1])
+        for store, new in ((self.keys, key_JTD), (self.values, value_JTE)):
+            flat = store.view(-1, store.shape[-1])
+            flat.index_copy_(0, at, new[:, : work.tokens].reshape(-1, new.shape[-1]).to(store.dtype))
+
+
+class Pool:
+    """The blocks of all layers. Memory is taken as blocks are first used."""
+
+    def __init__(self, blocks: int, block_tokens: int, device: torch.device) -> None:
+        self.blocks, self.block_tokens = blocks, block_tokens
+        self._device = device
+        self._layers: dict[int, _Layer] = {}
+        self.seen: dict[int, dict[str, Any]] = {}  # by layer, what its module asked for: for who checks a model
+
+    def like(self, blocks: int, block_tokens: int) -> Pool:
+        """Another, with layers of the same shapes."""
+        pool = Pool(blocks, block_tokens, self._device)
+        for index, layer in self._layers.items():
+            pool._layers[index] = _Layer(
+                *(store.new_empty(blocks, store.shape[1], block_tokens, store.shape[-1])
+                  for store in (layer.keys, layer.values))
+            )  # fmt: skip
+        return pool
+
+    @contextmanager
+    def serving(self, work: Pass) -> Iterator[None]:
+        """Model calls in this block, with the attention NAME, are this pass."""
+        token = _current.set((self, work))
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def layer(self, index: int, key_JTD: torch.Tensor, value_JTE: torch.Tensor) -> _Layer:
+        """A layer's blocks, made at its first pass."""
+        if (layer := self._layers.get(index)) is None:
+            dtype = kv_dtype(self._device, key_JTD.dtype)
+            layer = self._layers[index] = _Layer(
+                *(
+                    torch.empty(self.blocks, new.shape[0], self.block_tokens, new.shape[-1], dtype=dtype,
+                                device=self._device)
+                    for new in (key_JTD, value_JTE)
+                )
+            )  # fmt: skip
+        return layer
+
+
+def attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **asked: Any
+) -> tuple[torch.Tensor, None]:
+    """query (1, H, T, D), key (1, J, T, D), value (1, J, T, E) of the current pass -> (1, T, H, E).
+
+    Raises BadModel for a model that asks for what is not done here.
+    """
+    current = _current.get()
+    if current is None:
+        raise BadModel("the paged attention was called outside a pass; this is a bug")
+    pool, work = current
+    index = module.layer_idx
+    pool.seen[index] = asked
+    layer = pool.layer(index, key[0], value[0])
+    layer.write(key[0], value[0], work)
+    query_THD = query[0].transpose(0, 1).to(layer.keys.dtype) * asked.get("scaling", query.shape[-1] ** -0.5)
+    made_THE = query_THD.new_zeros(len(query_THD), query_THD.shape[1], layer.values.shape[-1])
+    extra = _Extra(asked.get("sliding_window"), asked.get("softcap"), asked.get("s_aux"))
+    for group in work.groups(query.shape[1] // key.shape[1], query.shape[1]):
+        made_THE.index_copy_(0, group.rows, _attend(query_THD, layer, group, extra))
+    return made_THE[None].to(query.dtype), None
+
+
+AttentionInterface.register(NAME, attention)
+
+
+@dataclass(frozen=True, slots=True)
+class _Extra:
+    """What some models add: keys no older than `window` tokens, scores bounded by `softcap`, a sink for each head."""
+
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None  # (H)
+
+
+def _attend(query_THD: torch.Tensor, layer: _Layer, group: Group, extra: _Extra) -> torch.Tensor:
+    """(B * R, H, E): what each of the group's tokens gets."""
+    heads, size = layer.keys.shape[1], layer.keys.shape[2]
+    sequences, rows, longest, pairs = group.sequences, group.rows_padded, group.longest, group.pairs
+    lines = query_THD.shape[1] // heads * rows
+    query = query_THD.index_select(0, group.read)  # (B * R, H, D)
+    query = query.view(sequences, rows, heads, -1, query.shape[-1]).permute(0, 2, 3, 1, 4)
+    query = query.reshape(sequences, heads, lines, -1)
+    query = query.index_select(0, group.owner) if sequences > 1 else query.expand(pairs, -1, -1, -1)
+    keys = layer.keys.view(-1, *layer.keys.shape[2:]).transpose(1, 2)
+    scores = _products(query.reshape(pairs * heads, lines, -1), keys, group, heads).view(pairs, heads, lines, size)
+    if group.gather is not None:
+        scores = scores.index_select(0, group.gather)
+    scores = scores.view(sequences, longest, heads, lines, size).permute(0, 2, 3, 1, 4)
+    scores = scores.reshape(sequences, heads, -1, rows, longest * size)
+    if extra.softcap is not None:
+        scores = torch.tanh(scores / extra.softcap) * extra.softcap
+    weights = _softmax(scores.add_(group.bias(extra.window)), size, extra.sinks)
+    weights = weights.view(sequences, heads, lines, longest, size).permute(0, 3, 1, 2, 4)
+    weights = weights.reshape(sequences * longest, heads, lines, size)
+    if group.gather is not None:
+        weights = weights.index_select(0, group.place)
+    values = layer.values.view(-1, *layer.values.shape[2:])
+    made = _products(weights.reshape(pairs * heads, lines, size), values, group, heads)
+    made = made.view(pairs, heads, lines, -1)
+    if group.gather is not None:
+        made = made.new_zeros(sequences * longest, *made.shape[1:]).index_copy_(0, group.place, made)
+    made = made.view(sequences, longest, heads, -1, rows, made.shape[-1])
+    summed = made.sum(1) if longest > 1 else made[:, 0]
+    return summed[:, :, :, : group.tokens_each].permute(0, 3, 1, 2, 4).reshape(len(group.rows), -1, made.shape[-1])
+
+
+def _products(left: torch.Tensor, blocks: torch.Tensor, group: Group, heads: int) -> torch.Tensor:
+    """left (P * J, ..., ...) times the blocks (blocks * J, ..., ...) of its pairs, run by run."""
+    if len(group.runs) == 1:
+        (_, _, block) = group.runs[0]
+        return torch.bmm(left, blocks[block * heads : block * heads + len(left)])
+    made = left.new_empty(*left.shape[:2], blocks.shape[2])
+    for begin, end, block in group.runs:
+        at = slice(begin * heads, end * heads)
+        torch.bmm(left[at], blocks[block * heads : (block + end - begin) * heads], out=made[at])
+    return made
+
+
+def _softmax(scores: torch.Tensor, size: int, sinks_H: torch.Tensor | None) -> torch.Tensor:
+    """Over the last axis; a sink takes its share and gives nothing. scores: (B, J, G, R, N * S)."""
+    if sinks_H is None:
+        return torch.softmax(scores, -1, dtype=torch.float32).to(scores.dtype)
+    sink = scores.new_full((*scores.shape[:-1], size), MASKED)  # a block of its own: lengths stay whole blocks
+    sink[..., 0] = sinks_H.view(scores.shape[1], scores.shape[2], 1).to(scores.dtype)
+    weights = torch.softmax(torch.cat((sink, scores), -1), -1, dtype=torch.float32)
+    return weights[..., size:].to(scores.dtype).contiguous()

@@ -1,0 +1,177 @@
+"""One forward pass over blocks, as index tensors: which token goes where, and which queries meet which blocks.
+
+Rules: sequences that take one token each make groups by the size of their tables, so that a short one is not padded to
+a long one's; each chunk of a prompt is cut into tiles whose scores stay in the cache. Everything is made once a pass
+and used by all layers.
+Legend: as in model/paged.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+
+ROWS_MIN: Final = 4  # rows of queries to a product
+SCORES_MAX: Final = 1 << 19  # numbers in a tile: 2 MB in fp32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One sequence's share of a pass: tokens [begin, end) of it, and the blocks that hold it from its start."""
+
+    table: Sequence[int]
+    begin: int
+    end: int
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Group:
+    """Queries that are answered together. rows: where in the pass the tokens are (B * R); read: the same, each
+    sequence's last token repeated up to rows_padded. owner, place: of each pair, its sequence, and its place of B * N;
+    gather: the pair of each place, None where pairs and places are the same. runs: (first pair, end, first block)."""
+
+    rows: torch.Tensor
+    read: torch.Tensor
+    positions: torch.Tensor  # (B, R padded)
+    tokens_each: int
+    rows_padded: int
+    longest: int
+    pairs: int
+    owner: torch.Tensor
+    place: torch.Tensor
+    gather: torch.Tensor | None
+    runs: list[tuple[int, int, int]]
+    size: int
+    _bias: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def sequences(self) -> int:
+        """B."""
+        return len(self.positions)
+
+    def bias(self, window: int | None) -> torch.Tensor:
+        """(B, 1, 1, R, N * S): 0 where a key may be seen, minus infinity elsewhere."""
+        if (bias := self._bias.get(window)) is None:
+            positions = self.positions[:, :1] if self.tokens_each == 1 else self.positions
+            key = torch.arange(self.longest * self.size, device=positions.device)
+            seen = key <= positions[..., None]
+            if window is not None:
+                seen &= key > positions[..., None] - window
+            bias = torch.zeros(seen.shape, device=positions.device).masked_fill_(~seen, float("-inf"))
+            bias = self._bias[window] = bias[:, None, None]
+        return bias
+
+
+class Pass:
+    """What one forward pass does. tokens: T, without those that fill up."""
+
+    def __init__(self, parts: Sequence[Part], block_tokens: int, device: torch.device) -> None:
+        self._parts, self._size, self._device = parts, block_tokens, device
+        self._offsets: list[int] = []
+        slots, fresh = list[int](), list[int]()
+        self.positions: list[int] = []
+        for part in parts:
+            self._offsets.append(len(slots))
+            for position in range(part.begin, part.end):
+                block, at = part.table[position // block_tokens], position % block_tokens
+                slots.append(block * block_tokens + at)
+                if at == 0:
+                    fresh.append(block)
+            self.positions += range(part.begin, part.end)
+        self.tokens = len(slots)
+        self.fresh = self._tensor(fresh) if fresh else None
+        self._slots = self._tensor(slots)
+        self._places: dict[int, torch.Tensor] = {}
+        self._groups: dict[tuple[int, int], list[Group]] = {}
+
+    def places(self, heads: int) -> torch.Tensor:
+        """(J * T): rows of a layer's blocks, seen as rows of one head and token."""
+        if (places := self._places.get(heads)) is None:
+            block, at = self._slots // self._size, self._slots % self._size
+            head = torch.arange(heads, device=self._device)[:, None]
+            places = self._places[heads] = ((block * heads + head) * self._size + at).reshape(-1)
+        return places
+
+    def groups(self, shared: int, heads: int) -> list[Group]:
+        """The pass's groups for a layer with `heads` query heads, `shared` to a key head."""
+        if (groups := self._groups.get((shared, heads))) is None:
+            groups = self._groups[shared, heads] = list(self._made(shared, heads))
+        return groups
+
+    def _made(self, shared: int, heads: int) -> Iterator[Group]:
+        padded = -(-ROWS_MIN // shared)
+        single: dict[int, list[int]] = {}
+        for number, part in enumerate(self._parts):
+            if part.end - part.begin == 1:
+                single.setdefault(self._blocks(part.end).bit_length(), []).append(number)
+                continue
+            begin = part.begin
+            while begin < part.end:
+                end = min(part.end, begin + max(1, SCORES_MAX // (heads * self._size * self._blocks(part.end))))
+                yield self._group([(number, begin, end)], padded)
+                begin = end
+        for numbers in single.values():
+            yield self._group([(n, self._parts[n].begin, self._parts[n].end) for n in numbers], padded)
+
+    def _blocks(self, end: int) -> int:
+        """How many blocks hold the tokens before `end`."""
+        return -(-end // self._size)
+
+    def _group(self, spans: list[tuple[int, int, int]], padded: int) -> Group:
+        """One group of spans (number of the part, begin, end), all of the same length."""
+        each = spans[0][2] - spans[0][1]
+        padded = max(each, padded)
+        rows, read, positions = list[int](), list[int](), list[list[int]]()
+        for number, begin, end in spans:
+            first = self._offsets[number] + begin - self._parts[number].begin
+            own = list(range(first, first + each))
+            rows += own
+            read += own + own[-1:] * (padded - each)
+            positions.append([*range(begin, end), *[end - 1] * (padded - each)])
+        longest = max(self._blocks(end) for _, _, end in spans)
+        wanted = list[tuple[int, int, int, int]]()  # (which of its users, block, sequence, its place)
+        users: Counter[int] = Counter()
+        for owner, (number, _, end) in enumerate(spans):
+            for at, block in enumerate(self._parts[number].table[: self._blocks(end)]):
+                wanted.append((users[block], block, owner, owner * longest + at))
+                users[block] += 1
+        if len(spans) > 1:
+            wanted.sort()  # so that neighbours make runs
+        places = [place for *_, place in wanted]
+        gather = None
+        if places != list(range(len(spans) * longest)):
+            pair_of = [0] * (len(spans) * longest)
+            for pair, place in enumerate(places):
+                pair_of[place] = pair
+            gather = self._tensor(pair_of)
+        return Group(
+            rows=self._tensor(rows),
+            read=self._tensor(read),
+            positions=torch.tensor(positions, device=self._device),
+            tokens_each=each,
+            rows_padded=padded,
+            longest=longest,
+            pairs=len(wanted),
+            owner=self._tensor([owner for _, _, owner, _ in wanted]),
+            place=self._tensor(places),
+            gather=gather,
+            runs=_runs([block for _, block, _, _ in wanted]),
+            size=self._size,
+        )
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self._device)
+
+
+def _runs(blocks: list[int]) -> list[tuple[int, int, int]]:
+    """Pairs whose blocks follow one another: (first pair, end, first block)."""
+    runs, begin = list[tuple[int, int, int]](), 0
+    for pair in range(1, len(blocks) + 1):
+        if pair == len(blocks) or blocks[pair] != blocks[pair - 1] + 1:
+            runs.append((begin, pair, blocks[begin]))
+            begin = pair
+    return runs
