@@ -12,11 +12,13 @@ Source: GeeeekExplorer/nano-vllm `nanovllm/engine/block_manager.py`; vLLM "Autom
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
 ROOT = -1  # the block of the tree's root, which is none
+NO_LIMIT = sys.maxsize  # of tokens that may be shared
 
 Digest = Callable[[bytes, Sequence[int]], bytes]
 
@@ -40,11 +42,12 @@ class _Entry:
 @dataclass(slots=True)
 class _Table:
     """blocks: those of a sequence, in order. entry: where the first `entered` of them end in the tree; None: it has
-    nothing to do with the tree, for ever."""
+    nothing to do with the tree, for ever. shared: how many of its first tokens may be in the tree."""
 
     blocks: list[int]
     entry: _Entry | None
     entered: int
+    shared: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,26 +102,26 @@ class BlockManager:
             misses=self._misses,
         )
 
-    def allocate(self, sequence: str, tokens: Sequence[int], private: bool = False, spare: int = 0) -> int | None:
+    def allocate(self, sequence: str, tokens: Sequence[int], shared: int | None = None, spare: int = 0) -> int | None:
         """A table for all these tokens; how many of the first have their KV already. At least the last has not: its
-        forward pass gives the next token.
+        forward pass gives the next token. shared: no more than its first so many are shared; None: all may be.
 
         None, and nothing has changed, unless `spare` blocks would still be available after.
         """
         assert tokens
         assert sequence not in self._tables, sequence
-        found = [] if private else list(self._found(self._root, tokens, 0))
+        limit = NO_LIMIT if shared is None else shared
+        found = list(self._found(self._root, tokens, 0, limit))
         fresh = self.blocks_for(len(tokens)) - len(found)
         idle = sum(self._users[entry.block] == 0 for entry in found)
         if fresh + idle + spare > self.available:
             return None
-        if not private:
-            self._hits += len(found)
-            self._misses += self._shareable(tokens) - len(found)
+        self._hits += len(found)
+        self._misses += self._shareable(tokens, limit) - len(found)
         blocks = [self._use(entry.block) for entry in found]
         blocks += [self._use(self._take()) for _ in range(fresh)]
-        entry = None if private else (found[-1] if found else self._root)
-        self._tables[sequence] = _Table(blocks, entry, len(found))
+        entry = None if shared == 0 else (found[-1] if found else self._root)
+        self._tables[sequence] = _Table(blocks, entry, len(found), limit)
         return len(found) * self.block_tokens
 
     def append(self, sequence: str, length: int) -> bool:
@@ -134,6 +137,7 @@ class BlockManager:
     def computed(self, sequence: str, tokens: Sequence[int], count: int) -> None:
         """The KV of tokens[:count] is in the table's blocks: the full ones can be shared from now on."""
         table, size = self._tables[sequence], self.block_tokens
+        count = min(count, table.shared)
         while (entry := self._living(table)) is not None and (table.entered + 1) * size <= count:
             begin = table.entered * size
             part = tuple(tokens[begin : begin + size])
@@ -150,7 +154,7 @@ class BlockManager:
         table = self._tables[sequence]
         if (entry := self._living(table)) is None:
             return computed
-        for found in self._found(entry, tokens, table.entered):
+        for found in self._found(entry, tokens, table.entered, table.shared):
             own = table.blocks[table.entered]
             table.blocks[table.entered] = self._use(found.block)
             self._release(own)
@@ -167,7 +171,7 @@ class BlockManager:
         if entry is None:
             return
         digest = entry.digest
-        for begin in range(table.entered * size, end - size + 1, size):
+        for begin in range(table.entered * size, min(end, table.shared) - size + 1, size):
             digest = self._digest(digest, tokens[begin : begin + size])
             yield digest
 
@@ -185,14 +189,14 @@ class BlockManager:
             table.entry = None
         self._root = _root(salt)
 
-    def _shareable(self, tokens: Sequence[int]) -> int:
+    def _shareable(self, tokens: Sequence[int], limit: int) -> int:
         """Blocks of these that can be used from the tree: full, and without the last token."""
-        return (len(tokens) - 1) // self.block_tokens
+        return min(len(tokens) - 1, limit) // self.block_tokens
 
-    def _found(self, entry: _Entry, tokens: Sequence[int], at: int) -> Iterator[_Entry]:
+    def _found(self, entry: _Entry, tokens: Sequence[int], at: int, limit: int) -> Iterator[_Entry]:
         """What is in the tree below `entry` of these tokens, from their block number `at` on."""
         size = self.block_tokens
-        for begin in range(at * size, self._shareable(tokens) * size, size):
+        for begin in range(at * size, self._shareable(tokens, limit) * size, size):
             part = tuple(tokens[begin : begin + size])
             child = entry.children.get(self._digest(entry.digest, part))
             if child is None or child.tokens != part:

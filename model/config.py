@@ -42,7 +42,7 @@ class EngineConfig:
     kv_tokens: int = 16_384
     prefill_chunk: int = 256  # tokens in one step: bounds how long others wait for their next token
     queue_max: int = 64
-    block_tokens: int = 64  # of KV memory: what is given out, and shared, at once
+    block_tokens: int = 32  # of KV memory: what is given out, and shared, at once
 
     def __post_init__(self) -> None:
         """Raises ValueError for a bound below 1 (queue_max: below 0)."""

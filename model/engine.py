@@ -19,6 +19,7 @@ from model.answer import Answer
 from model.config import EngineConfig
 from model.errors import FOREIGN, BadInput, ComputeFailed, EngineFull, ModelError, OutOfMemory, first_line
 from model.execute import Task, executor_for
+from model.fair_share import Account
 from model.load import Loaded
 from model.requests import EngineStatistics, GenerationRequest, Output, Progress, TokenLogprob
 from model.sample import choose, greedy, is_plain
@@ -83,13 +84,9 @@ class Engine:
         if name in self._requests:
             raise BadInput(f"request id {name!r} is already in use; choose another")
         if left:
+            account = Account(request.priority, request.requester)
             self._scheduler.add(
-                name,
-                (*request.prompt, *request.delivered),
-                left,
-                request.requester,
-                request.priority,
-                request.private or not self._executor.shares,
+                name, (*request.prompt, *request.delivered), left, account, self._shared_tokens(request)
             )
         elif len(self._whole) > self._config.queue_max:
             raise EngineFull(f"{len(self._whole)} answers are being replayed; try again later")
@@ -172,6 +169,12 @@ class Engine:
                 self._end(output.request_id, "finished")
         return outputs
 
+    def _shared_tokens(self, request: GenerationRequest) -> int | None:
+        """How much of a request's KV others may use, and it theirs: what is the same to the bit whoever computes it."""
+        if request.private or not self._executor.shares:
+            return 0
+        return None if self._executor.shares_answers else len(request.prompt)
+
     def _check(self, request: GenerationRequest) -> None:
         facts = self._loaded.facts
         if not request.prompt:
@@ -237,6 +240,7 @@ class Engine:
                 begin=span.begin,
                 end=span.end,
                 samples=span.samples,
+                prompt=len(self._requests[span.request_id].prompt),
             )
             for span in (*plan.decodes, *plan.chunks)
             if span.request_id not in left_out

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from model.errors import FOREIGN
 from model.forward import KV, Forward
 from model.load import Loaded
 from model.paged import KNOWN, NAME, Pool
-from model.paged_plan import Part, Pass
+from model.paged_plan import ROWS_MIN, Part, Pass
 
 TRIAL_IDS: Final = (1, 3, 2, 5, 4, 3, 6)
 TRIAL_BLOCK: Final = 4
@@ -41,13 +41,18 @@ class Task:
     begin: int
     end: int
     samples: bool
+    prompt: int  # how many of the tokens are the request's prompt
 
 
 class Executor(Protocol):
-    """Runs passes. shares: over blocks, which can serve several requests; without, give it one task at a time."""
+    """Runs passes. shares: over blocks, which can serve several requests; without, give it one task at a time.
+    shares_answers: a block of an answer is what it would be in a prompt, to the bit."""
 
     shares: bool
     why: str  # it does not go over blocks; "" if it does
+
+    @property
+    def shares_answers(self) -> bool: ...
 
     def run(self, tasks: Sequence[Task]) -> dict[str, torch.Tensor]:
         """fp32 logits_V of each request that samples. Raises what torch and transformers raise; if blocks are shared
@@ -86,11 +91,14 @@ class Blockwise:
     def drop(self, request_id: str) -> None:
         del request_id  # its blocks are the scheduler's
 
+    @property
+    def shares_answers(self) -> bool:
+        return self._pool.rows_fewest >= ROWS_MIN
+
     @torch.inference_mode()
     def run(self, tasks: Sequence[Task]) -> dict[str, torch.Tensor]:
-        work = Pass(
-            [Part(table=t.table, begin=t.begin, end=t.end) for t in tasks], self._pool.block_tokens, self._device
-        )
+        parts = [Part(table=t.table, begin=t.begin, end=t.end, prompt=t.prompt) for t in tasks]
+        work = Pass(parts, self._pool.block_tokens, self._device)
         ids = [token for task in tasks for token in task.tokens[task.begin : task.end]]
         spare = lengths.at_least(len(ids)) - len(ids) if self._compiles else 0
         at, last = list[int](), -1
@@ -128,12 +136,11 @@ class Blockwise:
         ids = [token % self._vocabulary() for token in TRIAL_IDS]
         own_TV = self._model(input_ids=torch.tensor([ids], device=self._device), use_cache=False, return_dict=True)
         own_V = own_TV.logits[0, -1].float()
-        whole, other = {"table": (3, 0), "tokens": ids}, {"table": (2,), "tokens": ids[1:4]}
-        self.run([Task(request_id="a", begin=0, end=3, samples=False, **whole)])
-        parts = [("a", 3, 6, whole), ("b", 0, 2, other)]
-        self.run([Task(request_id=n, begin=b, end=e, samples=False, **w) for n, b, e, w in parts])
-        parts = [("b", 2, 3, other), ("a", 6, 7, whole)]
-        made = self.run([Task(request_id=n, begin=b, end=e, samples=True, **w) for n, b, e, w in parts])
+        whole = Task(request_id="a", table=(3, 0), tokens=ids, begin=0, end=3, samples=False, prompt=6)
+        other = Task(request_id="b", table=(2,), tokens=ids[1:4], begin=0, end=2, samples=False, prompt=3)
+        self.run([whole])
+        self.run([replace(whole, begin=3, end=6), other])
+        made = self.run([replace(other, begin=2, end=3), replace(whole, begin=6, end=7, samples=True)])
         error = float((made["a"] - own_V).norm() / (own_V - own_V.mean()).norm().clamp_min(1e-30))
         return "" if error <= TRIAL_ERROR_MAX else f"a trial pass over blocks was off by {error:.2g} of the logits"
 
@@ -179,7 +186,7 @@ class Blockwise:
 class Single:
     """Each task in a pass of its own, with a cache of its own."""
 
-    shares = False
+    shares = shares_answers = False
 
     def __init__(self, loaded: Loaded, why: str) -> None:
         self._forward = Forward(loaded)

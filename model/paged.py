@@ -1,9 +1,10 @@
 """Attention over keys and values kept in blocks, for many sequences in one pass, behind transformers' own interface.
 
-Rules: what a token gets depends on itself and on the keys before it, to the bit: not on the sequences that go with it,
-on how its prompt was cut into chunks, nor on where its blocks lie. So each product is over one block and at least
-ROWS_MIN rows (a BLAS has other kernels for fewer), a sequence's blocks are padded at the end only, and are added up in
-its order. A block is zeroed before its first token: what an earlier user left must not be multiplied, not even by 0.
+Rules: what a token gets depends to the bit on itself, the keys before it and whether it is of a prompt or an answer:
+not on the sequences that go with it, on how its prompt was cut into chunks, nor on where its blocks lie. So each
+product is over one block, with as many rows as model/paged_plan.py says, a sequence's blocks are padded at the end only
+and added up in its order, and a block holds a whole number of vector registers. A block is zeroed before its first
+token: what an earlier user left must not be multiplied, not even by 0.
 Legend: T tokens of the pass, H query heads, J key heads, G = H / J, D and E widths of a key and a value, S tokens of a
 block, B sequences of a group, R tokens of each, N blocks of the longest, P pairs of a sequence and one of its blocks.
 Source: PagedAttention (Kwon and others, arXiv 2309.06180); transformers `integrations/sdpa_paged.py`.
@@ -55,11 +56,13 @@ class Pool:
         self.blocks, self.block_tokens = blocks, block_tokens
         self._device = device
         self._layers: dict[int, _Layer] = {}
+        self.rows_fewest = 1 << 30  # query heads to a key head, over all layers
         self.seen: dict[int, dict[str, Any]] = {}  # by layer, what its module asked for: for who checks a model
 
     def like(self, blocks: int, block_tokens: int) -> Pool:
         """Another, with layers of the same shapes."""
         pool = Pool(blocks, block_tokens, self._device)
+        pool.rows_fewest = self.rows_fewest
         for index, layer in self._layers.items():
             pool._layers[index] = _Layer(
                 *(store.new_empty(blocks, store.shape[1], block_tokens, store.shape[-1])
@@ -103,6 +106,7 @@ def attention(
     pool, work = current
     index = module.layer_idx
     pool.seen[index] = asked
+    pool.rows_fewest = min(pool.rows_fewest, query.shape[1] // key.shape[1])
     layer = pool.layer(index, key[0], value[0])
     layer.write(key[0], value[0], work)
     query_THD = query[0].transpose(0, 1).to(layer.keys.dtype) * asked.get("scaling", query.shape[-1] ** -0.5)

@@ -1,8 +1,10 @@
 """One forward pass over blocks, as index tensors: which token goes where, and which queries meet which blocks.
 
 Rules: sequences that take one token each make groups by the size of their tables, so that a short one is not padded to
-a long one's; each chunk of a prompt is cut into tiles whose scores stay in the cache. Everything is made once a pass
-and used by all layers.
+a long one's; each chunk of a prompt is cut into tiles whose scores stay in the cache. Where fewer than ROWS_MIN query
+heads share a key head, tokens of an answer go one by one however many there are at once, since fewer rows are added up
+in another order, and padding them would double what a decode costs. Everything is made once a pass and used by all
+layers.
 Legend: as in model/paged.py.
 """
 
@@ -15,17 +17,19 @@ from typing import Final
 
 import torch
 
-ROWS_MIN: Final = 4  # rows of queries to a product
+ROWS_MIN: Final = 4  # rows of queries to a product, so that it does not matter how many more there are
 SCORES_MAX: Final = 1 << 19  # numbers in a tile: 2 MB in fp32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One sequence's share of a pass: tokens [begin, end) of it, and the blocks that hold it from its start."""
+    """One sequence's share of a pass: tokens [begin, end) of it, and the blocks that hold it from its start. prompt:
+    how many of its tokens are its prompt."""
 
     table: Sequence[int]
     begin: int
     end: int
+    prompt: int
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -104,18 +108,22 @@ class Pass:
 
     def _made(self, shared: int, heads: int) -> Iterator[Group]:
         padded = -(-ROWS_MIN // shared)
-        single: dict[int, list[int]] = {}
+        single: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # by rows to pad to, and size of the table
         for number, part in enumerate(self._parts):
-            if part.end - part.begin == 1:
-                single.setdefault(self._blocks(part.end).bit_length(), []).append(number)
-                continue
-            begin = part.begin
-            while begin < part.end:
-                end = min(part.end, begin + max(1, SCORES_MAX // (heads * self._size * self._blocks(part.end))))
+            middle = part.end if padded == 1 else min(part.end, max(part.begin, part.prompt))
+            begin, ones = part.begin, [(position, 1) for position in range(middle, part.end)]
+            if middle - begin == 1:
+                ones.append((begin, padded))
+                begin = middle
+            for position, rows in ones:
+                alike = single.setdefault((rows, self._blocks(position + 1).bit_length()), [])
+                alike.append((number, position, position + 1))
+            while begin < middle:
+                end = min(middle, begin + max(1, SCORES_MAX // (heads * self._size * self._blocks(middle))))
                 yield self._group([(number, begin, end)], padded)
                 begin = end
-        for numbers in single.values():
-            yield self._group([(n, self._parts[n].begin, self._parts[n].end) for n in numbers], padded)
+        for (rows, _), spans in single.items():
+            yield self._group(spans, rows)
 
     def _blocks(self, end: int) -> int:
         """How many blocks hold the tokens before `end`."""

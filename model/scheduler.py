@@ -41,7 +41,7 @@ class _Sequence:
     prompt_tokens: int
     max_tokens: int
     account: Account
-    private: bool
+    shared: int | None
     number: int  # in the order of arrival
     step: int  # at which it came
     computed: int = 0
@@ -81,10 +81,16 @@ class Scheduler:
         return bool(self._requests)
 
     def add(
-        self, request_id: str, prompt: Sequence[int], max_tokens: int, requester: str, priority: Priority, private: bool
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        max_tokens: int,
+        account: Account,
+        shared: int | None = None,
     ) -> None:
         """Takes a request in; it runs when there is room. Of an answer that is taken over, what is delivered already
-        belongs to `prompt` and not to `max_tokens`. private: its KV is never used by another, nor another's by it.
+        belongs to `prompt` and not to `max_tokens`. shared: the KV of no more than its first so many tokens is used by
+        another, or another's by it; None: of all, 0: of none.
 
         Raises BadInput (its fault: empty, can never fit, id in use), EngineFull; and then holds nothing of it.
         """
@@ -94,8 +100,8 @@ class Scheduler:
             tokens=list(prompt),
             prompt_tokens=len(prompt),
             max_tokens=max_tokens,
-            account=Account(priority, requester),
-            private=private,
+            account=account,
+            shared=shared,
             number=self._counts["added"],
             step=self._counts["steps"],
         )
@@ -217,7 +223,7 @@ class Scheduler:
         while self._waiting and len(self._running) < self._config.slots:
             sequence = self._in_turn(self._waiting.values())[0]
             reused = self.blocks.allocate(
-                sequence.request_id, sequence.tokens, sequence.private, spare=len(self._running)
+                sequence.request_id, sequence.tokens, sequence.shared, spare=len(self._running)
             )
             if reused is None:
                 break

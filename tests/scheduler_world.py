@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from model.errors import BadInput, EngineFull
+from model.fair_share import Account
 from model.scheduler import Scheduler
 from model.step import Outcome, Priority, SchedulerConfig, Span, Step
 from tests.toy_kv import Reader, ToyKV
@@ -36,7 +37,7 @@ class Asked:
     name: str
     prompt: list[int]
     max_tokens: int
-    private: bool
+    shared: int | None
     priority: Priority
     requester: str
     stop_after: int
@@ -77,19 +78,19 @@ class World:
         max_tokens: int = 4,
         requester: str = "me",
         priority: Priority = Priority.OWN,
-        private: bool = False,
+        shared: int | None = None,
         **more: int | bool,
     ) -> Asked | None:
         """A new request; None if it is refused, and then nothing is left of it."""
         name = f"r{len(self.asked)}"
         before = self.scheduler.statistics()
         try:
-            self.scheduler.add(name, prompt, max_tokens, requester, priority, private)
+            self.scheduler.add(name, prompt, max_tokens, Account(priority, requester), shared)
         except (BadInput, EngineFull):
             assert self.scheduler.statistics() == before
             return None
         self.asked[name] = asked = Asked(
-            name=name, prompt=prompt, max_tokens=max_tokens, private=private, priority=priority, requester=requester,
+            name=name, prompt=prompt, max_tokens=max_tokens, shared=shared, priority=priority, requester=requester,
             came=self.now, stop_after=int(more.pop("stop_after", max_tokens)), fails=bool(more.pop("fails", False)),
         )  # fmt: skip
         assert not more
@@ -192,7 +193,7 @@ class World:
             assert asked.reader is None
             self.running[asked.name] = asked
             asked.reader = Reader(
-                name=asked.name, tokens=asked.prompt + asked.said, private=asked.private, revision=self.revision,
+                name=asked.name, tokens=asked.prompt + asked.said, shared=asked.shared, revision=self.revision,
                 computed=admitted.reused,
             )  # fmt: skip
 

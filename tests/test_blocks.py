@@ -35,25 +35,23 @@ class Histories(RuleBasedStateMachine):
     @rule(
         choices=st.lists(st.integers(0, 1), min_size=1, max_size=5),
         tail=st.integers(0, SIZE),
-        private=st.booleans(),
+        shared=st.sampled_from([None, None, 0, 3, 4, 9]),
         spare=st.sampled_from([0, 0, 2]),
     )
-    def allocate(self, choices: list[int], tail: int, private: bool, spare: int) -> None:
+    def allocate(self, choices: list[int], tail: int, shared: int | None, spare: int) -> None:
         tokens = [token for choice in choices for token in ([1, 2, 3, 4], [2, 1, 4, 3])[choice]] + [9] * tail
         self.count += 1
         name = f"s{self.count}"
         before = self.blocks.available
-        computed = self.blocks.allocate(name, tokens, private, spare)
+        computed = self.blocks.allocate(name, tokens, shared, spare)
         if computed is None:
             assert before == self.blocks.available
             assert before < self.blocks.blocks_for(len(tokens)) + spare
             return
         assert self.blocks.available >= spare
         assert computed < len(tokens)
-        assert not (private and computed)
-        self.readers.append(
-            Reader(name=name, tokens=tokens, private=private, revision=self.revision, computed=computed)
-        )
+        assert shared is None or computed <= shared
+        self.readers.append(Reader(name=name, tokens=tokens, shared=shared, revision=self.revision, computed=computed))
 
     @precondition(lambda self: self.readers)
     @rule(choice=st.integers(0, 99), count=st.integers(1, 9), takes_over=st.booleans())
@@ -118,9 +116,9 @@ TestCollidingHistories = pytest.mark.slow(CollidingHistories.TestCase)
 TestCollidingHistories.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def filled(blocks: BlockManager, name: str, tokens: Sequence[int], private: bool = False) -> int | None:
+def filled(blocks: BlockManager, name: str, tokens: Sequence[int], shared: int | None = None) -> int | None:
     """Allocates and computes; how much was reused."""
-    reused = blocks.allocate(name, tokens, private)
+    reused = blocks.allocate(name, tokens, shared)
     if reused is not None:
         blocks.computed(name, tokens, len(tokens))
     return reused
@@ -164,13 +162,22 @@ def test_the_last_token_is_always_computed() -> None:
 def test_private_neither_uses_nor_leaves() -> None:
     blocks = BlockManager(16, SIZE)
     tokens = list(range(9))
-    assert filled(blocks, "private", tokens, private=True) == 0
+    assert filled(blocks, "private", tokens, shared=0) == 0
     assert filled(blocks, "open", tokens) == 0
-    assert filled(blocks, "private too", tokens, private=True) == 0
+    assert filled(blocks, "private too", tokens, shared=0) == 0
     blocks.free("private")
     blocks.free("private too")
     assert blocks.statistics().cached == 0
     assert blocks.statistics().hits == 0
+
+
+def test_no_more_is_shared_than_may_be() -> None:
+    blocks = BlockManager(16, SIZE)
+    tokens = list(range(13))
+    assert filled(blocks, "a", tokens, shared=11) == 0
+    assert filled(blocks, "b", tokens) == 8
+    assert filled(blocks, "c", tokens, shared=7) == 4
+    assert filled(blocks, "d", tokens) == 12
 
 
 def test_the_oldest_goes_first_and_of_one_sequence_the_end() -> None:
@@ -181,7 +188,7 @@ def test_the_oldest_goes_first_and_of_one_sequence_the_end() -> None:
     filled(blocks, "new", new)
     blocks.free("new")
     # 2 cached of each, 2 free: of four new blocks two push out what is cached
-    blocks.allocate("x", [3] * 12, private=True)
+    blocks.allocate("x", [3] * 12, shared=0)
     blocks.free("x")
     assert blocks.statistics().cached == 3
     assert filled(blocks, "again", old) == 4  # the first block outlived the second
@@ -194,7 +201,7 @@ def test_what_was_used_again_is_young_again() -> None:
     for name, token in (("a", 1), ("b", 2), ("a again", 1)):
         filled(blocks, name, [token] * 5)
         blocks.free(name)
-    blocks.allocate("x", [3] * 16, private=True)
+    blocks.allocate("x", [3] * 16, shared=0)
     blocks.free("x")
     assert filled(blocks, "a at last", [1] * 5) == 4
     blocks.free("a at last")

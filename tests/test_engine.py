@@ -44,7 +44,7 @@ def spaced(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 
 
 def request(prompt: tuple[int, ...], name: str = "r", **fields: Any) -> GenerationRequest:
-    outer = {key: fields.pop(key) for key in ("delivered", "delivered_chars") if key in fields}
+    outer = {key: fields.pop(key) for key in ("delivered", "delivered_chars", "private") if key in fields}
     sampling = SamplingParameters(**{"temperature": 0.0, "max_tokens": 24, **fields})
     return GenerationRequest(request_id=name, prompt=prompt, sampling=sampling, **outer)
 

@@ -74,7 +74,6 @@ CORES = (
     "p2p/hello.py",
     "p2p/address.py",
     "p2p/direct_frames.py",
-    "model/schedule.py",
     "model/blocks.py",
     "model/scheduler.py",
     "model/fair_share.py",

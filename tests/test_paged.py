@@ -47,13 +47,15 @@ class Sequence:
 
     def __init__(self, name: str, tokens: list[int], table: list[int]) -> None:
         self.name, self.tokens, self.table = name, tokens, table
+        self.prompt = 1 + len(tokens) // 2
         self.done = 0
         self.logits: dict[int, torch.Tensor] = {}  # after so many tokens
 
     def task(self, count: int) -> Task:
         end = min(self.done + count, len(self.tokens))
         return Task(
-            request_id=self.name, table=self.table, tokens=self.tokens, begin=self.done, end=end, samples=True
+            request_id=self.name, table=self.table, tokens=self.tokens, begin=self.done, end=end, samples=True,
+            prompt=self.prompt,
         )  # fmt: skip
 
     def took(self, task: Task, made: dict[str, torch.Tensor]) -> None:
@@ -292,20 +294,20 @@ def test_runs_are_whole(blocks: list[int]) -> None:
 
 
 def test_sequences_that_share_blocks_make_runs() -> None:
-    parts = [Part(table=(4, 5, 6, 10 + k), begin=60, end=61) for k in range(3)]
+    parts = [Part(table=(4, 5, 6, 10 + k), begin=60, end=61, prompt=20) for k in range(3)]
     (group,) = Pass(parts, BLOCK, torch.device("cpu")).groups(1, 1)
     assert [end - begin for begin, end, _ in group.runs] == [3, 3, 3, 3]
     assert group.pairs == 12
 
 
 def test_a_short_sequence_is_not_padded_to_a_long_ones_length() -> None:
-    parts = [Part(table=range(20), begin=319, end=320), Part(table=(30,), begin=3, end=4)]
+    parts = [Part(table=range(20), begin=319, end=320, prompt=320), Part(table=(30,), begin=3, end=4, prompt=1)]
     groups = Pass(parts, BLOCK, torch.device("cpu")).groups(1, 1)
     assert sorted(group.longest for group in groups) == [1, 20]
 
 
 def test_a_long_chunk_is_cut_so_that_its_scores_stay_small() -> None:
-    work = Pass([Part(table=range(50), begin=100, end=800)], BLOCK, torch.device("cpu"))
+    work = Pass([Part(table=range(50), begin=100, end=800, prompt=800)], BLOCK, torch.device("cpu"))
     groups = work.groups(1, 64)
     assert len(groups) > 1
     assert [int(row) for group in groups for row in group.rows] == list(range(700))

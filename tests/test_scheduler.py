@@ -54,7 +54,7 @@ def act(world: World, rng: random.Random) -> None:
             rng.randint(1, max(1, room // 2)),
             requester=rng.choice("abc"),
             priority=rng.choice(list(Priority)),
-            private=rng.random() < 0.2,
+            shared=rng.choice([None, None, None, 0, 5]),
             stop_after=rng.randint(1, 20),
             fails=rng.random() < 0.1,
         )
@@ -138,7 +138,7 @@ def test_a_prompt_gets_on_although_better_classes_have_prompts_in_every_step() -
     world = World(config)
     patient = world.ask([1] * 20, 4, requester="patient", priority=STRANGER)
     for k in range(200):
-        world.offer([2, 3] * 15 + [k % 7, k % 5], 1, requester=str(k), private=True)
+        world.offer([2, 3] * 15 + [k % 7, k % 5], 1, requester=str(k), shared=0)
         world.step()
         assert patient.reader is not None, "it has a slot from the start"
         if k < config.age_steps:
@@ -289,6 +289,19 @@ def test_a_chunk_is_bounded_whatever_was_measured(steps: list[tuple[int, int, fl
     assert 16 <= pace.chunk(decodes) <= 256
 
 
+def test_a_crowd_that_comes_while_nothing_decodes_soon_decodes_together() -> None:
+    pace = ChunkPace(16, 256)
+    taken = [pace.chunk(0)]
+    pace.note(0, 256, 0.256)
+    pace.note(4, 0, 0.010)
+    assert pace.chunk(4) == 16, "a step without a prompt ends it"
+    pace.chunk(0)
+    for decodes in (0, 4, 8, 12, 16, 16):
+        taken.append(pace.chunk(decodes))
+        pace.note(decodes, taken[-1], 0.3)
+    assert taken == [256, 256, 256, 256, 256, 16, 16]
+
+
 def test_an_engine_that_does_not_measure_is_taken_to_be_slow() -> None:
     pace = ChunkPace(16, 256)
     pace.note(0, 100, 0.0)
@@ -398,8 +411,8 @@ def test_the_next_turn_of_a_conversation_finds_its_first() -> None:
 
 def test_private_requests_share_nothing() -> None:
     world = World(SchedulerConfig(block_tokens=4))
-    for private in (True, True, False, True):
-        world.ask([1] * 20, 2, private=private)
+    for shared in (0, 0, None, 0):
+        world.ask([1] * 20, 2, shared=shared)
         world.run(100)
     figures = world.scheduler.statistics()
     assert figures.reused == 0
@@ -426,32 +439,32 @@ def test_a_failed_pass_leaves_no_kv() -> None:
 def test_what_can_never_fit_is_refused_with_its_numbers() -> None:
     scheduler = Scheduler(SMALL)
     with pytest.raises(BadInput, match=r"20 tokens and max_tokens is 14: together they need 33 .* this node has 32"):
-        scheduler.add("a", [1] * 20, 14, "me", OWN, False)
-    scheduler.add("a", [1] * 20, 13, "me", OWN, False)
+        scheduler.add("a", [1] * 20, 14, Account(OWN, "me"))
+    scheduler.add("a", [1] * 20, 13, Account(OWN, "me"))
     with pytest.raises(BadInput, match="'a' is already in use"):
-        scheduler.add("a", [1], 1, "me", OWN, False)
+        scheduler.add("a", [1], 1, Account(OWN, "me"))
     with pytest.raises(BadInput, match="no tokens"):
-        scheduler.add("b", [], 1, "me", OWN, False)
+        scheduler.add("b", [], 1, Account(OWN, "me"))
     with pytest.raises(BadInput, match="at least 1, not 0"):
-        scheduler.add("b", [1], 0, "me", OWN, False)
+        scheduler.add("b", [1], 0, Account(OWN, "me"))
 
 
 def full_queue(*asks: tuple[Priority, str, int]) -> Scheduler:
     """One that has its three slots taken, and then takes these: class, requester, how many."""
     scheduler = Scheduler(SMALL)
     for k in range(3):
-        scheduler.add(f"runs {k}", [1], 4, f"runner {k}", OWN, False)
+        scheduler.add(f"runs {k}", [1], 4, Account(OWN, f"runner {k}"))
     scheduler.plan()
     for priority, requester, count in asks:
         for k in range(count):
-            scheduler.add(f"{priority} {requester} {k}", [1], 4, requester, priority, False)
+            scheduler.add(f"{priority} {requester} {k}", [1], 4, Account(priority, requester))
     return scheduler
 
 
 def test_the_queue_is_bounded_and_says_so() -> None:
     scheduler = full_queue((OWN, "a", 3), (OWN, "b", 2))
     with pytest.raises(EngineFull, match="3 requests run and 5 wait; the queue is full at 5, try again later"):
-        scheduler.add("c", [1], 4, "c", OWN, False)
+        scheduler.add("c", [1], 4, Account(OWN, "c"))
 
 
 def test_a_requester_is_bounded_and_told() -> None:
@@ -459,14 +472,14 @@ def test_a_requester_is_bounded_and_told() -> None:
     with pytest.raises(
         EngineFull, match="3 requests run and 3 wait; with this one 4 of this requester's would wait, which may have 3"
     ):
-        scheduler.add("more", [1], 4, "a", PEER, False)
-    scheduler.add("other", [1], 4, "b", PEER, False)
+        scheduler.add("more", [1], 4, Account(PEER, "a"))
+    scheduler.add("other", [1], 4, Account(PEER, "b"))
 
 
 def test_this_nodes_user_may_fill_the_queue() -> None:
     scheduler = full_queue((OWN, "a", 5))
     with pytest.raises(EngineFull, match="the queue is full at 5"):
-        scheduler.add("more", [1], 4, "a", OWN, False)
+        scheduler.add("more", [1], 4, Account(OWN, "a"))
 
 
 def test_strangers_leave_room_in_the_queue() -> None:
@@ -474,39 +487,39 @@ def test_strangers_leave_room_in_the_queue() -> None:
     with pytest.raises(
         EngineFull, match="with this one 4 of class stranger or lower would wait, which may fill 3 of 5"
     ):
-        scheduler.add("c", [1], 4, "c", STRANGER, False)
-    scheduler.add("peer", [1], 4, "p", PEER, False)
+        scheduler.add("c", [1], 4, Account(STRANGER, "c"))
+    scheduler.add("peer", [1], 4, Account(PEER, "p"))
     with pytest.raises(EngineFull, match="with this one 5 of class peer or lower would wait, which may fill 4 of 5"):
-        scheduler.add("peer 2", [1], 4, "p2", PEER, False)
-    scheduler.add("own", [1], 4, "o", OWN, False)
+        scheduler.add("peer 2", [1], 4, Account(PEER, "p2"))
+    scheduler.add("own", [1], 4, Account(OWN, "o"))
 
 
 def test_an_idle_engine_without_a_queue_takes_what_it_can_run_at_once() -> None:
     scheduler = Scheduler(SchedulerConfig(slots=2, queue_max=0, requester_queue_max=0))
-    scheduler.add("a", [1], 4, "s", STRANGER, False)
-    scheduler.add("b", [1], 4, "s", STRANGER, False)
+    scheduler.add("a", [1], 4, Account(STRANGER, "s"))
+    scheduler.add("b", [1], 4, Account(STRANGER, "s"))
     with pytest.raises(EngineFull):
-        scheduler.add("c", [1], 4, "s", STRANGER, False)
+        scheduler.add("c", [1], 4, Account(STRANGER, "s"))
     with pytest.raises(EngineFull):
-        scheduler.add("c", [1], 4, "me", OWN, False)
+        scheduler.add("c", [1], 4, Account(OWN, "me"))
 
 
 def test_an_engine_without_a_queue_counts_the_blocks_that_stay_spare() -> None:
     scheduler = Scheduler(SchedulerConfig(slots=2, blocks=4, block_tokens=4, queue_max=0))
-    scheduler.add("a", [1] * 7, 4, "me", OWN, False)
+    scheduler.add("a", [1] * 7, 4, Account(OWN, "me"))
     scheduler.plan()
     with pytest.raises(EngineFull, match="1 requests run and 0 wait; the queue is full at 0"):
-        scheduler.add("b", [2] * 8, 4, "me", OWN, False)
-    scheduler.add("b", [2] * 4, 4, "me", OWN, False)
+        scheduler.add("b", [2] * 8, 4, Account(OWN, "me"))
+    scheduler.add("b", [2] * 4, 4, Account(OWN, "me"))
 
 
 def test_progress_tells_the_place_in_the_queue_and_what_is_prefilled() -> None:
     scheduler = Scheduler(SchedulerConfig(slots=1, step_tokens=32, queue_max=8))
-    scheduler.add("runs", [1] * 100, 4, "me", OWN, False)
+    scheduler.add("runs", [1] * 100, 4, Account(OWN, "me"))
     scheduler.plan()
     scheduler.took(Outcome())
-    scheduler.add("stranger", [1], 4, "s", STRANGER, False)
-    scheduler.add("own", [1], 4, "me", OWN, False)
+    scheduler.add("stranger", [1], 4, Account(STRANGER, "s"))
+    scheduler.add("own", [1], 4, Account(OWN, "me"))
     assert scheduler.progress("runs") == (0, 32)
     assert scheduler.progress("own") == (1, 0)
     assert scheduler.progress("stranger") == (2, 0)
@@ -519,10 +532,10 @@ def test_progress_tells_the_place_in_the_queue_and_what_is_prefilled() -> None:
 
 def test_an_id_that_comes_back_during_a_step_is_another_request() -> None:
     scheduler = Scheduler(SchedulerConfig())
-    scheduler.add("a", [1, 2], 4, "me", OWN, False)
+    scheduler.add("a", [1, 2], 4, Account(OWN, "me"))
     scheduler.plan()
     scheduler.cancel("a")
-    scheduler.add("a", [3, 4, 5], 4, "me", OWN, False)
+    scheduler.add("a", [3, 4, 5], 4, Account(OWN, "me"))
     assert scheduler.took(Outcome(sampled={"a": 9})) == ()
     assert scheduler.plan().chunks == (("a", 0, 3, True),)
 

@@ -11,7 +11,7 @@ from model.blocks import BlockManager
 
 
 class Cell(NamedTuple):
-    """What one token's KV depends on: all tokens up to it, and the weights. owner: the sequence, if it is private."""
+    """What one token's KV depends on: all tokens up to it, and the weights. owner: its sequence, if not shared."""
 
     text: int  # a number for all tokens up to this one: equal texts have equal ones
     revision: int
@@ -24,7 +24,7 @@ class Reader:
 
     name: str
     tokens: list[int]
-    private: bool
+    shared: int | None  # its first tokens; None: all
     revision: int
     computed: int = 0
     texts: list[int] = field(default_factory=list)
@@ -46,7 +46,11 @@ class ToyKV:
         for token in reader.tokens[len(reader.texts) : position + 1]:
             longer = reader.texts[-1] if reader.texts else 0, token
             reader.texts.append(self._texts.setdefault(longer, len(self._texts) + 1))
-        return Cell(reader.texts[position], reader.revision, reader.name if reader.private else None)
+        return Cell(
+            reader.texts[position],
+            reader.revision,
+            reader.name if reader.shared is not None and position >= reader.shared else None,
+        )
 
     def write(self, reader: Reader, end: int, readers: Sequence[Reader]) -> None:
         """Computes [computed, end) into the reader's blocks, none of which may be another's or open to others."""
