@@ -15,8 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from transformers import AttentionInterface
@@ -31,22 +30,25 @@ KNOWN: Final = frozenset({"dropout", "scaling", "sliding_window", "softcap", "s_
 _current: ContextVar[tuple[Pool, Pass] | None] = ContextVar("paged_pass", default=None)
 
 
-@dataclass(slots=True)
 class _Layer:
-    """One layer's blocks: keys (blocks, J, S, D), values (blocks, J, S, E)."""
+    """One layer's blocks: keys (blocks, J, S, D), values (blocks, J, S, E); and views of them."""
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.keys, self.values = keys, values
+        self.heads, self.size = keys.shape[1:3]
+        self.keys_turned = keys.view(-1, *keys.shape[2:]).transpose(1, 2)  # (blocks * J, D, S)
+        self.values_flat = values.view(-1, *values.shape[2:])  # (blocks * J, S, E)
+        self._rows = keys.view(-1, keys.shape[-1]), values.view(-1, values.shape[-1])
 
-    def write(self, key_JTD: torch.Tensor, value_JTE: torch.Tensor, work: Pass) -> None:
+    def write(self, key_TJD: torch.Tensor, value_TJE: torch.Tensor, work: Pass) -> None:
         """Puts the pass's keys and values in their places."""
         if work.fresh is not None:
             self.keys.index_fill_(0, work.fresh, 0.0)
             self.values.index_fill_(0, work.fresh, 0.0)
-        at = work.places(self.keys.shape[1])
-        for store, new in ((self.keys, key_JTD), (self.values, value_JTE)):
-            flat = store.view(-1, store.shape[-1])
-            flat.index_copy_(0, at, new[:, : work.tokens].reshape(-1, new.shape[-1]).to(store.dtype))
+        at = work.places(self.heads)
+        for rows, new in zip(self._rows, (key_TJD, value_TJE), strict=True):
+            real = new[: work.tokens] if len(new) > work.tokens else new
+            rows.index_copy_(0, at, real.reshape(-1, real.shape[-1]).to(rows.dtype))
 
 
 class Pool:
@@ -79,17 +81,13 @@ class Pool:
         finally:
             _current.reset(token)
 
-    def layer(self, index: int, key_JTD: torch.Tensor, value_JTE: torch.Tensor) -> _Layer:
+    def layer(self, index: int, key_TJD: torch.Tensor, value_TJE: torch.Tensor) -> _Layer:
         """A layer's blocks, made at its first pass."""
         if (layer := self._layers.get(index)) is None:
-            dtype = kv_dtype(self._device, key_JTD.dtype)
+            dtype, shape = kv_dtype(self._device, key_TJD.dtype), (self.blocks, key_TJD.shape[1], self.block_tokens)
             layer = self._layers[index] = _Layer(
-                *(
-                    torch.empty(self.blocks, new.shape[0], self.block_tokens, new.shape[-1], dtype=dtype,
-                                device=self._device)
-                    for new in (key_JTD, value_JTE)
-                )
-            )  # fmt: skip
+                *(torch.empty(*shape, new.shape[-1], dtype=dtype, device=self._device) for new in (key_TJD, value_TJE))
+            )
         return layer
 
 
@@ -104,61 +102,80 @@ def attention(
     if current is None:
         raise BadModel("the paged attention was called outside a pass; this is a bug")
     pool, work = current
-    index = module.layer_idx
-    pool.seen[index] = asked
-    pool.rows_fewest = min(pool.rows_fewest, query.shape[1] // key.shape[1])
-    layer = pool.layer(index, key[0], value[0])
-    layer.write(key[0], value[0], work)
-    query_THD = query[0].transpose(0, 1).to(layer.keys.dtype) * asked.get("scaling", query.shape[-1] ** -0.5)
-    made_THE = query_THD.new_zeros(len(query_THD), query_THD.shape[1], layer.values.shape[-1])
-    extra = _Extra(asked.get("sliding_window"), asked.get("softcap"), asked.get("s_aux"))
-    for group in work.groups(query.shape[1] // key.shape[1], query.shape[1]):
-        made_THE.index_copy_(0, group.rows, _attend(query_THD, layer, group, extra))
+    query_THD, key_TJD, value_TJE = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    tokens, heads, shared = len(query_THD), query.shape[1], query.shape[1] // key.shape[1]
+    pool.seen[module.layer_idx] = asked
+    pool.rows_fewest = min(pool.rows_fewest, shared)
+    layer = pool.layer(module.layer_idx, key_TJD, value_TJE)
+    layer.write(key_TJD, value_TJE, work)
+    query_THD = query_THD.to(layer.keys.dtype)
+    wish = _Wish(
+        asked.get("scaling") or query.shape[-1] ** -0.5,
+        asked.get("sliding_window"),
+        asked.get("softcap"),
+        asked.get("s_aux"),
+    )
+    groups = work.groups(shared, heads)
+    if len(groups) == 1 and groups[0].is_whole(tokens):
+        return _attend(query_THD, layer, groups[0], wish)[None].to(query.dtype), None
+    made_THE = query_THD.new_zeros(tokens, heads, layer.values.shape[-1])
+    for group in groups:
+        made_THE.index_copy_(0, group.rows, _attend(query_THD, layer, group, wish))
     return made_THE[None].to(query.dtype), None
 
 
 AttentionInterface.register(NAME, attention)
 
 
-@dataclass(frozen=True, slots=True)
-class _Extra:
-    """What some models add: keys no older than `window` tokens, scores bounded by `softcap`, a sink for each head."""
+class _Wish(NamedTuple):
+    """How a layer attends: a factor for scores; keys no older than `window` tokens; scores bounded by `softcap`; a sink
+    for each head (H)."""
 
+    scale: float
     window: int | None
     softcap: float | None
-    sinks: torch.Tensor | None  # (H)
+    sinks: torch.Tensor | None
 
 
-def _attend(query_THD: torch.Tensor, layer: _Layer, group: Group, extra: _Extra) -> torch.Tensor:
+def _attend(query_THD: torch.Tensor, layer: _Layer, group: Group, wish: _Wish) -> torch.Tensor:
     """(B * R, H, E): what each of the group's tokens gets."""
-    heads, size = layer.keys.shape[1], layer.keys.shape[2]
+    heads, size = layer.heads, layer.size
     sequences, rows, longest, pairs = group.sequences, group.rows_padded, group.longest, group.pairs
     lines = query_THD.shape[1] // heads * rows
-    query = query_THD.index_select(0, group.read)  # (B * R, H, D)
-    query = query.view(sequences, rows, heads, -1, query.shape[-1]).permute(0, 2, 3, 1, 4)
-    query = query.reshape(sequences, heads, lines, -1)
-    query = query.index_select(0, group.owner) if sequences > 1 else query.expand(pairs, -1, -1, -1)
-    keys = layer.keys.view(-1, *layer.keys.shape[2:]).transpose(1, 2)
-    scores = _products(query.reshape(pairs * heads, lines, -1), keys, group, heads).view(pairs, heads, lines, size)
+    scores = _products(_queries(query_THD, group, heads), layer.keys_turned, group, heads)
+    scores = scores.view(pairs, heads, lines, size)
     if group.gather is not None:
         scores = scores.index_select(0, group.gather)
     scores = scores.view(sequences, longest, heads, lines, size).permute(0, 2, 3, 1, 4)
     scores = scores.reshape(sequences, heads, -1, rows, longest * size)
-    if extra.softcap is not None:
-        scores = torch.tanh(scores / extra.softcap) * extra.softcap
-    weights = _softmax(scores.add_(group.bias(extra.window)), size, extra.sinks)
+    if wish.softcap is None:
+        scores = torch.add(group.bias(wish.window), scores, alpha=wish.scale)
+    else:
+        scores = torch.tanh(scores * (wish.scale / wish.softcap)) * wish.softcap + group.bias(wish.window)
+    weights = _softmax(scores, size, wish.sinks)
     weights = weights.view(sequences, heads, lines, longest, size).permute(0, 3, 1, 2, 4)
     weights = weights.reshape(sequences * longest, heads, lines, size)
     if group.gather is not None:
         weights = weights.index_select(0, group.place)
-    values = layer.values.view(-1, *layer.values.shape[2:])
-    made = _products(weights.reshape(pairs * heads, lines, size), values, group, heads)
+    made = _products(weights.reshape(pairs * heads, lines, size), layer.values_flat, group, heads)
     made = made.view(pairs, heads, lines, -1)
     if group.gather is not None:
         made = made.new_zeros(sequences * longest, *made.shape[1:]).index_copy_(0, group.place, made)
     made = made.view(sequences, longest, heads, -1, rows, made.shape[-1])
     summed = made.sum(1) if longest > 1 else made[:, 0]
     return summed[:, :, :, : group.tokens_each].permute(0, 3, 1, 2, 4).reshape(len(group.rows), -1, made.shape[-1])
+
+
+def _queries(query_THD: torch.Tensor, group: Group, heads: int) -> torch.Tensor:
+    """(P * J, G * R, D): the queries of each pair's sequence."""
+    width = query_THD.shape[-1]
+    if group.rows_padded == 1:
+        return query_THD.index_select(0, group.row_of_pair).view(group.pairs * heads, -1, width)
+    query = query_THD.index_select(0, group.read)
+    query = query.view(group.sequences, group.rows_padded, heads, -1, width).permute(0, 2, 3, 1, 4)
+    query = query.reshape(group.sequences, heads, -1, width)
+    query = query.index_select(0, group.owner) if group.sequences > 1 else query.expand(group.pairs, -1, -1, -1)
+    return query.reshape(group.pairs * heads, -1, width)
 
 
 def _products(left: torch.Tensor, blocks: torch.Tensor, group: Group, heads: int) -> torch.Tensor:
@@ -176,8 +193,7 @@ def _products(left: torch.Tensor, blocks: torch.Tensor, group: Group, heads: int
 def _softmax(scores: torch.Tensor, size: int, sinks_H: torch.Tensor | None) -> torch.Tensor:
     """Over the last axis; a sink takes its share and gives nothing. scores: (B, J, G, R, N * S)."""
     if sinks_H is None:
-        return torch.softmax(scores, -1, dtype=torch.float32).to(scores.dtype)
+        return torch.softmax(scores, -1)
     sink = scores.new_full((*scores.shape[:-1], size), MASKED)  # a block of its own: lengths stay whole blocks
     sink[..., 0] = sinks_H.view(scores.shape[1], scores.shape[2], 1).to(scores.dtype)
-    weights = torch.softmax(torch.cat((sink, scores), -1), -1, dtype=torch.float32)
-    return weights[..., size:].to(scores.dtype).contiguous()
+    return torch.softmax(torch.cat((sink, scores), -1), -1)[..., size:].contiguous()

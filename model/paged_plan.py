@@ -46,16 +46,22 @@ class Group:
     longest: int
     pairs: int
     owner: torch.Tensor
+    row_of_pair: torch.Tensor  # each sequence's first token's
     place: torch.Tensor
     gather: torch.Tensor | None
     runs: list[tuple[int, int, int]]
     size: int
+    _in_order: bool
     _bias: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     @property
     def sequences(self) -> int:
         """B."""
         return len(self.positions)
+
+    def is_whole(self, tokens: int) -> bool:
+        """Whether it is all of a pass of so many tokens, in order."""
+        return self._in_order and len(self.rows) == tokens
 
     def bias(self, window: int | None) -> torch.Tensor:
         """(B, 1, 1, R, N * S): 0 where a key may be seen, minus infinity elsewhere."""
@@ -93,11 +99,11 @@ class Pass:
         self._groups: dict[tuple[int, int], list[Group]] = {}
 
     def places(self, heads: int) -> torch.Tensor:
-        """(J * T): rows of a layer's blocks, seen as rows of one head and token."""
+        """(T * J): rows of a layer's blocks, seen as rows of one head and token."""
         if (places := self._places.get(heads)) is None:
             block, at = self._slots // self._size, self._slots % self._size
             head = torch.arange(heads, device=self._device)[:, None]
-            places = self._places[heads] = ((block * heads + head) * self._size + at).reshape(-1)
+            places = self._places[heads] = ((block * heads + head) * self._size + at).T.reshape(-1)
         return places
 
     def groups(self, shared: int, heads: int) -> list[Group]:
@@ -164,11 +170,13 @@ class Pass:
             rows_padded=padded,
             longest=longest,
             pairs=len(wanted),
+            row_of_pair=self._tensor([read[owner * padded] for _, _, owner, _ in wanted]),
             owner=self._tensor([owner for _, _, owner, _ in wanted]),
             place=self._tensor(places),
             gather=gather,
             runs=_runs([block for _, block, _, _ in wanted]),
             size=self._size,
+            _in_order=rows == list(range(len(rows))),
         )
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
