@@ -72,7 +72,7 @@ class NodeConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = Field(default_factory=lambda: max(1, (os.cpu_count() or 2) - 1), ge=1, le=1024)
-    max_batch: int = Field(default=4, ge=1, le=1024)
+    max_batch: int = Field(default=16, ge=1, le=1024)
     kv_cache_mb: int = Field(default=256, ge=1, le=1 << 20)
     train: str | None = Field(default=None, min_length=1, max_length=80)  # a run to join, by name or id
     data: tuple[FilePath, ...] = ()  # text to train on, which never leaves
