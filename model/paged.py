@@ -108,13 +108,8 @@ def attention(
     pool.rows_fewest = min(pool.rows_fewest, shared)
     layer = pool.layer(module.layer_idx, key_TJD, value_TJE)
     layer.write(key_TJD, value_TJE, work)
-    query_THD = query_THD.to(layer.keys.dtype)
-    wish = _Wish(
-        asked.get("scaling") or query.shape[-1] ** -0.5,
-        asked.get("sliding_window"),
-        asked.get("softcap"),
-        asked.get("s_aux"),
-    )
+    query_THD = query_THD.to(layer.keys.dtype) * (asked.get("scaling") or query.shape[-1] ** -0.5)
+    wish = _Wish(asked.get("sliding_window"), asked.get("softcap"), asked.get("s_aux"), {})
     groups = work.groups(shared, heads)
     if len(groups) == 1 and groups[0].is_whole(tokens):
         return _attend(query_THD, layer, groups[0], wish)[None].to(query.dtype), None
@@ -128,13 +123,13 @@ AttentionInterface.register(NAME, attention)
 
 
 class _Wish(NamedTuple):
-    """How a layer attends: a factor for scores; keys no older than `window` tokens; scores bounded by `softcap`; a sink
-    for each head (H)."""
+    """How a layer attends: to keys no older than `window` tokens, with scores bounded by `softcap`, and a sink for each
+    head (H)."""
 
-    scale: float
     window: int | None
     softcap: float | None
     sinks: torch.Tensor | None
+    pieces: dict[int, torch.Tensor]  # keys of whole sequences, by their list of blocks
 
 
 def _attend(query_THD: torch.Tensor, layer: _Layer, group: Group, wish: _Wish) -> torch.Tensor:
@@ -142,16 +137,11 @@ def _attend(query_THD: torch.Tensor, layer: _Layer, group: Group, wish: _Wish) -
     heads, size = layer.heads, layer.size
     sequences, rows, longest, pairs = group.sequences, group.rows_padded, group.longest, group.pairs
     lines = query_THD.shape[1] // heads * rows
-    scores = _products(_queries(query_THD, group, heads), layer.keys_turned, group, heads)
-    scores = scores.view(pairs, heads, lines, size)
-    if group.gather is not None:
-        scores = scores.index_select(0, group.gather)
-    scores = scores.view(sequences, longest, heads, lines, size).permute(0, 2, 3, 1, 4)
-    scores = scores.reshape(sequences, heads, -1, rows, longest * size)
-    if wish.softcap is None:
-        scores = torch.add(group.bias(wish.window), scores, alpha=wish.scale)
-    else:
-        scores = torch.tanh(scores * (wish.scale / wish.softcap)) * wish.softcap + group.bias(wish.window)
+    scores = _scores(query_THD, layer, group, wish.pieces).view(sequences, heads, -1, rows, longest * size)
+    if wish.softcap is not None:
+        scores = torch.tanh(scores / wish.softcap) * wish.softcap
+    first = 0 if wish.window is not None else group.seen_by_all
+    scores[..., first:] += group.bias(wish.window)[..., first:]
     weights = _softmax(scores, size, wish.sinks)
     weights = weights.view(sequences, heads, lines, longest, size).permute(0, 3, 1, 2, 4)
     weights = weights.reshape(sequences * longest, heads, lines, size)
@@ -166,16 +156,28 @@ def _attend(query_THD: torch.Tensor, layer: _Layer, group: Group, wish: _Wish) -
     return summed[:, :, :, : group.tokens_each].permute(0, 3, 1, 2, 4).reshape(len(group.rows), -1, made.shape[-1])
 
 
-def _queries(query_THD: torch.Tensor, group: Group, heads: int) -> torch.Tensor:
-    """(P * J, G * R, D): the queries of each pair's sequence."""
-    width = query_THD.shape[-1]
-    if group.rows_padded == 1:
-        return query_THD.index_select(0, group.row_of_pair).view(group.pairs * heads, -1, width)
-    query = query_THD.index_select(0, group.read)
-    query = query.view(group.sequences, group.rows_padded, heads, -1, width).permute(0, 2, 3, 1, 4)
-    query = query.reshape(group.sequences, heads, -1, width)
-    query = query.index_select(0, group.owner) if group.sequences > 1 else query.expand(group.pairs, -1, -1, -1)
-    return query.reshape(group.pairs * heads, -1, width)
+def _scores(query_THD: torch.Tensor, layer: _Layer, group: Group, pieces: dict[int, torch.Tensor]) -> torch.Tensor:
+    """(B, J, G * R, N * S): each query times each key of its sequence. pieces: the layer's keys of whole sequences."""
+    heads, size, width = layer.heads, layer.size, query_THD.shape[-1]
+    if group.whole is not None:  # its keys in one piece, which serves all its tiles: one product for each head
+        if id(group.whole) not in pieces:
+            piece = layer.keys.index_select(0, group.whole).transpose(0, 1)
+            pieces[id(group.whole)] = piece.reshape(heads, -1, width).transpose(1, 2)
+        query = query_THD.index_select(0, group.read).view(group.rows_padded, heads, -1, width)
+        query = query.permute(1, 2, 0, 3).reshape(heads, -1, width)
+        return torch.bmm(query, pieces[id(group.whole)][:, :, : group.longest * size])
+    query = query_THD.index_select(0, group.row_of_pair)
+    if group.rows_padded > 1:
+        query = query.view(group.pairs, group.rows_padded, heads, -1, width).permute(0, 2, 3, 1, 4)
+    query = query.reshape(group.pairs * heads, -1, width)
+    scores = _products(query, layer.keys_turned, group, heads).view(group.pairs, heads, -1, size)
+    if group.gather is not None:
+        scores = scores.index_select(0, group.gather)
+    return (
+        scores.view(group.sequences, group.longest, heads, -1, size)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(group.sequences, heads, -1, group.longest * size)
+    )
 
 
 def _products(left: torch.Tensor, blocks: torch.Tensor, group: Group, heads: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing import Final
 import torch
 
 ROWS_MIN: Final = 4  # rows of queries to a product, so that it does not matter how many more there are
-SCORES_MAX: Final = 1 << 19  # numbers in a tile: 2 MB in fp32
+SCORES_MAX: Final = 1 << 20  # numbers in a tile: 4 MB in fp32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +35,9 @@ class Part:
 @dataclass(slots=True, kw_only=True, eq=False)
 class Group:
     """Queries that are answered together. rows: where in the pass the tokens are (B * R); read: the same, each
-    sequence's last token repeated up to rows_padded. owner, place: of each pair, its sequence, and its place of B * N;
-    gather: the pair of each place, None where pairs and places are the same. runs: (first pair, end, first block)."""
+    sequence's last token repeated up to rows_padded. row_of_pair, place: of each pair, its sequence's rows, and its
+    place of B * N; gather: the pair of each place, None where pairs and places are the same. runs: (first pair, end,
+    first block)."""
 
     rows: torch.Tensor
     read: torch.Tensor
@@ -45,19 +46,25 @@ class Group:
     rows_padded: int
     longest: int
     pairs: int
-    owner: torch.Tensor
-    row_of_pair: torch.Tensor  # each sequence's first token's
+    row_of_pair: torch.Tensor
     place: torch.Tensor
     gather: torch.Tensor | None
     runs: list[tuple[int, int, int]]
     size: int
+    whole: torch.Tensor | None  # of a tile of a chunk: the blocks of all the chunk
     _in_order: bool
+    _begin: int
     _bias: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     @property
     def sequences(self) -> int:
         """B."""
         return len(self.positions)
+
+    @property
+    def seen_by_all(self) -> int:
+        """So many keys, whole blocks of them, are before every query."""
+        return self._begin // self.size * self.size
 
     def is_whole(self, tokens: int) -> bool:
         """Whether it is all of a pass of so many tokens, in order."""
@@ -124,18 +131,19 @@ class Pass:
             for position, rows in ones:
                 alike = single.setdefault((rows, self._blocks(position + 1).bit_length()), [])
                 alike.append((number, position, position + 1))
+            whole = self._tensor(list(part.table[: self._blocks(middle)])) if begin < middle else None
             while begin < middle:
                 end = min(middle, begin + max(1, SCORES_MAX // (heads * self._size * self._blocks(middle))))
-                yield self._group([(number, begin, end)], padded)
+                yield self._group([(number, begin, end)], padded, whole)
                 begin = end
         for (rows, _), spans in single.items():
-            yield self._group(spans, rows)
+            yield self._group(spans, rows, None)
 
     def _blocks(self, end: int) -> int:
         """How many blocks hold the tokens before `end`."""
         return -(-end // self._size)
 
-    def _group(self, spans: list[tuple[int, int, int]], padded: int) -> Group:
+    def _group(self, spans: list[tuple[int, int, int]], padded: int, whole: torch.Tensor | None) -> Group:
         """One group of spans (number of the part, begin, end), all of the same length."""
         each = spans[0][2] - spans[0][1]
         padded = max(each, padded)
@@ -170,13 +178,14 @@ class Pass:
             rows_padded=padded,
             longest=longest,
             pairs=len(wanted),
-            row_of_pair=self._tensor([read[owner * padded] for _, _, owner, _ in wanted]),
-            owner=self._tensor([owner for _, _, owner, _ in wanted]),
+            row_of_pair=self._tensor([read[owner * padded + at] for _, _, owner, _ in wanted for at in range(padded)]),
             place=self._tensor(places),
             gather=gather,
             runs=_runs([block for _, block, _, _ in wanted]),
             size=self._size,
+            whole=whole,
             _in_order=rows == list(range(len(rows))),
+            _begin=min(begin for _, begin, _ in spans),
         )
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
