@@ -15,7 +15,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 KINDS = ("causal", "encoder")
 AUTOCAST = ("auto", "on", "off")
 SEED_MAX = (1 << 63) - 1
-CHUNK_MIN = 16
+CHUNK_MIN = 8  # tokens of prompt in a step while others decode, however slow they are: so that prompts end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

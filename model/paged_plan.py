@@ -18,6 +18,7 @@ from typing import Final
 import torch
 
 ROWS_MIN: Final = 4  # rows of queries to a product, so that it does not matter how many more there are
+WHOLE_MIN: Final = 64  # rows for which a sequence's keys are worth being put in one piece
 SCORES_MAX: Final = 1 << 20  # numbers in a tile: 4 MB in fp32
 
 
@@ -131,7 +132,9 @@ class Pass:
             for position, rows in ones:
                 alike = single.setdefault((rows, self._blocks(position + 1).bit_length()), [])
                 alike.append((number, position, position + 1))
-            whole = self._tensor(list(part.table[: self._blocks(middle)])) if begin < middle else None
+            whole = None
+            if (middle - begin) * shared >= WHOLE_MIN:
+                whole = self._tensor(list(part.table[: self._blocks(middle)]))
             while begin < middle:
                 end = min(middle, begin + max(1, SCORES_MAX // (heads * self._size * self._blocks(middle))))
                 yield self._group([(number, begin, end)], padded, whole)
