@@ -103,7 +103,9 @@ class FakeServer:
         if scope["method"] == "POST":
             self.asked.append((path, asked))
         if self.key is not None and headers.get("authorization") != f"Bearer {self.key}":
-            await _json(send, 401, {"error": {"message": f"Incorrect API key provided: {headers.get('authorization')}"}})
+            await _json(
+                send, 401, {"error": {"message": f"Incorrect API key provided: {headers.get('authorization')}"}}
+            )
         elif self.status != 200:
             more = [] if self.retry_after is None else [(b"retry-after", self.retry_after.encode())]
             location = [(b"location", b"http://127.0.0.1:1/")] if 300 <= self.status < 400 else []
@@ -279,7 +281,9 @@ async def _start(send: Any, kind: bytes) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
 
 
-async def _send(send: Any, status: int, kind: bytes, body: bytes, more: list[tuple[bytes, bytes]] | None = None) -> None:
+async def _send(
+    send: Any, status: int, kind: bytes, body: bytes, more: list[tuple[bytes, bytes]] | None = None
+) -> None:
     headers = [(b"content-type", kind), *(more or [])]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
