@@ -217,6 +217,7 @@ class Upstream:
                 self._jobs.remove(job)
                 self._count(job, failure)
                 self._watch.look_soon()
+                self._tell_change()
 
     async def _answered(self, job: Job) -> RequestError | None:
         try:
@@ -230,6 +231,7 @@ class Upstream:
             ask = ask_of(job.work, found.main.dialect, found.main.id)
             job.telling.joins_after(ask.seam)
             async with self._watch.places:
+                self._tell_change()
                 await self._asking.answer(job, ask)
         except RequestError as exc:
             return exc

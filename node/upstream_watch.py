@@ -92,8 +92,7 @@ class Watch:
 
     async def run(self) -> None:
         """Look now and then."""
-        looked = trio.current_time()
-        was_up = False
+        looked, was_up = -math.inf, False
         while True:
             is_busy = self.places.borrowed_tokens > 0
             alone = self.identity is not None and self.identity.main.dialect.is_alone and is_busy

@@ -29,6 +29,8 @@ def next_token(text: str) -> str:
     drawn = zlib.crc32(text.encode())
     if drawn % STOP_EVERY == 0:
         return ""
+    if text.endswith(">"):
+        return f"w{drawn % WORDS}"  # behind a template's mark
     return "\n\n" if drawn % 7 == 0 and not text.endswith("\n") else f" w{drawn % WORDS}"
 
 
