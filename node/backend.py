@@ -1,6 +1,6 @@
 """What answers here, as the rest of the node sees it: a model in this process, or a server behind it.
 
-Rules: core, and no more than an interface: node/hosting.py and node/upstream.py keep to it.
+Rules: no more than an interface: node/hosting.py and node/upstream.py keep to it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,11 @@ from pathlib import Path
 from node.config import NodeConfig
 from node.errors import ConfigError
 from node.upstream import Upstream
-from node.upstream_http import Server
+from node.upstream_answer import REFUSED_KEY
+from node.upstream_facts import Served, Unfit
+from node.upstream_http import Answered, Server, Trouble
+from node.upstream_look import look
+from node.upstream_stream import Garbled
 from node.upstream_watch import UpstreamConfig
 
 KEY_BYTES_MAX = 4_096
@@ -49,3 +53,15 @@ def read_key(path: Path) -> str:
     if not key or len(content) > KEY_BYTES_MAX or not key.isascii() or any(byte <= 32 or byte == 127 for byte in key):
         raise ConfigError(f"the key file {path} must hold one key: printable ASCII, no blanks, one line")
     return key.decode()
+
+
+async def glance_at(config: NodeConfig) -> Served:
+    """Ask the server once what it has. Raises ConfigError in words for the operator."""
+    server, wanted = server_of(config), wanted_of(config)
+    try:
+        async with server:
+            main, _ = await look(server, wanted.model, wanted.embedding_model, "")
+            return main
+    except (Trouble, Garbled, Unfit) as exc:
+        refused = isinstance(exc, Answered) and exc.status in (401, 403)
+        raise ConfigError(f"the server at {server.base}: {REFUSED_KEY if refused else exc}") from exc
