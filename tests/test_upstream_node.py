@@ -1,4 +1,4 @@
-"""A whole node with a server behind it: settings, start, status, metrics, doctor, refusals; and the wire's own rules."""
+"""A whole node with a server behind it: settings, start, status, metrics, doctor, refusals; and rules of the wire."""
 
 from __future__ import annotations
 
