@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import struct
 from collections.abc import AsyncIterator, Callable
@@ -28,8 +29,8 @@ from node.errors import (
 )
 from node.judge import Judge
 from node.upstream import Upstream
-from node.upstream_http import Server, retry_after_s
-from node.upstream_stream import EVENT_BYTES_MAX
+from node.upstream_http import BODY_BYTES_MAX, Server, retry_after_s
+from node.upstream_stream import EVENT_BYTES_MAX, Garbled
 from node.upstream_watch import UpstreamConfig
 from node.work import (
     UNKNOWN_TOKEN,
@@ -730,3 +731,43 @@ def test_retry_after_in_both_forms() -> None:
     assert retry_after_s("Thu, 01 Jan 1970 00:00:00 GMT") == 0.0
     for none in (None, "", "soon", "-1", "1.5", "²"):
         assert retry_after_s(none) is None
+
+
+# --- the door ---
+
+
+async def replied(monkeypatch: pytest.MonkeyPatch, headers: list[tuple[bytes, bytes]], body: bytes) -> str:
+    """What a look at a server says that answers so."""
+
+    async def page(self: FakeServer, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    monkeypatch.setattr(FakeServer, "__call__", page)
+    server = FakeServer()
+    async with served(server), Server(server.url, None) as door:
+        with pytest.raises(Garbled) as caught:
+            await door.get("/v1/models")
+    return str(caught.value)
+
+
+async def test_a_body_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "a body of over" in await replied(monkeypatch, [], b" " * (BODY_BYTES_MAX + 1))
+
+
+async def test_nothing_compressed_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes could become gigabytes."""
+    body = gzip.compress(b'{"data": []}')
+    assert "compressed" in await replied(monkeypatch, [(b"content-encoding", b"gzip")], body)
+
+
+async def test_no_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    async with running() as here:
+        assert text(await here.items(work(most=3))) == expected("once", 3)
