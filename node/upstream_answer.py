@@ -128,8 +128,6 @@ class Asking:
         before = job.telling.counted
         items = job.telling.take(chunk, self._room.steps)
         now = trio.current_time()
-        if chunk.prefill_tok_s:
-            self._room.prefills_at(chunk.prefill_tok_s)
         if job.telling.counted > before or chunk.prefilled_tokens is not None:
             self._room.came(job.telling.counted - before, now)
         job.prefilled_tokens = max(job.prefilled_tokens, chunk.prefilled_tokens or 0)

@@ -130,7 +130,6 @@ class Room:
         self._own_then = 0  # of ours, when the load was told
         self._window = _Window()
         self._decode_tok_s = 0.0
-        self._prefill_tok_s = 0.0
 
     def of(self, served: Served) -> None:
         """The server says what it is."""
@@ -165,10 +164,6 @@ class Room:
         if now - self._window.began + self._window.seconds >= RATE_WINDOW_S:
             self._measure(now)
 
-    def prefills_at(self, tok_s: float) -> None:
-        """The server says how fast it read a prompt."""
-        self._prefill_tok_s = tok_s
-
     def _measure(self, now: float) -> None:
         window = self._window
         window.seconds += max(0.0, now - window.began)
@@ -179,7 +174,10 @@ class Room:
             window.tokens, window.seconds = 0, 0.0
 
     def statistics(self, served: Served | None, own: int, waiting: int, *, is_up: bool) -> EngineStatistics:
-        """In the words of an engine. own: of our requests there; waiting: of ours here, for a place there."""
+        """In the words of an engine. own: of our requests there; waiting: of ours here, for a place there.
+
+        No speed of reading is stated: peers make of it how long a step of our own engine may take, and this is another.
+        """
         load, context = self._load, served.facts.context_tokens if served is not None else 0
         others = max(0, (load.running or 0) - self._own_then)
         free = max(0, self.slots - own - others) if is_up and not load.waiting else 0
@@ -194,7 +192,6 @@ class Room:
             kv_tokens_free=kv_free if is_up else 0,
             steps=self.steps,
             decode_tok_s=self._decode_tok_s,
-            prefill_tok_s=self._prefill_tok_s,
             decoded_tokens=self.tokens,
             finished=self.finished,
             failed=self.failed,

@@ -9,7 +9,6 @@ object"; llama.cpp tools/server/README.md (timings, prompt_progress); vLLM strea
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
@@ -128,7 +127,6 @@ class _Prefill(Struct):
 class _Timings(Struct):
     cache_n: Count = 0
     prompt_n: Count = 0
-    prompt_per_second: float | None = None
     predicted_n: Count | None = None
 
 
@@ -154,7 +152,6 @@ class Chunk:
     prompt_tokens: int | None = None
     prefilled_tokens: int | None = None
     completion_tokens: int | None = None
-    prefill_tok_s: float = 0.0
 
 
 def chunk_of(content: bytes, *, top: int | None) -> Chunk:
@@ -178,7 +175,6 @@ def chunk_of(content: bytes, *, top: int | None) -> Chunk:
         prompt_tokens = timings.cache_n + timings.prompt_n
     if timings is not None and timings.predicted_n is not None:
         completion_tokens = timings.predicted_n
-    rate = timings.prompt_per_second if timings is not None else None
     return Chunk(
         text=(delta.content if choice.delta is not None else choice.text) or "",
         has_reasoning=bool(delta.reasoning_content or delta.reasoning),
@@ -187,7 +183,6 @@ def chunk_of(content: bytes, *, top: int | None) -> Chunk:
         prompt_tokens=prompt_tokens,
         prefilled_tokens=None if prefill is None else min(prefill.processed, prefill.total),
         completion_tokens=completion_tokens,
-        prefill_tok_s=rate if rate is not None and 0.0 < rate < math.inf else 0.0,
     )
 
 

@@ -406,6 +406,7 @@ async def test_a_key_that_is_refused_is_the_operators_to_mend_and_told_to_nobody
         assert told["state"] == "refused"
         assert "--backend-key-file" in told["problem"]
         assert "s3cret" not in f"{told}{error.message}"
+        assert "Incorrect API key" not in f"{told}{error.message}", "what it says of a key may have parts of it"
         here.server.key = None
         here.server.status, here.server.error = 400, "Incorrect API key provided: Bearer s3cret-key-of-ours"
         await until(lambda: not here.upstream.told()["problem"] or here.upstream._watch.health.failures["look"] > 0)
@@ -536,6 +537,7 @@ async def test_a_server_that_ends_and_comes_back() -> None:
         await until(lambda: not here.upstream.accepting)
         refused = await here.error(work())
         assert isinstance(refused, NotReady)
+        assert refused.message == "the server behind this node is down", "it was not even tried"
         assert refused.retry_after_s
         assert here.free == 0
         assert here.upstream.statistics().kv_tokens_free == 0
