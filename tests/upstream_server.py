@@ -11,7 +11,6 @@ import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import trio
@@ -309,8 +308,14 @@ async def served(server: FakeServer, port: int = 0) -> AsyncIterator[Callable[[]
     config = Config()
     config.bind, config.graceful_timeout, config.errorlog = [f"127.0.0.1:{port}"], 0.0, None
     config.keep_alive_timeout = 60.0
-    async with trio.open_nursery() as nursery:
+    scope = trio.CancelScope()  # of the server's task alone: whoever ends it goes on
+
+    async def run(*, task_status: trio.TaskStatus[list[str]]) -> None:
         app: Any = server
-        (server.url,) = await nursery.start(partial(serve, app, config, mode="asgi"))
-        yield nursery.cancel_scope.cancel
+        with scope:
+            await serve(app, config, mode="asgi", task_status=task_status)
+
+    async with trio.open_nursery() as nursery:
+        (server.url,) = await nursery.start(run)
+        yield scope.cancel
         nursery.cancel_scope.cancel()
