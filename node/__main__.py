@@ -52,6 +52,8 @@ def run(
     relay: Annotated[bool | None, typer.Option(help="Relay for peers behind NAT while reachable.")] = None,
     model: Annotated[str | None, typer.Option(help="Name, path or none; default: the embedded one.")] = None,
     embedding_model: Annotated[str | None, typer.Option(help="Name or path of an encoder for embeddings.")] = None,
+    backend: Annotated[str | None, typer.Option(help="transformers, or openai:URL of a server.")] = None,
+    backend_key_file: Annotated[Path | None, typer.Option(help="File with that server's key.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the model; default: cores - 1.")] = None,

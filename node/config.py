@@ -12,6 +12,7 @@ import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import platformdirs
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -69,6 +70,8 @@ class NodeConfig(BaseModel):
     relay: bool = True  # carry others' relayed connections, within bounds, while this node can be reached
     model: str = Field(default="default", min_length=1)  # a name, a path or none
     embedding_model: str | None = None
+    backend: str = "transformers"  # or openai:URL of a server that answers in this node's place
+    backend_key_file: FilePath | None = None  # the key that this server wants
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = Field(default_factory=lambda: max(1, (os.cpu_count() or 2) - 1), ge=1, le=1024)
@@ -106,6 +109,12 @@ class NodeConfig(BaseModel):
             hours_of(value)
         return value
 
+    @field_validator("backend")
+    @classmethod
+    def _backend_parses(cls, value: str) -> str:
+        parse_backend(value)
+        return value
+
     @field_validator("http")
     @classmethod
     def _http_parses(cls, value: str) -> str:
@@ -115,6 +124,10 @@ class NodeConfig(BaseModel):
     def http_address(self) -> HttpAddress | None:
         """Host and port of the HTTP door, None when it is off."""
         return parse_http(self.http)
+
+    def upstream_url(self) -> str | None:
+        """The server that answers here, without its /v1; None: this process does."""
+        return parse_backend(self.backend)
 
     def bootstrap_path(self) -> Path | None:
         """The bootstrap file to read: the one named, else the checkout's own, else none."""
@@ -133,6 +146,26 @@ def parse_http(value: str) -> HttpAddress | None:
     if not colon or not host or not _is_number(port) or int(port) > 65535:
         raise ValueError(f"{value!r} is not HOST:PORT (as 127.0.0.1:8765, port 0 for any free one) and not off")
     return HttpAddress(host=host, port=int(port))
+
+
+def parse_backend(value: str) -> str | None:
+    """None for transformers, the URL for openai:URL, without /v1 at its end. Raises ValueError with what was wanted."""
+    if value == "transformers":
+        return None
+    wanted = "transformers, or openai:URL as openai:http://127.0.0.1:8000"
+    kind, _, url = value.partition(":")
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if kind != "openai" or not good or not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError(f"wanted {wanted}")
+    if "@" in parts.netloc:
+        raise ValueError("a URL is told in logs and status: give the server's key by --backend-key-file, not in it")
+    if parts.query or parts.fragment:
+        raise ValueError(f"a server's address has no ? and no #; wanted {wanted}")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def load_config(
@@ -159,7 +192,7 @@ def load_config(
     except ValidationError as exc:
         raise ConfigError("; ".join(_sentence(problem, origin) for problem in exc.errors())) from exc
     _check_exposure(config)
-    _check_training(config)
+    _check_model(config)
     return config
 
 
@@ -223,10 +256,22 @@ def _check_exposure(config: NodeConfig) -> None:
         )
 
 
-def _check_training(config: NodeConfig) -> None:
+def _check_model(config: NodeConfig) -> None:
     if config.train is not None and not config.data:
         raise ConfigError(f"--train {config.train} wants text of yours to train on: add --data FILE or --data FOLDER")
     if config.data and config.train is None:
         raise ConfigError("--data is text to train on: say in which run by --train RUN, or leave it out")
+    if config.upstream_url() is not None:
+        if config.model == "none":
+            raise ConfigError(
+                "--model none hosts none, and --backend names a server that does: give only one of the two"
+            )
+        if config.train is not None:
+            raise ConfigError(
+                f"--train {config.train} wants weights of this process, and --backend names a server that has them: "
+                "train on a node with a model of its own"
+            )
+    elif config.backend_key_file is not None:
+        raise ConfigError("--backend-key-file is for --backend openai:URL, which is not given")
     if config.train is not None and config.model == "none":
         raise ConfigError(f"--train {config.train} wants a model, and --model none hosts none")

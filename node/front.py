@@ -119,7 +119,7 @@ class Front(Protocol):
         """Whether requests are accepted now."""
 
     def status(self) -> dict[str, Any]:
-        """JSON for GET /api/v1/status: keys node, peering, gossip, inference, model, readiness, disk."""
+        """JSON for GET /api/v1/status: keys node, peering, gossip, inference, model, backend, readiness, disk."""
 
     def peers(self) -> list[dict[str, Any]]:
         """JSON for GET /api/v1/peers: per peer what it advertises and what was observed."""

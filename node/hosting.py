@@ -157,6 +157,15 @@ class Hosting:
             await self._left.park()
 
     @property
+    def accepting(self) -> bool:
+        """Whether it takes new requests of peers."""
+        return not self.draining
+
+    def told(self) -> dict[str, Any]:
+        """What the status says of this backend."""
+        return {"kind": "transformers", "problem": ""}
+
+    @property
     def revision(self) -> str:
         """Of the main model, now."""
         return self.runtime.facts.revision

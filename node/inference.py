@@ -15,9 +15,9 @@ import trio
 
 from crypto.identity import PeerId
 from gossip.routing import Candidate, Need, WhyNot
+from node.backend import Backend
 from node.errors import NO_ROOM_RETRY_S, NotReady, PeerFailed, RequestError
 from node.front import FrontStatistics, RouteHint
-from node.hosting import Hosting
 from node.pursuit import Pursuit, Seek, Wait, pursue
 from node.remote import Network, Remote
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork
@@ -50,7 +50,7 @@ class Inference:
 
     def __init__(self, network: Network) -> None:
         self._network = network
-        self.hosting: Hosting | None = None
+        self.hosting: Backend | None = None
         self.draining = False
         self.counts: Counter[str] = Counter()  # requests; finished, cancelled, error:CODE; takeovers, ...
         self._remote = Remote(network, self.counts)
@@ -170,11 +170,10 @@ class Inference:
             except RequestError as exc:
                 await send.send(exc)
             else:
-                prompt_tokens = pursuit.started.prompt_tokens if pursuit.started is not None else 0
-                self._answered(began, prompt_tokens, len(pursuit.tokens))
+                self._answered(began, pursuit.prompt_tokens, len(pursuit.tokens))
 
     async def _pursued(
-        self, pursuit: Pursuit[Hosting], send: trio.MemorySendChannel[AnswerItem | RequestError]
+        self, pursuit: Pursuit[Backend], send: trio.MemorySendChannel[AnswerItem | RequestError]
     ) -> None:
         """Ask one server after the other until the client has the whole answer. Raises RequestError."""
         while True:
@@ -194,13 +193,13 @@ class Inference:
 
     async def _serve_at(
         self,
-        target: Hosting | Candidate,
-        pursuit: Pursuit[Hosting],
+        target: Backend | Candidate,
+        pursuit: Pursuit[Backend],
         send: trio.MemorySendChannel[AnswerItem | RequestError],
     ) -> None:
         """Forward one server's items to the client until Finished. Raises RequestError when that server fails."""
         work = pursuit.continued(trio.current_time())
-        source = target.generate(work) if isinstance(target, Hosting) else self._remote.generate(target, work)
+        source = self._remote.generate(target, work) if isinstance(target, Candidate) else target.generate(work)
         async with source as items:
             async for item in items:
                 if isinstance(item, RequestError):
@@ -211,7 +210,7 @@ class Inference:
                     return
         raise PeerFailed("the answer ended without its last record")
 
-    async def _embedded(self, pursuit: Pursuit[Hosting]) -> Embedded:
+    async def _embedded(self, pursuit: Pursuit[Backend]) -> Embedded:
         """Ask one server after the other. Raises RequestError."""
         while True:
             target = pursuit.step()
@@ -221,7 +220,7 @@ class Inference:
                 continue
             work = pursuit.continued(trio.current_time())
             try:
-                return await (target.embed(work) if isinstance(target, Hosting) else self._remote.embed(target, work))
+                return await (self._remote.embed(target, work) if isinstance(target, Candidate) else target.embed(work))
             except RequestError as exc:
                 pursuit.failed(target, exc)
 

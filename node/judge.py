@@ -99,7 +99,7 @@ class Judge:
             raise RemoteProtocolError("an answer must open with Started, once")
         if item.completion_tokens != self._tokens:
             raise RemoteProtocolError(f"{self._tokens} tokens came, the record says {item.completion_tokens}")
-        if item.prompt_tokens != self._started.prompt_tokens:
+        if self._started.prompt_tokens not in (0, item.prompt_tokens):
             raise RemoteProtocolError(f"the prompt had {self._started.prompt_tokens} tokens, now {item.prompt_tokens}")
 
     @property
@@ -125,7 +125,10 @@ class Judge:
             raise RemoteProtocolError(f"{self._chars} characters for {self._tokens} tokens")
 
     def _is_further(self, item: Progress) -> bool:
-        """Whether work was done. Once all is prefilled the next thing is a token: steps alone prove nothing then."""
+        """Whether work was done. Once all is prefilled the next thing is a token: steps alone prove nothing then.
+
+        Of a prompt that is not counted nobody can say that all is prefilled: steps count until its first token.
+        """
         assert self._started is not None
         whole = self._started.prompt_tokens + len(self._work.delivered)
         if item.prefilled_tokens > whole:
@@ -134,7 +137,7 @@ class Judge:
         if before is not None and not _grown(before, item):
             self._seen = before
             return False
-        if before is None or before.prefilled_tokens < whole:
+        if before is None or before.prefilled_tokens < whole or not self._started.prompt_tokens:
             self._advance()
         return True
 

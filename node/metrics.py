@@ -12,6 +12,9 @@ from typing import Any
 REASONED = frozenset({"drops", "dropped", "faults", "outcomes", "errors", "failures", "left_out"})
 NOT_DROPPED = frozenset({"accepted"})
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_UP = """# HELP openagi_backend_up Whether what answers here can: 1, or 0 with the reason in the status.
+# TYPE openagi_backend_up gauge
+"""
 _HEAD = """# HELP openagi_drops_total What was dropped, refused, limited or held against a peer, by part and reason.
 # TYPE openagi_drops_total counter
 """
@@ -37,7 +40,15 @@ def prometheus_text(status: Mapping[str, Any]) -> str:
         f'openagi_drops_total{{part="{_label(part)}",reason="{_label(reason)}"}} {count}'
         for part, reason, count in drops(status)
     ]
-    return _HEAD + "\n".join(rows) + "\n"
+    return _HEAD + "\n".join(rows) + "\n" + _backend(status.get("backend"))
+
+
+def _backend(told: object) -> str:
+    """The backend's own figure; nothing while there is none."""
+    if not isinstance(told, Mapping):
+        return ""
+    labels = f'kind="{_label(str(told.get("kind")))}",server="{_label(str(told.get("server") or ""))}"'
+    return f"{_UP}openagi_backend_up{{{labels}}} {int(not told.get('problem'))}\n"
 
 
 def _label(text: str) -> str:

@@ -31,7 +31,17 @@ from node.errors import (
     UnknownModel,
 )
 from node.front import Route, RouteHint
-from node.work import REMAINING_MS_MAX, AnswerItem, EmbedWork, GenerateWork, Piece, Started
+from node.work import (
+    PROMPT_CHARS_MAX,
+    REMAINING_MS_MAX,
+    SAID,
+    AnswerItem,
+    EmbedWork,
+    Finished,
+    GenerateWork,
+    Piece,
+    Started,
+)
 
 ATTEMPTS_MAX = 8
 DEADLINE_GRACE_MS = 100
@@ -100,7 +110,9 @@ class Pursuit(Generic[H]):
     tried: set[PeerId] = field(default_factory=set)  # ours when the local engine failed
     tokens: list[int] = field(default_factory=list)
     chars: int = 0
+    texts: list[str] = field(default_factory=list)  # the answer so far, where its tokens' ids are not told
     started: Started | None = None
+    prompt_tokens: int = 0
     last_error: RequestError | None = None
     tries: int = 0
     has_sought: bool = False
@@ -132,6 +144,11 @@ class Pursuit(Generic[H]):
                 raise error
             # the client's part was taken once: at fault is what an earlier peer delivered
             error = PeerFailed(f"the answer cannot be continued: {error}")
+        if self._goes_by_text() and self.chars > PROMPT_CHARS_MAX:
+            raise PeerFailed(
+                f"the serving peer failed after {self.chars} characters ({error}), and others go on with at most "
+                f"{PROMPT_CHARS_MAX}"
+            )
         if who == self.around.own or not isinstance(error, NoRoom):
             self.tried.add(who)
         self.last_error = error
@@ -141,11 +158,19 @@ class Pursuit(Generic[H]):
         if isinstance(item, Started):
             if self.started is not None:
                 return False
-            self.started = item
+            self.started, self.prompt_tokens = item, item.prompt_tokens
         if isinstance(item, Piece):
             self.tokens.extend(item.tokens)
             self.chars += len(item.text)
+            if self._goes_by_text() and self.chars <= PROMPT_CHARS_MAX:
+                self.texts.append(item.text)
+        if isinstance(item, Finished):
+            self.prompt_tokens = item.prompt_tokens
         return True
+
+    def _goes_by_text(self) -> bool:
+        """Whether another server goes on after the answer's text: who answers tells no ids of its tokens."""
+        return self.started is not None and self.started.revision.startswith(SAID)
 
     def continued(self, now: float) -> Any:
         """The same work, for the next server: less time, more delivered."""
@@ -156,6 +181,7 @@ class Pursuit(Generic[H]):
                 "revision": self._revision(),
                 "delivered": (*self.work.delivered, *self.tokens),
                 "delivered_chars": self.work.delivered_chars + self.chars,
+                "delivered_text": self.work.delivered_text + "".join(self.texts),
             }
         return msgspec.structs.replace(self.work, **changes)
 

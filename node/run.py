@@ -32,6 +32,7 @@ from gossip.round_door import RoundDoor
 from gossip.rounds import round_topic
 from gossip.service import GossipConfig, GossipService
 from gossip.standing import Fault
+from node.backend import Backend
 from node.collector import importing
 from node.config import KEY_FILE, NodeConfig
 from node.errors import ConfigError
@@ -186,19 +187,30 @@ class Node:
         """Load the model, host it in the nursery, and say that the node is ready. Raises ModelError."""
         if self._config.model != "none":
             self.state.phase = "loading"
-            runtime = await trio.to_thread.run_sync(self._load, self._config, abandon_on_cancel=True)
-            hosting = Hosting(runtime, peer=self._transport.peer_id, on_change=self._offer)
-            await nursery.start(hosting.run)
+            self.state.backend = backend = await self._backend()
+            await nursery.start(backend.run)
             if self._inference.draining:  # told to stop meanwhile
                 return
-            self._inference.hosting = hosting
-            self._train(nursery)
+            self._inference.hosting = backend
+            if isinstance(backend, Hosting):
+                self._train(nursery)
         self.state.phase = "running"
         self._offer()
         ready = self._ready()
         with _announced(self._config.ready_file, ready):
             _print_banner(ready, self._config, len(self._peering.peers()))
             await trio.sleep_forever()
+
+    async def _backend(self) -> Backend:
+        """What answers here: the model, loaded, or a server behind this node. Raises ModelError, ConfigError."""
+        peer, on_change = self._transport.peer_id, self._offer
+        if self._config.upstream_url() is None:
+            runtime = await trio.to_thread.run_sync(self._load, self._config, abandon_on_cancel=True)
+            return Hosting(runtime, peer=peer, on_change=on_change)
+        with importing():
+            from node.upstream_start import upstream_of  # httpx
+
+        return upstream_of(self._config, peer=peer, on_change=on_change)
 
     def _train(self, nursery: trio.Nursery) -> None:
         """Training, in the nursery: in the run that was wanted, or in none until the operator says so."""

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import trio
 
+from node.backend import Backend
 from node.errors import NO_ROOM_RETRY_S, DeadlinePassed, NotReady, PeerFailed, RequestError
-from node.hosting import Hosting
 from node.inference import Inference
 from node.work import EmbedWork, Finished, GenerateWork, from_wire, to_wire
 from p2p.calls import Handler, Incoming
@@ -64,7 +64,7 @@ class Serving:
             return to_wire(embedded)
         raise _remote(DeadlinePassed(f"the {work.remaining_ms} ms that the request had left are over"))
 
-    def _hosting(self) -> Hosting:
+    def _hosting(self) -> Backend:
         hosting = self.inference.hosting if self.inference is not None else None
         if hosting is None:
             raise NotReady("this peer hosts no model, or is still loading it", retry_after_s=NO_ROOM_RETRY_S)

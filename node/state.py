@@ -20,10 +20,10 @@ from crypto.disk import FileStatus, told_time
 from gossip.blobs import Blobs
 from gossip.directory import SKEW_MS
 from gossip.messages import Capacity, ModelKind, ModelOffer
+from node.backend import Backend
 from node.config import NodeConfig
 from node.errors import NO_ROOM_RETRY_S, NotReady
 from node.front import FrontStatistics, ModelRow, Readiness, RouteHint, Trains
-from node.hosting import Hosting
 from node.inference import Inference
 from node.remote import Network
 from node.training_wish import Begin, Join
@@ -89,6 +89,7 @@ class NodeState:
         self.control: Calls | None = None  # hello, ping, peers
         self.log_left_out: Mapping[str, int] = {}
         self.trains: Trains | None = None  # once the model is there
+        self.backend: Backend | None = None  # as soon as there is one, ready or not
 
     def answer(self, work: GenerateWork, route: RouteHint) -> AbstractAsyncContextManager[AsyncIterator[AnswerItem]]:
         """See node.front.Front."""
@@ -103,9 +104,14 @@ class NodeState:
         """See node.front.Front."""
         if self.trains is not None:
             return self.trains
-        is_none = self._parts.config.model == "none"
-        why = "this node hosts no model to train: start it with --model" if is_none else "the model is loading"
-        return NoTraining(why)
+        if self._parts.config.model == "none":
+            return NoTraining("this node hosts no model to train: start it with --model")
+        if self._parts.config.upstream_url() is not None:
+            return NoTraining(
+                "a server behind this node answers (--backend), and its weights are not here to train: "
+                "train on a node with a model of its own"
+            )
+        return NoTraining("the model is loading")
 
     def statistics(self) -> FrontStatistics:
         """See node.front.Front."""
@@ -115,13 +121,18 @@ class NodeState:
         """Ready when the model (if any) is loaded and the node is not stopping."""
         match self.phase:
             case "running":
-                problems = (*(file.problem for file in self._files()), self.clock_problem())
+                problems = (*(file.problem for file in self._files()), self.clock_problem(), self._backend_problem())
                 return Readiness(ready=True, degraded=tuple(problem for problem in problems if problem))
             case "stopping":
                 return Readiness(ready=False, reason="the node is stopping", retry_after_s=NO_ROOM_RETRY_S)
             case _:
-                reason = f"the model {self._parts.config.model} is loading"
+                problem = self._backend_problem()
+                reason = f"waiting: {problem}" if problem else f"the model {self._parts.config.model} is loading"
                 return Readiness(ready=False, reason=reason, loading=True, retry_after_s=NO_ROOM_RETRY_S)
+
+    def _backend_problem(self) -> str:
+        """One sentence when what answers here cannot; '' otherwise."""
+        return "" if self.backend is None else str(self.backend.told()["problem"])
 
     def clock_problem(self) -> str:
         """One sentence when most peers say that this machine's clock is wrong; '' otherwise."""
@@ -188,6 +199,7 @@ class NodeState:
             "disk": _disk(self._files()),
             "inference": {**asdict(statistics), "counts": dict(inference.counts)},
             "model": self._model(inference.hosting),
+            "backend": None if self.backend is None else self.backend.told(),
             "training": _short(self.training.status()),
         }
 
@@ -242,7 +254,7 @@ class NodeState:
             prefill_tok_s=figures.prefill_tok_s,
             device=hosting.runtime.device,
             device_free_bytes=hosting.runtime.device_free_bytes(),
-            accepting=not hosting.draining,
+            accepting=hosting.accepting,
         )
 
     def _own_offers(self) -> list[ModelOffer]:
@@ -261,7 +273,7 @@ class NodeState:
             for facts in hosting.runtime.all_facts()
         ]
 
-    def _model(self, hosting: Hosting | None) -> dict[str, Any] | None:
+    def _model(self, hosting: Backend | None) -> dict[str, Any] | None:
         if hosting is None:
             return None
         return {

@@ -31,6 +31,7 @@ from model.config import SEED_MAX
 from model.data import Reading, TrainingText, find_texts, read_texts
 from model.errors import BadText, ModelError
 from model.load import Loaded
+from node.backend import Backend
 from node.errors import BadRequest, NotReady
 from node.hosting import Hosting
 from node.inference import Inference
@@ -232,7 +233,7 @@ class Training:
         self._says("waiting", "for the model to load")
         while self._parts.inference.hosting is None:  # noqa: ASYNC110  # the node tells readiness by its phase alone
             await trio.sleep(READY_EVERY_S)
-        return self._parts.inference.hosting
+        return _own(self._parts.inference.hosting)
 
     async def _sought(self, wish: Wish) -> Plan:
         """Ask peers until one is in the run. Raises CannotTrain when two runs fit."""
@@ -310,7 +311,7 @@ class Training:
         hosting = self._parts.inference.hosting
         if hosting is None:
             raise NotReady("this node hosts no model yet, and a run starts from one", retry_after_s=READY_EVERY_S)
-        return hosting
+        return _own(hosting)
 
     async def _connect(self, peer: PeerId) -> None:
         try:
@@ -361,6 +362,13 @@ def _name(wish: Wish) -> str:
 
 def _seed() -> int:
     return random.Random(secrets.randbits(64)).randrange(SEED_MAX)
+
+
+def _own(backend: Backend) -> Hosting:
+    """The model in this process. Raises CannotTrain where a server behind the node answers."""
+    if not isinstance(backend, Hosting):
+        raise CannotTrain("a server behind this node answers, and its weights are not here to train")
+    return backend
 
 
 def _loaded(hosting: Hosting) -> Loaded:

@@ -28,6 +28,8 @@ STOPS_MAX = 8
 TEXTS_MAX = 256
 LOGPROBS_MAX = 20
 REMAINING_MS_MAX = 86_400_000  # a day
+UNKNOWN_TOKEN: Final = (1 << 31) - 1  # a token whose id is not told; in no vocabulary, so no engine goes on after it
+SAID: Final = "said:"  # opens the revision of weights that nobody hashed: what a server says of them
 
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=64)]
@@ -70,7 +72,8 @@ class GenerateWork(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """A completion to make. Exactly one of messages, text, tokens is the prompt.
 
     delivered: tokens that another peer already made and the client already has; the answer goes on after them.
-    delivered_chars: characters of their text that the client already has. remaining_ms: time left to the deadline.
+    delivered_chars: characters of their text that the client already has. delivered_text: these characters, when the
+    ids are UNKNOWN_TOKEN. remaining_ms: time left to the deadline.
     """
 
     request_id: RequestId
@@ -82,6 +85,7 @@ class GenerateWork(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     sampling: Sampling = Sampling()
     delivered: TokenIds = ()
     delivered_chars: Count = 0
+    delivered_text: Text = ""
     remaining_ms: Annotated[int, Meta(ge=1, le=REMAINING_MS_MAX)] = 120_000
 
 
@@ -95,7 +99,7 @@ class EmbedWork(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, t
 
 
 class Started(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="started"):
-    """The request was admitted to an engine."""
+    """The request was admitted to an engine. prompt_tokens 0: not counted yet, Finished says."""
 
     served_by: Name
     model: Name
@@ -120,7 +124,10 @@ class TokenLogprob(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Piece(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="piece"):
-    """New tokens and the text that became certain with them (may be empty inside a character or a stop string)."""
+    """New tokens and the text that became certain with them (may be empty inside a character or a stop string).
+
+    Of a server that tells no ids each token is an UNKNOWN_TOKEN.
+    """
 
     tokens: Annotated[tuple[TokenId, ...], Meta(max_length=PIECE_TOKENS_MAX)]
     text: Text
@@ -136,14 +143,15 @@ class Finished(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
 
 
 class Embedded(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="embedded"):
-    """Vectors in the order of the texts, as little-endian fp32, and which texts were cut to the model's length."""
+    """Vectors in the order of the texts, as little-endian fp32, and which texts were cut to the model's length (None:
+    who made them does not tell)."""
 
     served_by: Name
     model: Name
     revision: Name
     dimensions: Annotated[int, Meta(ge=1, le=65_536)]
     vectors: tuple[bytes, ...]
-    truncated: tuple[bool, ...]
+    truncated: tuple[bool | None, ...]
     prompt_tokens: Count
 
 
@@ -166,6 +174,8 @@ def to_wire(struct: Struct) -> Any:
         for field in _TOKEN_FIELDS:
             if plain[field] is not None:
                 plain[field] = _packed(plain[field])
+        if not plain["delivered_text"]:
+            del plain["delivered_text"]  # who takes over by ids may not know the field yet
     elif isinstance(struct, EmbedWork):
         plain["texts"] = [text if isinstance(text, str) else _packed(text) for text in plain["texts"]]
     return plain

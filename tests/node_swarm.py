@@ -15,6 +15,7 @@ import trio
 
 from crypto.identity import Identity, PeerId
 from gossip.service import GossipConfig, GossipService
+from node.backend import Backend
 from node.config import NodeConfig
 from node.errors import RequestError
 from node.front import RouteHint
@@ -57,7 +58,7 @@ class Node:
 
     @property
     def hosting(self) -> Hosting:
-        assert self.inference.hosting is not None
+        assert isinstance(self.inference.hosting, Hosting)
         return self.inference.hosting
 
     @property
@@ -92,9 +93,18 @@ class Swarm:
             yield self
             nursery.cancel_scope.cancel()
 
-    async def start(self, runtime: FakeRuntime | None = None, *, lies: dict[str, Handler] | None = None) -> Node:
-        """A node that knows all others. lies: handlers of calls from peers, in place of its own."""
-        node: Node = await self._nursery.start(self._run, runtime, lies or {})
+    async def start(
+        self,
+        runtime: FakeRuntime | None = None,
+        *,
+        lies: dict[str, Handler] | None = None,
+        backend: Callable[[Node], Backend] | None = None,
+    ) -> Node:
+        """A node that knows all others. lies: handlers of calls from peers, in place of its own.
+
+        backend: what answers there, if it is no runtime.
+        """
+        node: Node = await self._nursery.start(self._run, runtime, lies or {}, backend)
         for other in self.nodes:
             if not other.scope.cancel_called:
                 await node.network.transport.dial(other.address)
@@ -104,7 +114,7 @@ class Swarm:
     async def settled(self, *nodes: Node) -> None:
         """Wait until these (or all) nodes know the offers of all that live."""
         alive = [node for node in self.nodes if not node.scope.cancel_called]
-        offering = {node.id for node in alive if node.runtime is not None}
+        offering = {node.id for node in alive if node.inference.hosting is not None}
         await eventually(lambda: all(node.sees() >= offering - {node.id} for node in nodes or alive), 30)
 
     async def crash(self, node: Node) -> None:
@@ -117,6 +127,7 @@ class Swarm:
         self,
         runtime: FakeRuntime | None,
         lies: dict[str, Handler],
+        backend: Callable[[Node], Backend] | None,
         *,
         task_status: trio.TaskStatus[Node],
     ) -> None:
@@ -135,6 +146,10 @@ class Swarm:
                     hosting = Hosting(runtime, peer=transport.peer_id, on_change=node.offer, hop=Turns(runtime))
                     await nursery.start(hosting.run)
                     node.inference.hosting = hosting
+                elif backend is not None:
+                    node.state.backend = other = backend(node)
+                    await nursery.start(other.run)
+                    node.inference.hosting = other
                 node.state.phase = "running"
                 node.offer()
                 task_status.started(node)

@@ -18,7 +18,18 @@ from model.runtime_face import Runtime
 from node.errors import BadRequest, InternalError, NoRoom, NotReady, RequestError, UnknownModel
 from node.hosting import CHANGE_EVERY_S, EMBED_QUEUE_MAX, PROGRESS_EVERY_S, SWITCH_S, Hosting
 from node.hosting_jobs import LOGPROB_MIN
-from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Message, Piece, Progress, Started
+from node.work import (
+    UNKNOWN_TOKEN,
+    AnswerItem,
+    Embedded,
+    EmbedWork,
+    Finished,
+    GenerateWork,
+    Message,
+    Piece,
+    Progress,
+    Started,
+)
 from tests.fake_runtime import FakeRuntime, Turns, facts, text_of, vector_of
 from tests.node_swarm import eventually, expected, work
 
@@ -98,8 +109,13 @@ async def test_an_answer_goes_on_after_what_was_delivered(autojump_clock: MockCl
 
 @pytest.mark.parametrize(
     ("asked", "kind"),
-    [(work("", 5), BadRequest), (work("x" * 1999, 5), BadRequest), (work("x", 5, delivered=(60_000,)), BadRequest)],
-    ids=["empty", "too long", "unknown token"],
+    [
+        (work("", 5), BadRequest),
+        (work("x" * 1999, 5), BadRequest),
+        (work("x", 5, delivered=(60_000,)), BadRequest),
+        (work("x", 5, delivered=(UNKNOWN_TOKEN,), delivered_text="w"), BadRequest),
+    ],
+    ids=["empty", "too long", "unknown token", "a token whose id is not told"],
 )
 async def test_bad_input_ends_that_request_alone(
     asked: GenerateWork, kind: type[RequestError], autojump_clock: MockClock

@@ -1,11 +1,13 @@
 """What `doctor` checks on this machine: settings, key, files, ports, clock, disk, multicast.
 
 Rules: a check never raises and never changes what it looks at (the lock is taken and given back). Each says what was
-found and, when it needs attention, what to do. Nothing is sent to any other machine.
+found and, when it needs attention, what to do. Nothing is sent to any machine but that of a --backend.
 """
 
 from __future__ import annotations
 
+import ipaddress
+import os
 import re
 import shutil
 import socket
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from node.commands.keys import identity_path
 
@@ -69,9 +72,12 @@ def local_checks(config: NodeConfig, *, now_s: float) -> Iterator[Check]:
     yield check_disk(config.data_dir)
     yield check_clock(config.data_dir, now_s)
     yield check_bootstrap(config.bootstrap_path())
-    for name, model in (("model", config.model), ("embedding model", config.embedding_model)):
-        if model is not None:
-            yield check_model(name, model)
+    if config.upstream_url() is not None:
+        yield from check_backend(config)
+    else:
+        for name, model in (("model", config.model), ("embedding model", config.embedding_model)):
+            if model is not None:
+                yield check_model(name, model)
     yield from check_ports(config, running=running)
     if config.mdns:
         yield check_multicast()
@@ -173,6 +179,38 @@ def check_model(name: str, model: str) -> Check:
         return bad(name, str(exc), "fetch the model again, or choose another with --model")
     size = checkpoint.weight_bytes / (1 << 20)
     return ok(name, f"{path}: {checkpoint.elements:,} parameters, {size:.1f} MiB, headers whole")
+
+
+def check_backend(config: NodeConfig) -> Iterator[Check]:
+    """Whether the server behind the node answers, takes the key and has the model; it is asked for its list only."""
+    import trio
+
+    from node.errors import ConfigError
+    from node.upstream_start import glance_at
+
+    name, url = "backend", config.upstream_url()
+    try:
+        found = trio.run(glance_at, config)
+        yield ok(
+            name, f"{found.dialect.name} at {url} has {found.id}, {found.facts.context_tokens:,} tokens of context"
+        )
+    except ConfigError as exc:
+        yield bad(name, str(exc), "start that server, or mend --backend, --model or --backend-key-file")
+    host = urlsplit(str(url))
+    if host.scheme == "http" and not _is_here(host.hostname or ""):
+        yield look(
+            "backend's wire", f"{url} is another machine, without TLS", "prompts and the key can be read: use https"
+        )
+    key = config.backend_key_file
+    if key is not None and os.name == "posix" and key.exists() and key.stat().st_mode & 0o077:
+        yield look("backend's key", f"others on this machine can read {key}", f"chmod 600 {key}")
+
+
+def _is_here(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_ports(config: NodeConfig, *, running: bool) -> Iterator[Check]:

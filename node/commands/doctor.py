@@ -29,12 +29,22 @@ def doctor(
     http: Annotated[str | None, typer.Option(help="HOST:PORT of the node's HTTP door.")] = None,
     bootstrap_file: Annotated[Path | None, typer.Option(help="The node's bootstrap file.")] = None,
     model: Annotated[str | None, typer.Option(help="The node's model.")] = None,
+    backend: Annotated[str | None, typer.Option(help="The node's backend.")] = None,
+    backend_key_file: Annotated[Path | None, typer.Option(help="The key of the server behind the node.")] = None,
     node: Annotated[str | None, typer.Option("--node", help="HTTP address of the running node.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
 ) -> None:
     """Check this node and say what to do. Give it the flags that the node runs with."""
     with plainly():
-        node_config = settings(data_dir, config, http=http, bootstrap_file=bootstrap_file, model=model)
+        node_config = settings(
+            data_dir,
+            config,
+            http=http,
+            bootstrap_file=bootstrap_file,
+            model=model,
+            backend=backend,
+            backend_key_file=backend_key_file,
+        )
     checks = list(local_checks(node_config, now_s=time.time()))
     running = any(check.name == "data directory" and check.found.startswith("in use") for check in checks)
     url = node or _url_of(node_config.http_address())
@@ -84,6 +94,11 @@ def status_checks(told: Mapping[str, Any]) -> Iterator[Check]:
     for sentence in readiness.get("degraded") or []:
         if str(sentence).startswith("this machine's clock"):
             yield bad("clock", str(sentence), "timedatectl set-ntp true, or what your system has for it")
+    backend = _mapping(told.get("backend"))
+    if problem := backend.get("problem"):
+        yield bad("backend", str(problem), "is that server running? the node offers nothing until it answers")
+    elif backend.get("url"):
+        yield ok("backend", f"{backend.get('server')} at {backend.get('url')} answers as {backend.get('model')}")
     yield _connected(peering)
     yield from _reachable(_mapping(told.get("reach")))
     yield from _discovery(peering)
