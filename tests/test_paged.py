@@ -149,6 +149,20 @@ def test_an_answer_is_the_same_to_the_bit_of_its_logprobs(models: dict[str, Load
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "shared"), [("fp32", 48), ("1 key heads", 96)])
+def test_the_next_turn_is_the_same_to_the_bit(models: dict[str, Loaded], name: str, shared: int) -> None:
+    """Blocks of an answer serve the prompt that repeats it only where they are what they would be in a prompt."""
+    loaded = models[name]
+    engine = Engine(loaded, EngineConfig(block_tokens=BLOCK))
+    prompt = prompt_of(50)
+    answer = run(engine, make(prompt, max_tokens=50, temperature=0.0))["r"]
+    turn = make((*prompt, *answer.tokens, 5, 6), max_tokens=5, temperature=0.9, logprobs=4)
+    before = engine.statistics().reused_tokens
+    assert run(engine, turn) == run(Engine(loaded, EngineConfig(block_tokens=BLOCK)), turn)
+    assert engine.statistics().reused_tokens - before == shared
+
+
+@pytest.mark.slow
 def test_a_long_answer_is_the_same_however_its_blocks_are_added_up(tmp_path: Path) -> None:
     loaded = packed_llama(tmp_path, "fp32", max_position_embeddings=4_096)
     tokens = tokens_of(5, 2_300)
