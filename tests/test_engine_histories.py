@@ -86,7 +86,10 @@ class History:
         self.made[name] = Output(request_id=name, tokens=delivered)
 
     def step(self) -> None:
-        for output in self.engine.step():
+        made = self.engine.step()
+        figures = self.engine.statistics()
+        assert len(getattr(self.engine._executor, "_caches", {})) <= figures.slots_total - figures.slots_free
+        for output in made:
             name = output.request_id
             assert name not in self.over, f"{name} goes on after its end"
             self.made[name] = Output(request_id=name, tokens=self.made[name].tokens + output.tokens)
