@@ -50,7 +50,7 @@ class History:
         self.engine = Engine(
             loaded,
             EngineConfig(
-                slots=3, kv_tokens=draw.choice((96, 160, 640)), prefill_chunk=24, queue_max=4, block_tokens=16
+                slots=3, kv_tokens=draw.choice((112, 160, 640)), prefill_chunk=24, queue_max=4, block_tokens=16
             ),
         )
         self.asked: dict[str, tuple[int, int, int]] = {}
@@ -68,7 +68,7 @@ class History:
         return self.references[key]
 
     def add(self) -> None:
-        key = (self.draw.randrange(len(PROMPTS)), self.draw.randrange(len(SAMPLINGS)), self.draw.choice((1, 5, 20)))
+        key = (self.draw.randrange(len(PROMPTS)), self.draw.randrange(len(SAMPLINGS)), self.draw.choice((1, 5, 20, 45)))
         name = f"r{len(self.asked) + self.refused}"
         whole = self.reference(key)
         cut = self.draw.randint(0, len(whole.tokens)) if self.draw.random() < 0.2 else 0
