@@ -384,6 +384,18 @@ def test_a_decoder_that_fails_ends_one_request(llama: Loaded, where: dict[str, A
     assert engine.statistics().slots_free == engine.statistics().slots_total
 
 
+def test_one_that_fails_before_its_first_chunk_leaves_nothing(llama: Loaded) -> None:
+    """Both are admitted in one step, which has tokens for the shorter prompt only."""
+    engine = Engine(
+        replace(llama, tokens=FailingTokens(llama.tokens)), EngineConfig(slots=2, prefill_chunk=8)
+    )  # fmt: skip
+    made = run(engine, make((1, 2, 3) * 3, "good", max_tokens=4), make((7,) * 20, "bad", max_tokens=4))
+    assert isinstance(made["bad"].error, ComputeFailed)
+    assert made["good"].finish is not None
+    assert engine.statistics().slots_free == 2
+    assert engine.statistics().kv_tokens_free == engine.statistics().kv_tokens_total
+
+
 def test_a_bug_is_not_taken_for_a_request_fault(llama: Loaded) -> None:
     class Bug(BaseException):
         pass
