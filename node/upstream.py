@@ -21,7 +21,7 @@ from model.requests import EngineStatistics
 from node.errors import NO_ROOM_RETRY_S, BadRequest, NoRoom, NotReady, PeerFailed, RequestError, UnknownModel
 from node.hosting import CHANGE_EVERY_S, EMBED_QUEUE_MAX, PROGRESS_EVERY_S
 from node.upstream_answer import PIECES_HELD, Asking, Job
-from node.upstream_dialect import ask_of
+from node.upstream_dialect import Ask, ask_of
 from node.upstream_health import QUEUE_PER_SLOT, State
 from node.upstream_http import Server, Trouble
 from node.upstream_look import EMBED_TEXTS_PER_ASK, Identity, vectors_of
@@ -151,10 +151,9 @@ class Upstream:
     def statistics(self) -> EngineStatistics:
         """The figures, as far as the server or its answers tell them."""
         main = None if self._watch.identity is None else self._watch.identity.main
-        waiting = self._watch.places.statistics().tasks_waiting
-        return self._watch.room.statistics(
-            main, self._watch.places.borrowed_tokens, waiting, is_up=self._watch.health.is_up
-        )
+        running, slots = self.requests_running, self._watch.room.slots
+        own, waiting = min(running, slots), max(0, running - slots)
+        return self._watch.room.statistics(main, own, waiting, is_up=self._watch.health.is_up)
 
     async def wait_idle(self) -> None:
         """Wait until no request is admitted, and the owner of each has taken its last item."""
@@ -194,6 +193,7 @@ class Upstream:
         job = Job(work=work, telling=Telling(work, started), send=send, began=trio.current_time())
         self._jobs.append(job)
         self._nursery.start_soon(self._answer, job)
+        self._tell_change()
         with self._counted():
             try:
                 yield receive
@@ -225,17 +225,23 @@ class Upstream:
                 for item in job.telling.whole():
                     await job.send.send(item)
                 return None
-            found = self._watch.found
-            if job.work.messages is None and not found.abilities.text:
-                raise BadRequest("the server of this model takes chats only: send messages", param="prompt")
-            ask = ask_of(job.work, found.main.dialect, found.main.id)
-            job.telling.joins_after(ask.seam)
+            self._ask(job)  # what cannot be asked need not wait
             async with self._watch.places:
-                self._tell_change()
-                await self._asking.answer(job, ask)
+                await self._asking.answer(job, self._ask(job))
         except RequestError as exc:
             return exc
         return None
+
+    def _ask(self, job: Job) -> Ask:
+        """What to ask of the server as it is now. Raises PeerFailed, BadRequest."""
+        found = self._watch.found
+        if found.facts.revision != job.telling.revision:  # it waited meanwhile
+            raise PeerFailed(f"the server behind this node is at revision {found.facts.revision} now")
+        if job.work.messages is None and not found.abilities.text:
+            raise BadRequest("the server of this model takes chats only: send messages", param="prompt")
+        ask = ask_of(job.work, found.main.dialect, found.main.id)
+        job.telling.joins_after(ask.seam)
+        return ask
 
     def _count(self, job: Job, failure: RequestError | None) -> None:
         room = self._watch.room
@@ -308,7 +314,7 @@ class Upstream:
             raise NotReady(
                 f"the server behind this node is {health.state.value}", retry_after_s=health.retry_after_s(now)
             )
-        waiting = self._watch.places.statistics().tasks_waiting
+        waiting = self.requests_running - self._watch.room.slots
         if waiting >= min(QUEUE_PER_SLOT * self._watch.room.slots, EMBED_QUEUE_MAX):
             raise NoRoom(f"{waiting} requests are waiting here", retry_after_s=NO_ROOM_RETRY_S)
         facts = self.facts(kind)

@@ -44,6 +44,11 @@ class Telling:
         self.finish: str | None = None
         self.has_text = False
 
+    @property
+    def revision(self) -> str:
+        """Of the weights that the answer is stated to come from."""
+        return self._started.revision
+
     def joins_after(self, seam: str) -> None:
         """The answer's rest must begin with this white space, which the client has."""
         self._seam = seam

@@ -1,8 +1,7 @@
 """Keeps an eye on a server behind this node: what it is, whether it can be asked, how much it takes.
 
 Rules: shell of node/upstream_health.py, which says when to look and what a look means, and of node/upstream_look.py,
-which asks. A server that does one thing at a time is not looked at while it works for us, and not asked while it is
-looked at: its answers tell that it lives.
+which asks. A server that does one thing at a time is looked at between two requests: the look takes their place.
 """
 
 from __future__ import annotations
@@ -95,9 +94,7 @@ class Watch:
         looked, was_up = -math.inf, False
         while True:
             is_busy = self.places.borrowed_tokens > 0
-            alone = self.identity is not None and self.identity.main.dialect.is_alone and is_busy
-            due = math.inf if alone else self.health.look_at(looked, trio.current_time(), is_busy=is_busy)
-            with trio.move_on_at(due):
+            with trio.move_on_at(self.health.look_at(looked, trio.current_time(), is_busy=is_busy)):
                 await self._wake.wait()
                 self._wake = trio.Event()
                 continue

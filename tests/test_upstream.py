@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import math
 import struct
@@ -316,6 +317,20 @@ async def test_no_more_than_its_slots_are_there_at_a_time_and_the_others_wait() 
         assert 0 in here.changes
 
 
+async def test_who_waited_while_the_weights_changed_goes_elsewhere() -> None:
+    async with running(kind="llama.cpp", slots=1, step_s=0.02) as here, trio.open_nursery() as nursery:
+        nursery.start_soon(here.items, work(most=30))
+        await until(lambda: here.server.running == 1)
+        async with here.upstream.generate(work("next")) as items:
+            watch = here.upstream._watch
+            facts = dataclasses.replace(watch.found.facts, revision="said:other")
+            watch.identity = dataclasses.replace(watch.found, main=dataclasses.replace(watch.found.main, facts=facts))
+            got = [item async for item in items]
+        assert isinstance(got[-1], PeerFailed)
+        assert len(here.server.bodies("/v1/completions")) == 1
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_queue_that_is_too_long_is_refused() -> None:
     async with running(kind="llama.cpp", slots=1, before_s=60.0) as here, trio.open_nursery() as nursery:
         for _ in range(3):
@@ -345,10 +360,16 @@ async def test_what_vllm_says_of_itself_is_what_is_offered() -> None:
 async def test_llama_cpp_python_is_asked_one_thing_at_a_time() -> None:
     """It interrupts an answer when any other call comes, of a list of models even."""
     async with running(kind="llama-cpp-python", step_s=0.05) as here:
-        before = len(here.server.seen_keys)
-        items = await here.items(work(most=60))
-        assert text(items) == expected("once", 60)
-        assert len(here.server.seen_keys) == before + 1
+        answers: list[str] = []
+
+        async def ask() -> None:
+            answers.append(text(await here.items(work(most=30))))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(ask)
+        assert answers == [expected("once", 30)] * 3
+        assert here.server.disturbed == 0
 
 
 # --- failures ---

@@ -82,6 +82,7 @@ class FakeServer:
     asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     seen_keys: list[str | None] = field(default_factory=list)
     left: int = 0  # streams whose client went away
+    disturbed: int = 0  # calls that came while an answer was made
     url: str = ""
 
     def bodies(self, path: str) -> list[dict[str, Any]]:
@@ -99,6 +100,7 @@ class FakeServer:
             if not part.get("more_body"):
                 break
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        self.disturbed += self.running > 0
         self.seen_keys.append(headers.get("authorization"))
         path, asked = scope["path"], json.loads(body) if body else {}
         if scope["method"] == "POST":
