@@ -71,6 +71,7 @@ class NodeConfig(BaseModel):
     embedding_model: str | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Literal["none", "int8", "int4"] = "none"  # weights of linear layers, on a CPU
     threads: int = Field(default_factory=lambda: max(1, (os.cpu_count() or 2) - 1), ge=1, le=1024)
     max_batch: int = Field(default=4, ge=1, le=1024)
     kv_cache_mb: int = Field(default=256, ge=1, le=1 << 20)
@@ -160,6 +161,8 @@ def load_config(
         raise ConfigError("; ".join(_sentence(problem, origin) for problem in exc.errors())) from exc
     _check_exposure(config)
     _check_training(config)
+    if config.quantize != "none" and config.device in ("cuda", "mps"):
+        raise ConfigError(f"--quantize {config.quantize} is for models on a CPU: leave it out, or choose --device cpu")
     return config
 
 

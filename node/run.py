@@ -189,6 +189,8 @@ class Node:
             runtime = await trio.to_thread.run_sync(self._load, self._config, abandon_on_cancel=True)
             hosting = Hosting(runtime, peer=self._transport.peer_id, on_change=self._offer)
             await nursery.start(hosting.run)
+            level = logging.WARNING if runtime.linears.problem else logging.INFO
+            _log.log(level, "linear layers are %s", runtime.linears.told)
             if self._inference.draining:  # told to stop meanwhile
                 return
             self._inference.hosting = hosting
@@ -322,6 +324,7 @@ def _load(config: NodeConfig) -> Runtime:
         RuntimeConfig(
             device=config.device,
             dtype=config.dtype,
+            quantize=config.quantize,
             threads=config.threads,
             embedding_name=config.embedding_model or "",
             slots=config.max_batch,

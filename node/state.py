@@ -255,7 +255,7 @@ class NodeState:
                 revision=facts.revision,
                 kind=ModelKind(facts.kind),
                 context_tokens=facts.context_tokens,
-                dtype=facts.dtype,
+                dtype=facts.numbers,
                 embeds=facts.embeds,
             )
             for facts in hosting.runtime.all_facts()
@@ -266,6 +266,7 @@ class NodeState:
             return None
         return {
             "models": [asdict(facts) for facts in hosting.runtime.all_facts()],
+            "linears": asdict(hosting.runtime.linears),
             "device": hosting.runtime.device,
             "engine": asdict(hosting.statistics()),
             "running": hosting.requests_running,

@@ -20,6 +20,7 @@ from node.commands.keys import settings
 from node.commands.tables import print_table
 from p2p.reach import FORWARD
 
+PLAINLY = "it serves, more slowly; choose another --dtype or --quantize to be served by packed layers"
 TOLD_MAX = 8  # of failed or refused peers; more say nothing new
 
 
@@ -84,6 +85,11 @@ def status_checks(told: Mapping[str, Any]) -> Iterator[Check]:
     for sentence in readiness.get("degraded") or []:
         if str(sentence).startswith("this machine's clock"):
             yield bad("clock", str(sentence), "timedatectl set-ntp true, or what your system has for it")
+    linears = _mapping(_mapping(told.get("model")).get("linears"))
+    if problem := linears.get("problem"):
+        yield look("linear layers", f"{linears.get('kind')}: {problem}", PLAINLY)
+    elif linears:
+        yield ok("linear layers", str(linears.get("told")))
     yield _connected(peering)
     yield from _reachable(_mapping(told.get("reach")))
     yield from _discovery(peering)
