@@ -69,5 +69,5 @@ def by_group(x_MK: torch.Tensor, packed: Packed) -> torch.Tensor:
         x_MK = torch.constant_pad_nd(x_MK, (0, missing))
     if x_MK.dtype is not torch.bfloat16:
         x_MK = x_MK.bfloat16()
-    made: Any = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK, packed_OK, GROUP, scales_GO2)
+    made: Any = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK.contiguous(), packed_OK, GROUP, scales_GO2)
     return made  # type: ignore[no-any-return]  # torch.ops has no types

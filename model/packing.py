@@ -3,7 +3,8 @@
 Rules: what a model gives with packed layers is compared with what it gave before; one that fails, or is off, is read
 anew from its files and served as it is. That is said, in `Loaded.linears`, and never hidden: plain layers round
 otherwise in a batch, and are slower. Only on a CPU: no other device's kernels could be tried, so there `quantize` is
-refused. What is quantized has a revision of its own.
+refused. What is quantized has a revision of its own. An encoder is not quantized: its vectors are compared with those
+that others made, and int4 turned MiniLM's by up to 20 degrees, int8 by 5.
 Source: SERVING.md, "Linear layers".
 """
 
@@ -23,7 +24,9 @@ from model.load import Loaded, load
 
 WISH: Final = {"none": "exact", "int8": "int8", "int4": "int4"}  # of RuntimeConfig.quantize
 TRIAL_IDS: Final = (1, 3, 2, 5, 4, 3, 6)
-TRIAL_ERROR_MAX: Final = 0.5  # of the states' own norm; int4 was off by 0.2 at most, a wrong product is off by 1
+TRIAL_ERROR_MAX: Final = (
+    0.7  # of the states' own norm; int4 was off by up to 0.4 in tiny random models, what is wrong by 1
+)
 
 
 def packed(loaded: Loaded, quantize: str, *, choosing: Callable[..., Choice] = choose) -> Loaded:
@@ -65,6 +68,9 @@ def trial(loaded: Loaded) -> torch.Tensor:
 
 
 def _choice(loaded: Loaded, quantize: str, choosing: Callable[..., Choice]) -> Choice:
+    if quantize != "none" and loaded.facts.kind == "encoder":
+        exact = _choice(loaded, "none", choosing)
+        return replace(exact, problem=exact.problem or "encoders are not quantized, so that their vectors stay alike")
     wish, dtype = WISH[quantize], getattr(torch, loaded.facts.dtype)
     shapes = linear_shapes(loaded.model)
     if not shapes or dtype not in EXACT:
