@@ -1,18 +1,21 @@
 """What a model is, in plain facts, and how an engine over it is set up.
 
 Rules: core. A revision names the bytes of weights, configuration and tokenizer: equal revisions are equal models.
+Quantized weights are other weights, with a revision of their own: an answer that a peer began in fp32 is not gone on
+with in int8. The number type that is computed in (fp32, bf16) is no part of it: it rounds the same weights.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model.step import SchedulerConfig
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KINDS = ("causal", "encoder")
+QUANTIZATIONS = ("none", "int8", "int4")
 AUTOCAST = ("auto", "on", "off")
 SEED_MAX = (1 << 63) - 1
 CHUNK_MIN = 8  # tokens of prompt in a step while others decode, however slow they are: so that prompts end
@@ -21,7 +24,8 @@ CHUNK_MIN = 8  # tokens of prompt in a step while others decode, however slow th
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
     """One loaded model. kind: "causal" makes text, "encoder" only vectors. embeds: embed() uses this model.
-    parameters and vocabulary are counts; kv_token_bytes is what one token takes in the KV cache."""
+    parameters and vocabulary are counts; kv_token_bytes is what one token takes in the KV cache. dtype: what is
+    computed in, and what the weights are in unless quantization says otherwise."""
 
     name: str
     revision: str
@@ -32,6 +36,42 @@ class ModelFacts:
     vocabulary: int
     kv_token_bytes: int = 0
     embeds: bool = False
+    quantization: str = "none"
+
+    @property
+    def numbers(self) -> str:
+        """What the weights are in, for who chooses a peer by it."""
+        return self.dtype if self.quantization == "none" else self.quantization
+
+    @property
+    def weights_revision(self) -> str:
+        """Of the weights before they were quantized: what a run of training calls them."""
+        return self.revision.removesuffix(self._suffix)
+
+    def at(self, weights_revision: str) -> ModelFacts:
+        """The same model under other weights, quantized alike."""
+        return replace(self, revision=weights_revision + self._suffix)
+
+    def quantized(self, quantization: str) -> ModelFacts:
+        """The same weights, quantized so: another revision."""
+        return replace(self, quantization=quantization).at(self.weights_revision)
+
+    @property
+    def _suffix(self) -> str:
+        return "" if self.quantization == "none" else f"-{self.quantization}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearFacts:
+    """How a model's linear layers are computed, for people. kind: of packed layers, or `plain`. problem: why it is not
+    what was asked for; "" if it is."""
+
+    kind: str
+    told: str
+    problem: str = ""
+
+
+UNPACKED = LinearFacts(kind="plain", told="plain")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +106,13 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeConfig:
-    """How a node runs its models. threads 0: torch's choice. embedding_name "": vectors from the main model's states.
-    kv_tokens 0: as many as kv_cache_mb (10**6 bytes each) holds for this model."""
+    """How a node runs its models. quantize: of all weights of linear layers, on a CPU. threads 0: torch's choice.
+    embedding_name "": vectors from the main model's states. kv_tokens 0: as many as kv_cache_mb (10**6 bytes each)
+    holds for this model."""
 
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str = "none"
     threads: int = 0
     embedding_name: str = ""
     slots: int = 16
@@ -80,11 +122,13 @@ class RuntimeConfig:
     prefill_chunk: int = 256
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a device or dtype that there is not, or a number below its bound."""
+        """Raises ValueError for a device, dtype or quantization that there is not, or a number below its bound."""
         if self.device not in DEVICES:
             raise ValueError(f"device must be one of {', '.join(DEVICES)}, not {self.device!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if self.quantize not in QUANTIZATIONS:
+            raise ValueError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, not {self.quantize!r}")
         if min(self.threads, self.kv_tokens) < 0 or self.kv_cache_mb < 1:
             raise ValueError(f"threads and kv_tokens must be 0 or more, kv_cache_mb 1 or more, not {self}")
 

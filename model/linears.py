@@ -1,10 +1,11 @@
 """Linear layers whose weights are packed once for the CPU's products, put in place of a model's own for serving.
 
-Rules: for inference only. A row's bits do not depend on how many rows go with it, nor on which, in the kinds fp32, bf16
-and int8; `int8-dynamic` has one activation scale for a batch and does not keep this. oneDNN has another kernel for one
-row than for more, so at least ROWS_MIN go through it. It and FBGEMM compile for numbers of rows, so these come from
-model/lengths.py, and rows of zeros fill up. A layer takes and gives the number type of what comes in. What is packed
-has no weights to save: embeddings, norms and whatever shares a weight with a packed layer keep theirs.
+Rules: for inference only. A row's bits do not depend on how many rows go with it, nor on which, in the kinds fp32,
+bf16, int8 and int4; `int8-dynamic` has one activation scale for a batch and does not keep this. oneDNN has another
+kernel for one row than for more, so at least ROWS_MIN go through it. It and FBGEMM compile for numbers of rows, so
+these come from model/lengths.py, and rows of zeros fill up. A layer takes and gives the number type of what comes in.
+What is packed has no weights to save: embeddings, norms and whatever shares a weight with a packed layer keep theirs.
+A product for one row takes microseconds, and so does each step of Python on the way: what need not be done is not.
 Legend: O outputs, K inputs, M rows, S outputs of a slice.
 Source: SERVING.md, "Linear layers", "Batch invariance"; pytorch aten/src/ATen/native/mkldnn/Linear.cpp; Dettmers and
 others, "LLM.int8()" (arXiv 2208.07339), section 2 (a scale for each row and each output).
@@ -20,20 +21,22 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from model import linears_x86
+from model import linears_int4, linears_x86
 from model.errors import BadModel, NotFound
 from model.lengths import at_least
 
 EXACT: Final = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # the kind that keeps a model's number type
-KINDS: Final = ("fp32", "bf16", "int8", "int8-dynamic")
-INVARIANT: Final = frozenset({"fp32", "bf16", "int8"})
+KINDS: Final = ("fp32", "bf16", "int8", "int8-dynamic", "int4")
+INVARIANT: Final = frozenset({"fp32", "bf16", "int8", "int4"})
+HEAD: Final = {"int4": "int8"}  # of the layer that makes the logits, where it is here: half of what int4 loses is there
 ROWS_MIN: Final = (
     4  # oneDNN adds up one row of more than about a thousand inputs in another order; 4 cost no more than 1
 )
 INPUTS_MAX: Final = 65_536  # 255 * 127 * K has to stay within 31 bits
 LARGEST: Final = 127.0
 SCALE_MIN: Final = 1e-30  # of a row of zeros
-SLICE: Final = 1 << 16  # elements that are quantized at once: they stay in the cache, which is four times as fast
+SLICE: Final = 1 << 17  # elements that are quantized at once: they stay in the cache, which is four times as fast
+_LEAST: Final = torch.full((1, 1), SCALE_MIN)
 
 
 class PackedLinear(nn.Module):
@@ -52,13 +55,18 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., K) to (..., O), of x's number type."""
         assert x.shape[-1] == self.in_features, f"{x.shape[-1]} inputs, wanted {self.in_features}"
-        x_MK = x.reshape(-1, self.in_features)
-        if not len(x_MK):
+        is_flat = x.dim() == 2
+        x_MK = x if is_flat else x.reshape(-1, self.in_features)
+        rows = x_MK.shape[0]
+        if not rows:
             return x.new_zeros(*x.shape[:-1], self.out_features)
-        rows = len(x_MK)
-        if spare := at_least(max(rows, self.rows_min)) - rows:
-            x_MK = nn.functional.pad(x_MK, (0, 0, 0, spare))
-        return self._products(x_MK)[:rows].to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        spare = self._rows(rows) - rows
+        made = self._products(torch.constant_pad_nd(x_MK, (0, 0, 0, spare)) if spare else x_MK)
+        if spare:
+            made = made[:rows]
+        if made.dtype is not x.dtype:
+            made = made.to(x.dtype)
+        return made if is_flat else made.reshape(*x.shape[:-1], self.out_features)
 
     def packed_of(self, weight_OK: torch.Tensor) -> Any:
         """What `take` takes; rounded first to the number type that the layer was made of. Changes nothing."""
@@ -74,6 +82,10 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"
+
+    def _rows(self, rows: int) -> int:
+        """How many go through the products, if there are so many."""
+        return at_least(max(rows, self.rows_min))
 
     def _bias_dtype(self) -> torch.dtype:
         return torch.float32
@@ -102,7 +114,8 @@ class OneDnnLinear(PackedLinear):
         return torch.ops.mkldnn._reorder_linear_weight(plain_OK, 16)  # of several rows: one layout serves all
 
     def _products(self, x_MK: torch.Tensor) -> torch.Tensor:
-        x_MK = x_MK.to(self.number_type)
+        if x_MK.dtype is not self.number_type:
+            x_MK = x_MK.to(self.number_type)
         made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, self._packed, self._bias_O, "none", [], "")
         return made
 
@@ -136,9 +149,10 @@ class Int8Linear(PackedLinear):
 
     def _products(self, x_MK: torch.Tensor) -> torch.Tensor:
         packed, scale_O = self._packed
-        x_MK = x_MK.float()
-        scale_M1 = x_MK.abs().amax(1, keepdim=True).clamp_(min=SCALE_MIN).div_(LARGEST)
-        whole_MK = (x_MK / scale_M1).round_()
+        if x_MK.dtype is not torch.float32:
+            x_MK = x_MK.float()
+        scale_M1 = torch.add(_LEAST, x_MK.abs().amax(1, keepdim=True), alpha=1 / LARGEST)
+        whole_MK = torch.div(x_MK, scale_M1).round_()
         if self._by_x86:
             made = linears_x86.by_row(whole_MK, packed)
         else:
@@ -166,8 +180,26 @@ class DynamicLinear(PackedLinear):
         return made if self._bias_O is None else made.add_(self._bias_O)
 
 
+class Int4Linear(PackedLinear):
+    """int4 weights with a scale and a zero for each group of inputs, bf16 activations."""
+
+    kind = "int4"
+
+    def _rows(self, rows: int) -> int:
+        return rows
+
+    def _pack(self, weight_OK: torch.Tensor) -> Any:
+        return linears_int4.pack_int4(weight_OK)
+
+    def _products(self, x_MK: torch.Tensor) -> torch.Tensor:
+        made = linears_int4.by_group(x_MK, self._packed)
+        if made.shape[1] != self.out_features:
+            made = made[:, : self.out_features]
+        return made if self._bias_O is None else made.float().add_(self._bias_O)
+
+
 LAYERS: Final[Mapping[str, type[PackedLinear]]] = {
-    layer.kind: layer for layer in (Fp32Linear, Bf16Linear, Int8Linear, DynamicLinear)
+    layer.kind: layer for layer in (Fp32Linear, Bf16Linear, Int8Linear, DynamicLinear, Int4Linear)
 }
 
 
@@ -176,11 +208,14 @@ def quantized(weight_OK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     outputs, inputs = weight_OK.shape
     whole_OK, scale_O = torch.empty(outputs, inputs, dtype=torch.int8), torch.empty(outputs)
     step = max(1, SLICE // inputs)
+    room_SK = torch.empty(min(step, outputs), inputs)
     for begin in range(0, outputs, step):
         part_SK = weight_OK[begin : begin + step].float()
-        scale_S = part_SK.abs().amax(1).clamp_(min=SCALE_MIN).div_(LARGEST)
+        largest_S = torch.maximum(part_SK.amax(1), part_SK.amin(1).neg_())
+        scale_S = largest_S.clamp_(min=SCALE_MIN).div_(LARGEST)
         scale_O[begin : begin + step] = scale_S
-        whole_OK[begin : begin + step] = (part_SK / scale_S[:, None]).round_()
+        whole_SK = torch.div(part_SK, scale_S[:, None], out=room_SK[: len(part_SK)])
+        whole_OK[begin : begin + step] = whole_SK.round_()
     return whole_OK, scale_O
 
 
@@ -193,6 +228,7 @@ def kinds_here() -> tuple[str, ...]:
         "bf16": torch.cpu._is_avx512_bf16_supported(),
         "int8": torch.cpu._is_vnni_supported(),
         "int8-dynamic": linears_x86.is_here(),
+        "int4": linears_int4.is_here(),
     }
     return tuple(kind for kind in KINDS if here[kind])
 
@@ -204,6 +240,15 @@ class _Place:
     layer: PackedLinear
     is_bias: bool
     turned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Other weights of a packed model, packed, and waiting to be put in place."""
+
+    named: Mapping[str, torch.Tensor]
+    packed: list[tuple[PackedLinear, Any]]
+    biases: list[tuple[PackedLinear, torch.Tensor]]
 
 
 class PackedModel:
@@ -224,16 +269,20 @@ class PackedModel:
         return sum(isinstance(module, PackedLinear) for module in self.model.modules())
 
     def adopt(self, named: Mapping[str, torch.Tensor]) -> None:
-        """`adopting`, at once."""
-        for _ in self.adopting(named):
-            pass
+        """`preparing` and `put`, at once."""
+        preparing = self.preparing(named)
+        while True:
+            try:
+                next(preparing)
+            except StopIteration as end:
+                return self.put(end.value)
 
-    def adopting(self, named: Mapping[str, torch.Tensor]) -> Generator[None, None, None]:
-        """Go on with these weights, by the names of the plain model; what packing a model with them gives, to the bit.
+    def preparing(self, named: Mapping[str, torch.Tensor]) -> Generator[None, None, Ready]:
+        """Pack these weights, by the names of the plain model, for `put`: then the model is, to the bit, what packing
+        it with them gives.
 
-        Yields after each layer, so that serving under the old weights can go in between; all are changed together after
-        the last, and none if it is closed before. Until then both are in memory. The values must not change meanwhile.
-        Raises BadModel, before any is changed.
+        Yields after each layer, so that serving under the old weights can go in between; until `put` both are in
+        memory, and the values must not change. Raises BadModel, at the first step.
         """
         for name, value in named.items():
             if self.shapes.get(name) != tuple(value.shape):
@@ -241,22 +290,26 @@ class PackedModel:
                     f"the model that serves has no {name} of shape {list(value.shape)}; adopt weights by the names of "
                     "the model that was packed, a shared one by its first name"
                 )
-        ready: list[tuple[PackedLinear, Any]] = []
-        biases: list[tuple[PackedLinear, torch.Tensor]] = []
+        ready = Ready(named, [], [])
         for name, value in named.items():
             for place in self._places.get(name, ()):
                 if place.is_bias:
-                    biases.append((place.layer, value))
+                    ready.biases.append((place.layer, value))
                 else:
-                    ready.append((place.layer, place.layer.packed_of(value.t() if place.turned else value)))
+                    packed = place.layer.packed_of(value.t() if place.turned else value)
+                    ready.packed.append((place.layer, packed))
                     yield
+        return ready
+
+    def put(self, ready: Ready) -> None:
+        """Go on with what `preparing` made: all is changed at once."""
         own = dict(self.model.named_parameters())
         with torch.no_grad():
-            for name in named.keys() & own.keys():
-                own[name].copy_(named[name])
-        for layer, value in biases:
+            for name in ready.named.keys() & own.keys():
+                own[name].copy_(ready.named[name])
+        for layer, value in ready.biases:
             layer.take_bias(value)
-        for layer, packed in ready:
+        for layer, packed in ready.packed:
             layer.take(packed)
 
     def _put(self, name: str, place: _Place) -> None:
@@ -275,12 +328,13 @@ def pack(model: Any, kind: str) -> PackedModel:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     packed = PackedModel(model, kind, shapes)
     made: dict[nn.Module, PackedLinear] = {}
+    own_kind = dict.fromkeys(_heads(model), HEAD[kind]) if HEAD.get(kind) in kinds_here() else {}
     with torch.no_grad():
         for parent, key, plain in list(_linears(model)):
             if plain not in made:
                 turned = isinstance(plain, Conv1D)
                 weight, bias = plain.weight, plain.bias
-                layer = LAYERS[kind](weight.t() if turned else weight, bias).train(plain.training)
+                layer = LAYERS[own_kind.get(plain, kind)](weight.t() if turned else weight, bias).train(plain.training)
                 packed._put(first[id(weight)], _Place(layer, False, turned))
                 if bias is not None:
                     packed._put(first[id(bias)], _Place(layer, True, turned))
@@ -303,6 +357,12 @@ def _linears(model: Any) -> Iterator[tuple[nn.Module, str, Any]]:
         for key, child in parent._modules.items():  # named_children would give a shared one once
             if type(child) in (nn.Linear, Conv1D):
                 yield parent, key, child
+
+
+def _heads(model: Any) -> list[nn.Module]:
+    """The layer that makes the logits, if there is one."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [head] if type(head) is nn.Linear and head.in_features <= INPUTS_MAX else []
 
 
 def _check(model: Any, kind: str) -> None:

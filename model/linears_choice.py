@@ -2,7 +2,9 @@
 
 Rules: what is counted is CPU-seconds of the linear layers of one step, with one row (a lone user) and with sixteen. The
 measurement takes weights of its own, as many as the model's up to ELEMENTS_MAX, so that they come from memory as in
-serving. A kind that rounds more than the model's own number type is a candidate only if it is wished for.
+serving. A kind that rounds more than the model's own number type is a candidate only if it is wished for. int4 is not
+compared: who wishes for it wishes for its memory, and for many rows it is slower than int8. A small model is not
+measured: a start would take longer, and which layers are best matters little there.
 Legend: K inputs, O outputs.
 Source: SERVING.md, "Linear layers" (the answer differs by CPU and by batch).
 """
@@ -23,11 +25,12 @@ from model.errors import BadInput
 from model.linears import EXACT, INVARIANT, LAYERS, kinds_here
 
 PLAIN: Final = "plain"  # the model's own layers
-WISHES: Final = {"exact": (), "int8": ("int8",), "int8-dynamic": ("int8", "int8-dynamic")}
+WISHES: Final = {"exact": (), "int8": ("int8",), "int8-dynamic": ("int8", "int8-dynamic"), "int4": ("int4",)}
 ROWS: Final = (1, 16)
 TURNS: Final = 5
 ELEMENTS_MAX: Final = 48 << 20  # 192 MB in fp32, beyond any cache; half a second a kind
-GAIN_MIN: Final = 1.1  # plain layers are not batch-invariant: they have to be cheaper by this to be kept
+MEASURED_MIN: Final = 16 << 20  # elements of a model, from which on it is measured
+GAIN_MIN: Final = 2.0  # plain layers are not batch-invariant: they have to be cheaper by this to be kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +48,13 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """kind: `plain` to leave the model as it is, else for `pack`. costs: what was measured, of each candidate."""
+    """kind: `plain` to leave the model as it is, else for `pack`. costs: what was measured, of each candidate. problem:
+    why it is not what was wished for; "" if it is."""
 
     kind: str
     wish: str
-    costs: tuple[Cost, ...]
+    costs: tuple[Cost, ...] = ()
+    problem: str = ""
 
     @property
     def is_invariant(self) -> bool:
@@ -58,6 +63,10 @@ class Choice:
 
     def __str__(self) -> str:
         """One sentence for doctor and status."""
+        if self.problem:
+            return f"{self.kind}: {self.problem}"
+        if not self.costs:
+            return f"{self.kind}; not measured"
         each = ", ".join(
             f"{cost.kind} " + " / ".join(f"{spent * 1e3:.3g}" for spent in cost.cpu_s.values()) for cost in self.costs
         )
@@ -69,20 +78,29 @@ def choose(
     wish: str,
     dtype: torch.dtype,
     *,
+    here: Sequence[str] | None = None,
+    measured_min: int = MEASURED_MIN,
     clock: Callable[[], float] = time.process_time,
 ) -> Choice:
     """Measure the candidates on layers of these (K, O), and choose. Takes seconds: call it in a worker thread, before
-    serving begins. wish: of WISHES. dtype: the model's. Raises BadInput.
+    serving begins. wish: of WISHES. dtype: the model's. here: kinds, None: `kinds_here()`. measured_min: elements,
+    below which nothing is measured. Raises BadInput.
     """
     if wish not in WISHES:
         raise BadInput(f"there is no wish {wish!r} for linear layers; choose one of {', '.join(WISHES)}")
     if dtype not in EXACT or not shapes:
         raise BadInput(f"{len(shapes)} layers of {dtype}: only fp32 and bf16 are packed; serve the model as it is")
-    here = kinds_here()
+    here = kinds_here() if here is None else here
     kinds = [PLAIN, *(kind for kind in (EXACT[dtype], *WISHES[wish]) if kind in here)]
+    problem = ""
+    if (wish == "exact" and len(kinds) == 1) or (WISHES[wish] and not set(WISHES[wish]) & set(kinds)):
+        lacks = wish if WISHES[wish] else EXACT[dtype]
+        problem = f"there are no packed {lacks} layers for this processor"
+    if "int4" in kinds or sum(inputs * outputs for inputs, outputs in shapes) < measured_min:
+        return Choice(kind=kinds[-1], wish=wish, problem=problem)
     costs = tuple(cost_of(kind, shapes, dtype, clock=clock) for kind in kinds)
     best = min(costs, key=lambda cost: cost.mean_s * (GAIN_MIN if cost.kind == PLAIN else 1.0))
-    return Choice(kind=best.kind, wish=wish, costs=costs)
+    return Choice(kind=best.kind, wish=wish, costs=costs, problem=problem)
 
 
 def cost_of(

@@ -2,7 +2,9 @@
 
 Rules: this file alone uses torch's quantized tensors, which torch calls deprecated; `is_here` says whether they still
 work, and model/linears.py does without them. The row scale is taken out beforehand, so that the scale that FBGEMM is
-given is 1 for every row: all sums are whole numbers, and a row's bits do not depend on the rows beside it.
+given is 1 for every row: all sums are whole numbers, and a row's bits do not depend on the rows beside it. A large
+weight is packed in parts: FBGEMM goes down its columns, and from about CHUNK on each step misses cache and page table,
+which makes packing twice as slow; one more product costs nothing beside a part of that size.
 Legend: O outputs, K inputs, M rows.
 Source: pytorch aten/src/ATen/native/quantized/cpu/qlinear.cpp, qlinear_dynamic.cpp; pytorch#184982 (deprecation).
 """
@@ -17,6 +19,8 @@ import torch
 from model.errors import FOREIGN
 
 ENGINE: Final = "fbgemm"
+CHUNK: Final = 1 << 21  # elements of a part
+CHUNK_OUTPUTS: Final = 32  # of a block of FBGEMM's layout
 ZERO: Final = 128  # of the unsigned numbers that FBGEMM takes: -127..127 becomes 1..255
 
 
@@ -31,27 +35,35 @@ def is_here() -> bool:
         return False
 
 
-def pack_x86(weight_OK: torch.Tensor, scale_O: torch.Tensor) -> Any:
+def pack_x86(weight_OK: torch.Tensor, scale_O: torch.Tensor) -> tuple[Any, ...]:
     """int8 weights, packed for `by_row` and `by_batch`."""
+    outputs, inputs = weight_OK.shape
+    step = max(1, CHUNK // inputs // CHUNK_OUTPUTS) * CHUNK_OUTPUTS
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = ENGINE
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            zero_O = torch.zeros(len(weight_OK), dtype=torch.long)
-            whole = torch._make_per_channel_quantized_tensor(weight_OK, scale_O.double(), zero_O, 0)
-            return torch.ops.quantized.linear_prepack(whole, None)
+            parts = []
+            for part in (slice(begin, begin + step) for begin in range(0, outputs, step)):
+                scale = scale_O[part].double()
+                zero = torch.zeros(len(scale), dtype=torch.long)
+                whole = torch._make_per_channel_quantized_tensor(weight_OK[part], scale, zero, 0)
+                parts.append(torch.ops.quantized.linear_prepack(whole, None))
+            return tuple(parts)
     finally:
         torch.backends.quantized.engine = before
 
 
-def by_row(whole_MK: torch.Tensor, packed: Any) -> torch.Tensor:
+def by_row(whole_MK: torch.Tensor, packed: tuple[Any, ...]) -> torch.Tensor:
     """Products in fp32 of rows of whole numbers from -127 to 127."""
-    made: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(whole_MK, 1.0, ZERO, packed)
-    return made
+    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+    if len(packed) == 1:
+        return product(whole_MK, 1.0, ZERO, packed[0])  # type: ignore[no-any-return]  # torch.ops has no types
+    return torch.cat([product(whole_MK, 1.0, ZERO, part) for part in packed], 1)
 
 
-def by_batch(x_MK: torch.Tensor, packed: Any) -> torch.Tensor:
+def by_batch(x_MK: torch.Tensor, packed: tuple[Any, ...]) -> torch.Tensor:
     """Products in fp32 with one activation scale for all rows: what a row gets depends on the others."""
-    made: torch.Tensor = torch.ops.quantized.linear_dynamic(x_MK, packed)
-    return made
+    made = [torch.ops.quantized.linear_dynamic(x_MK, part) for part in packed]
+    return torch.cat(made, 1) if len(made) > 1 else made[0]

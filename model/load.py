@@ -28,8 +28,9 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from model.checkpoint import Checkpoint, read_checkpoint, revision_of
-from model.config import ModelFacts
+from model.config import UNPACKED, LinearFacts, ModelFacts
 from model.errors import FOREIGN, BadModel, NotFound, OutOfMemory, first_line
+from model.linears import PackedModel
 from model.tokens import Tokens
 
 DEFAULT = "default"
@@ -59,7 +60,8 @@ class Found:
 class Loaded:
     """A model in memory, ready for inference.
 
-    found, read_as: its files and their revision. end_tokens: any of them ends an answer.
+    found, read_as: its files and their revision. end_tokens: any of them ends an answer. packed: its linear layers have
+    no weights any more but through this. linears: how they are computed, once model/packing.py has chosen.
     """
 
     facts: ModelFacts
@@ -69,6 +71,8 @@ class Loaded:
     tokens: Tokens
     end_tokens: frozenset[int]
     device: torch.device
+    packed: PackedModel | None = None
+    linears: LinearFacts = UNPACKED
 
 
 def resolve(name_or_path: str, *, cache_dir: Path | None = None) -> Found:
@@ -139,8 +143,8 @@ def load(found: Found, *, device: str = "auto", dtype: str = "auto") -> Loaded:
 
 def as_in_files(loaded: Loaded) -> Loaded:
     """The model as everybody finds it in its files, in fp32: itself, or read anew when it serves in other numbers or
-    its weights have gone on. Raises as `load` does."""
-    if (loaded.facts.revision, loaded.facts.dtype) == (loaded.read_as, "float32"):
+    packed layers, or its weights have gone on. Raises as `load` does."""
+    if loaded.packed is None and (loaded.facts.revision, loaded.facts.dtype) == (loaded.read_as, "float32"):
         return loaded
     return load(loaded.found, device=loaded.device.type, dtype="float32")
 
@@ -219,8 +223,8 @@ def pick_device(device: str) -> torch.device:
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The number type of a name; "auto": fp32 on a CPU, and on a GPU bf16 where it computes in that, else fp16.
 
-    On a CPU bf16 is asked for by name only: a token's logits then depend on how many tokens went through with it, and
-    an answer that another node takes over may go on with other words.
+    On a CPU bf16 is asked for by name only: where its layers cannot be packed (model/linears.py), a token's logits
+    depend on how many tokens went through with it, and an answer that another node takes over may go on with others.
     """
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]

@@ -7,18 +7,20 @@ any. An encoder serves vectors only; without an encoder the causal model's own s
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its OpenMP spins at barriers otherwise
 
 import torch
 
-from model.config import ModelFacts, RuntimeConfig
+from model.config import LinearFacts, ModelFacts, RuntimeConfig
 from model.embed import Embedder
 from model.engine import Engine
 from model.errors import BadInput
+from model.linears import PackedModel, Ready
 from model.load import Loaded, device_free_bytes, load, resolve
+from model.packing import packed
 from model.participant import load_named
 from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress
 
@@ -39,16 +41,18 @@ class Runtime:
     def load(cls, name: str, config: RuntimeConfig | None = None) -> Runtime:
         """Loads the model, and the embedding model if one is named. Seconds of work: use a worker thread.
 
-        Raises NotFound, BadModel, OutOfMemory; nothing stays allocated then.
+        Raises NotFound, BadModel, OutOfMemory, BadInput (quantize on a GPU); nothing stays allocated then.
         """
         config = config or RuntimeConfig()
         if config.threads:
             torch.set_num_threads(config.threads)
-        loaded = load(resolve(name), device=config.device, dtype=config.dtype)
-        encoder = None
+        names = [name]
         if config.embedding_name and config.embedding_name != name:
-            encoder = load(resolve(config.embedding_name), device=config.device, dtype=config.dtype)
-        return cls(loaded, encoder, config)
+            names.append(config.embedding_name)
+        loaded, *encoder = (
+            packed(load(resolve(each), device=config.device, dtype=config.dtype), config.quantize) for each in names
+        )
+        return cls(loaded, encoder[0] if encoder else None, config)
 
     @property
     def facts(self) -> ModelFacts:
@@ -111,20 +115,37 @@ class Runtime:
         """The main model itself, for who trains a copy of it. Its weights are those that serve now."""
         return self._loaded
 
-    def adopt(self, weights: object, revision: str) -> None:
-        """Goes on under other weights of the main model (a mapping of names to fp32 tensors), and under their name.
+    def preparing(self, weights: object) -> Generator[None, None, object]:
+        """Make other weights of the main model (a mapping of names to fp32 tensors) ready for `adopt`, a piece at each
+        step; requests may run meanwhile. Raises BadModel."""
+        assert isinstance(weights, Mapping)
+        if self._loaded.packed is None:
+            return weights
+        return (yield from self._loaded.packed.preparing(weights))
+
+    def adopt(self, ready: object, revision: str) -> None:
+        """Goes on under weights that are ready, and under their name.
 
         No request may be running: an answer is made by one revision. Raises BadModel, and then nothing has changed.
         """
-        assert isinstance(weights, Mapping)
         assert not self.has_work, "a request is running: its KV cache is of the weights before"
-        load_named(self._loaded.model, weights)
+        if isinstance(self._loaded.packed, PackedModel):
+            assert isinstance(ready, Ready)
+            self._loaded.packed.put(ready)
+        else:
+            assert isinstance(ready, Mapping)
+            load_named(self._loaded.model, ready)
         if self._engine is not None:
             self._engine.forget(revision)
         is_encoder_too = self._encoder is self._loaded
-        self._loaded = replace(self._loaded, facts=replace(self._loaded.facts, revision=revision))
+        self._loaded = replace(self._loaded, facts=self._loaded.facts.at(revision))
         if is_encoder_too:
             self._encoder = self._embedder.loaded = self._loaded
+
+    @property
+    def linears(self) -> LinearFacts:
+        """How the main model's linear layers are computed."""
+        return self._loaded.linears
 
     @property
     def device(self) -> str:

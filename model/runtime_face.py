@@ -5,10 +5,10 @@ Rules: model/runtime.py has the real one; a test checks that it keeps to this fa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Protocol
 
-from model.config import ModelFacts
+from model.config import LinearFacts, ModelFacts
 from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress
 
 
@@ -26,6 +26,10 @@ class Runtime(Protocol):
     @property
     def device(self) -> str:
         """Where the model is: cpu, cuda:0, mps."""
+
+    @property
+    def linears(self) -> LinearFacts:
+        """How the main model's linear layers are computed."""
 
     @property
     def has_work(self) -> bool:
@@ -61,8 +65,12 @@ class Runtime(Protocol):
     def device_free_bytes(self) -> int:
         """Memory that is free on the model's device."""
 
-    def adopt(self, weights: object, revision: str) -> None:
-        """Goes on under other weights of the main model, by name, and under their name. No request may be running.
+    def preparing(self, weights: object) -> Generator[None, None, object]:
+        """Make other weights of the main model, by name, ready for `adopt`, a piece at each step; requests may run
+        meanwhile. Raises BadModel."""
+
+    def adopt(self, ready: object, revision: str) -> None:
+        """Goes on under weights that are ready, and under their name. No request may be running.
 
         Raises BadModel, and then nothing has changed.
         """

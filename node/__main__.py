@@ -56,6 +56,7 @@ def run(
     backend_key_file: Annotated[Path | None, typer.Option(help="File with that server's key.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="none, int8 or int4: the weights, on a CPU.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the model; default: cores - 1.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Requests answered at the same time.")] = None,
     kv_cache_mb: Annotated[int | None, typer.Option(help="Memory for the context of running requests.")] = None,

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import trio
 
-from model.config import ModelFacts
+from model.config import LinearFacts, ModelFacts
 from model.requests import EngineStatistics
 from node.errors import RequestError
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
@@ -30,6 +30,10 @@ class Served(Protocol):
     @property
     def device(self) -> str:
         """Where the models are."""
+
+    @property
+    def linears(self) -> LinearFacts | None:
+        """How the main model's linear layers are computed; None: not here."""
 
     def all_facts(self) -> tuple[ModelFacts, ...]:
         """Every model here."""

@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from node.errors import ConfigError
 from node.training_pause import hours_of
+from p2p.host_config import PSK_BYTES
 
 KEY_FILE = "identity.key"  # in the data directory
 ENVIRONMENT_PREFIX = "OPENAGI_"
@@ -74,6 +75,7 @@ class NodeConfig(BaseModel):
     backend_key_file: FilePath | None = None  # the key that this server wants
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Literal["none", "int8", "int4"] = "none"  # weights of linear layers, on a CPU
     threads: int = Field(default_factory=lambda: max(1, (os.cpu_count() or 2) - 1), ge=1, le=1024)
     max_batch: int = Field(default=16, ge=1, le=1024)
     kv_cache_mb: int = Field(default=256, ge=1, le=1 << 20)
@@ -124,6 +126,22 @@ class NodeConfig(BaseModel):
     def http_address(self) -> HttpAddress | None:
         """Host and port of the HTTP door, None when it is off."""
         return parse_http(self.http)
+
+    def psk(self) -> bytes | None:
+        """The private network's key. Raises ConfigError."""
+        if self.psk_file is None:
+            return None
+        wanted = f"{2 * PSK_BYTES} hexadecimal digits"
+        try:
+            text = self.psk_file.read_text().strip()
+            key = bytes.fromhex(text)
+        except OSError as exc:
+            raise ConfigError(f"cannot read the pre-shared key {self.psk_file}: {exc.strerror}") from exc
+        except ValueError as exc:
+            raise ConfigError(f"the pre-shared key {self.psk_file} must hold {wanted}") from exc
+        if len(key) != PSK_BYTES:
+            raise ConfigError(f"the pre-shared key {self.psk_file} has {len(text)} digits, wanted {wanted}")
+        return key
 
     def upstream_url(self) -> str | None:
         """The server that answers here, without its /v1; None: this process does."""
@@ -257,11 +275,18 @@ def _check_exposure(config: NodeConfig) -> None:
 
 
 def _check_model(config: NodeConfig) -> None:
+    if config.quantize != "none" and config.device in ("cuda", "mps"):
+        raise ConfigError(f"--quantize {config.quantize} is for models on a CPU: leave it out, or choose --device cpu")
     if config.train is not None and not config.data:
         raise ConfigError(f"--train {config.train} wants text of yours to train on: add --data FILE or --data FOLDER")
     if config.data and config.train is None:
         raise ConfigError("--data is text to train on: say in which run by --train RUN, or leave it out")
     if config.upstream_url() is not None:
+        if config.quantize != "none":
+            raise ConfigError(
+                f"--quantize {config.quantize} is for weights of this process, and --backend names a server that has "
+                "them: leave one of the two out"
+            )
         if config.model == "none":
             raise ConfigError(
                 "--model none hosts none, and --backend names a server that does: give only one of the two"

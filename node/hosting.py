@@ -4,7 +4,8 @@ Rules: torch runs in one worker thread, one turn a hop: the orders, a few texts 
 for more than that. One task (`run`) owns the runtime; requests reach it as orders that are carried out before the next
 step. Every admitted request ends in exactly one of: Finished, an error, cancellation by its owner. The thread is lent
 (`borrow`) while there is no request, one short act a hop: serving comes first. Weights change (`switch`) between
-requests: each answer is made by one revision. Who waits for that holds new requests back after SWITCH_S.
+requests: each answer is made by one revision. They are made ready before, a piece a turn beside the requests. Who waits
+for a moment without requests holds new ones back after SWITCH_S.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from model.errors import ComputeFailed, ModelError
 from model.requests import EngineStatistics, GenerationRequest, Output
 from model.runtime_face import Runtime
 from node.errors import NO_ROOM_RETRY_S, NoRoom, NotReady, RequestError, UnknownModel
-from node.hosting_jobs import EmbedJob, Job, Loan, Waiting, logprobs, parameters, request_error
+from node.hosting_jobs import Beside, EmbedJob, Job, Loan, Waiting, logprobs, parameters, request_error
 from node.work import (
     AnswerItem,
     Embedded,
@@ -67,7 +68,7 @@ class Hosting:
         """Step the engine while there is work. Cancelled, it waits for the step under way and drops the rest."""
         task_status.started()
         while True:
-            if not (self._waiting.ends or self._waiting.embeds or self._jobs or self._waiting.loans):
+            if not (self._jobs or self._waiting.is_something):
                 self._wake = trio.Event()
                 await self._wake.wait()
             if self._waiting.loans and self._is_free():
@@ -79,8 +80,12 @@ class Hosting:
                 starts = [job for job in self._waiting.starts if job.key in self._jobs]
                 self._waiting.starts.clear()
             embed = self._waiting.next_embed(is_held=self._is_held())
-            for output in await self._hop(partial(self._turn, starts, ends, embed)):
+            beside = self._waiting.next_beside()
+            for output in await self._hop(partial(self._turn, starts, ends, embed, beside)):
                 self._deliver(output)
+            if beside is not None and beside.has_ended:
+                self._waiting.besides.popleft()
+                beside.done.set()
             if embed is not None and (embed.cancelled or embed.result is not None):
                 self._waiting.embeds.popleft()
                 embed.done.set()
@@ -98,10 +103,21 @@ class Hosting:
         return result
 
     async def switch(self, weights: object, revision: str) -> None:
-        """Have the model go on under these weights (see Runtime.adopt), between two requests. Raises ModelError."""
-        await self._lent(
-            Loan(act=partial(self.runtime.adopt, weights, revision), hold_at=trio.current_time() + SWITCH_S)
-        )
+        """Have the model go on under these weights (see Runtime.adopt), between two requests. Raises ModelError.
+
+        If cancelled, it goes on under them or it does not; the weights may be read until the step under way is over.
+        """
+        beside = Beside(work=self.runtime.preparing(weights))
+        self._waiting.besides.append(beside)
+        self._wake.set()
+        try:
+            await beside.done.wait()
+        finally:
+            beside.is_left = True
+        if beside.failure is not None:
+            raise beside.failure
+        act = partial(self.runtime.adopt, beside.result, revision)
+        await self._lent(Loan(act=act, hold_at=trio.current_time() + SWITCH_S))
         self._changed_at = trio.current_time()
         self._on_change()
 
@@ -204,9 +220,8 @@ class Hosting:
         Raises NotReady, UnknownModel, NoRoom. Leaving the block cancels the request in the engine within one step.
         """
         self._check(work.model, work.revision, "causal")
-        send, receive = trio.open_memory_channel[AnswerItem | RequestError](
-            math.inf
-        )  # max_tokens items, and progress while it waits
+        # max_tokens items, and progress while it waits
+        send, receive = trio.open_memory_channel[AnswerItem | RequestError](math.inf)
         self._count += 1
         job = Job(work=work, send=send, key=f"{self._count}")
         self._jobs[job.key] = job
@@ -257,7 +272,7 @@ class Hosting:
 
     # in the worker thread
 
-    def _turn(self, starts: list[Job], ends: list[str], embed: EmbedJob | None) -> list[Output]:
+    def _turn(self, starts: list[Job], ends: list[str], embed: EmbedJob | None, beside: Beside | None) -> list[Output]:
         outputs = [failure for job in starts if (failure := self._start(job)) is not None]
         for key in ends:
             self.runtime.cancel(key)
@@ -265,6 +280,8 @@ class Hosting:
             embed.result = self._embed_some(embed)
         if self.runtime.has_work:
             outputs.extend(self.runtime.step())
+        if beside is not None:
+            beside.carry_on()
         return outputs
 
     def _start(self, job: Job) -> Output | None:

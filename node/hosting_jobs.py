@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 import trio
@@ -78,6 +78,27 @@ class Loan:
             self.failure = exc
 
 
+@dataclass(slots=True, kw_only=True)
+class Beside:
+    """Work that goes on beside the requests, a piece a turn, and what came of it."""
+
+    work: Generator[None, None, object]
+    done: trio.Event = field(default_factory=trio.Event)
+    has_ended: bool = False
+    result: object = None
+    failure: ModelError | None = None
+    is_left: bool = False
+
+    def carry_on(self) -> None:
+        """The next piece. In the worker thread. An error that is a bug is not caught."""
+        try:
+            next(self.work)
+        except StopIteration as end:
+            self.result, self.has_ended = end.value, True
+        except ModelError as exc:
+            self.failure, self.has_ended = exc, True
+
+
 @dataclass(slots=True)
 class Waiting:
     """All that waits. ends: keys of requests whose owners left."""
@@ -86,6 +107,18 @@ class Waiting:
     ends: deque[str] = field(default_factory=deque)
     embeds: deque[EmbedJob] = field(default_factory=deque)
     loans: deque[Loan] = field(default_factory=deque)
+    besides: deque[Beside] = field(default_factory=deque)
+
+    @property
+    def is_something(self) -> bool:
+        """Whether there is a turn to take, but for requests in the engine."""
+        return bool(self.ends or self.embeds or self.loans or self.besides)
+
+    def next_beside(self) -> Beside | None:
+        """Whose next piece comes; those whose owners left are dropped."""
+        while self.besides and self.besides[0].is_left:
+            self.besides.popleft().work.close()
+        return self.besides[0] if self.besides else None
 
     def next_embed(self, *, is_held: bool) -> EmbedJob | None:
         """Whose texts come next; while new work is held back, only one that has begun."""

@@ -45,7 +45,9 @@ from node.work import (
 
 ATTEMPTS_MAX = 8
 DEADLINE_GRACE_MS = 100
-TRAINED = re.compile(r"(.+)-r\d+-[0-9a-f]{12}")  # as node.training_plan.Plan.revision_at names them
+TRAINED = re.compile(  # as node.training_plan.Plan.revision_at names them, and model.config.ModelFacts.at
+    r"(.+)-r\d+-[0-9a-f]{12}(-int[48])?"
+)
 FULL_WAIT_S = 0.5  # between looks for room, for an answer that has begun
 
 
@@ -279,9 +281,9 @@ class Pursuit(Generic[H]):
 
 
 def lineage_of(revision: str) -> str:
-    """The run of training that a revision is of; '' for weights that are of none."""
+    """The run of training that a revision is of, and how its weights are quantized; '' for weights that are of none."""
     found = TRAINED.fullmatch(revision)
-    return found[1] if found is not None else ""
+    return found[1] + (found[2] or "") if found is not None else ""
 
 
 def pursue(work: GenerateWork | EmbedWork, route: RouteHint, around: Surroundings[H], now: float) -> Pursuit[H]:

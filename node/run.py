@@ -49,7 +49,7 @@ from p2p.calls import Calls
 from p2p.direct import Direct, DirectConfig
 from p2p.errors import BadAddress, BadFile
 from p2p.hello import RPC_PROTOCOL
-from p2p.host_config import PSK_BYTES, HostConfig
+from p2p.host_config import HostConfig
 from p2p.peering import Peering, PeeringConfig
 from p2p.reaching import Outside, Reaching
 from p2p.relay import RelayLimits
@@ -77,7 +77,7 @@ async def run_node(config: NodeConfig, log_left_out: Mapping[str, int]) -> None:
     bootstrap = _bootstrap(config)
     topics = frozenset({advert_topic(config.network), round_topic(config.network)})
     relay = RelayLimits() if config.relay else None
-    host_config = HostConfig(listen=config.listen, psk=_psk(config), topics=topics, relay=relay)
+    host_config = HostConfig(listen=config.listen, psk=config.psk(), topics=topics, relay=relay)
     async with open_host(identity, host_config) as transport:
         node = Node(config, identity, transport, bootstrap, outside=transport.relay)
         node.state.log_left_out = log_left_out
@@ -206,6 +206,8 @@ class Node:
         peer, on_change = self._transport.peer_id, self._offer
         if self._config.upstream_url() is None:
             runtime = await trio.to_thread.run_sync(self._load, self._config, abandon_on_cancel=True)
+            level = logging.WARNING if runtime.linears.problem else logging.INFO
+            _log.log(level, "linear layers are %s", runtime.linears.told)
             return Hosting(runtime, peer=peer, on_change=on_change)
         with importing():
             from node.upstream_start import upstream_of  # httpx
@@ -334,6 +336,7 @@ def _load(config: NodeConfig) -> Runtime:
         RuntimeConfig(
             device=config.device,
             dtype=config.dtype,
+            quantize=config.quantize,
             threads=config.threads,
             embedding_name=config.embedding_model or "",
             slots=config.max_batch,
@@ -351,23 +354,6 @@ def _bootstrap(config: NodeConfig) -> tuple[BootstrapPeer, ...]:
     except (BadFile, BadAddress) as exc:
         raise ConfigError(str(exc)) from exc
     return (*flagged, *listed)
-
-
-def _psk(config: NodeConfig) -> bytes | None:
-    """The private network's key. Raises ConfigError."""
-    if config.psk_file is None:
-        return None
-    wanted = f"{2 * PSK_BYTES} hexadecimal digits"
-    try:
-        text = config.psk_file.read_text().strip()
-        key = bytes.fromhex(text)
-    except OSError as exc:
-        raise ConfigError(f"cannot read the pre-shared key {config.psk_file}: {exc.strerror}") from exc
-    except ValueError as exc:
-        raise ConfigError(f"the pre-shared key {config.psk_file} must hold {wanted}") from exc
-    if len(key) != PSK_BYTES:
-        raise ConfigError(f"the pre-shared key {config.psk_file} has {len(text)} digits, wanted {wanted}")
-    return key
 
 
 @contextmanager

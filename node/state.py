@@ -267,7 +267,7 @@ class NodeState:
                 revision=facts.revision,
                 kind=ModelKind(facts.kind),
                 context_tokens=facts.context_tokens,
-                dtype=facts.dtype,
+                dtype=facts.numbers,
                 embeds=facts.embeds,
             )
             for facts in hosting.runtime.all_facts()
@@ -278,6 +278,7 @@ class NodeState:
             return None
         return {
             "models": [asdict(facts) for facts in hosting.runtime.all_facts()],
+            "linears": None if (linears := hosting.runtime.linears) is None else asdict(linears),
             "device": hosting.runtime.device,
             "engine": asdict(hosting.statistics()),
             "running": hosting.requests_running,

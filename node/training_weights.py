@@ -241,7 +241,7 @@ class Weights:
         """Have the engine go on under the newest weights, as soon as requests let it, for ever. Raises ModelError."""
         while True:
             changed, (revision, weights) = self._changed, self._newest
-            if revision and revision != self._hosting.runtime.facts.revision:
+            if revision and revision != self._hosting.runtime.facts.weights_revision:
                 await self._hosting.switch(weights, revision)
                 _log.info("serving %s at revision %s", self._hosting.runtime.facts.name, revision)
             else:

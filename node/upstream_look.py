@@ -75,6 +75,10 @@ class Identity:
         """The kind of server."""
         return self.main.dialect.name
 
+    @property
+    def linears(self) -> None:
+        """That server's own affair."""
+
     def all_facts(self) -> tuple[ModelFacts, ...]:
         """Of every model that this node states."""
         if self.vectors is None or self.vectors is self.main:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 
 import trio
 
-from model.config import ModelFacts
+from model.config import UNPACKED, LinearFacts, ModelFacts
 from model.errors import BadInput, EngineFull, ModelError
 from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress, TokenLogprob
 
@@ -70,6 +70,9 @@ class FakeRuntime:
     embed_error: ModelError | None = None
     added: list[GenerationRequest] = field(default_factory=list)
     adopted: list[object] = field(default_factory=list)
+    pieces: int = 0  # of making weights ready
+    piece_s: float = 0.1
+    linears: LinearFacts = UNPACKED
     embedded: list[int] = field(default_factory=list)  # texts of each embed() call
     takes_s: float = 0.0
     _waiting: deque[_Run] = field(default_factory=deque)
@@ -97,10 +100,18 @@ class FakeRuntime:
     def all_facts(self) -> tuple[ModelFacts, ...]:
         return (self.facts,)
 
-    def adopt(self, weights: object, revision: str) -> None:
+    def preparing(self, weights: object) -> Generator[None, None, object]:
+        for _ in range(self.pieces):
+            self.takes_s += self.piece_s
+            yield
+        if isinstance(weights, ModelError):
+            raise weights
+        return ("ready", weights)
+
+    def adopt(self, ready: object, revision: str) -> None:
         assert not self.has_work
-        self.adopted.append(weights)
-        self.facts = replace(self.facts, revision=revision)
+        self.adopted.append(ready)
+        self.facts = self.facts.at(revision)
 
     def render(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
         return self.encode("".join(f"{role}:{content}\n" for role, content in messages))

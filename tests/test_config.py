@@ -151,7 +151,7 @@ def test_every_key_has_a_reader() -> None:
     sources = [
         path.read_text() for path in (ROOT / "node").rglob("*.py") if path.name not in ("config.py", "__main__.py")
     ]
-    readers = {"http": "http_address", "bootstrap_file": "bootstrap_path", "open": "."}
+    readers = {"http": "http_address", "bootstrap_file": "bootstrap_path", "psk_file": "psk()", "open": "."}
     unread = [
         key
         for key in NodeConfig.model_fields

@@ -13,7 +13,7 @@ import trio
 from msgspec.structs import replace
 from trio.testing import MockClock
 
-from model.errors import BadInput, ComputeFailed, OutOfMemory
+from model.errors import BadInput, BadModel, ComputeFailed, OutOfMemory
 from model.runtime_face import Runtime
 from node.errors import BadRequest, InternalError, NoRoom, NotReady, RequestError, UnknownModel
 from node.hosting import CHANGE_EVERY_S, EMBED_QUEUE_MAX, PROGRESS_EVERY_S, SWITCH_S, Hosting
@@ -429,10 +429,41 @@ async def test_weights_change_between_requests_and_the_new_revision_is_told(auto
             await here.hosting.switch("weights", "r2")
             told = len(here.changes_s)
             nursery.start_soon(ask, "second")
-        assert here.runtime.adopted == ["weights"]
+        assert here.runtime.adopted == [("ready", "weights")]
         assert told > 0
         assert [items[0].revision for items in made if isinstance(items[0], Started)] == ["r1", "r2"]
         assert not here.hosting.serves("tale", "r1", "causal")
+
+
+async def test_weights_are_made_ready_between_the_steps_of_a_request(autojump_clock: MockClock) -> None:
+    async with host(step_s=0.5, pieces=4, piece_s=0.25) as here, trio.open_nursery() as nursery:
+        nursery.start_soon(here.items, work("first", 40))
+        nursery.start_soon(here.hosting.switch, "weights", "r2")
+        await trio.sleep(3.9)
+        before = here.runtime._steps
+        assert before == 5  # four of 0.75 s, and others of 0.5
+        await trio.sleep(1)
+        assert here.runtime._steps == before + 2
+        assert here.runtime.adopted == []
+        await trio.sleep(16)
+        assert here.runtime.adopted == [("ready", "weights")]
+
+
+async def test_weights_that_do_not_fit_are_an_error_and_change_nothing(autojump_clock: MockClock) -> None:
+    async with host(pieces=2) as here:
+        with pytest.raises(BadModel, match="of another"):
+            await here.hosting.switch(BadModel("of another"), "r2")
+        assert here.hosting.revision == "r1"
+        await here.items(work("again", 2))
+
+
+async def test_a_switch_that_is_left_halfway_is_dropped(autojump_clock: MockClock) -> None:
+    async with host(pieces=10, piece_s=0.5) as here:
+        with trio.move_on_after(2):
+            await here.hosting.switch("weights", "r2")
+        await here.items(work("again", 2))
+        await here.hosting.switch("others", "r3")
+        assert here.runtime.adopted == [("ready", "others")]
 
 
 async def test_who_never_rests_is_held_back_for_a_switch(autojump_clock: MockClock) -> None:

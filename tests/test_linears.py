@@ -12,8 +12,8 @@ import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import linears_choice, linears_x86
-from model.errors import BadInput, BadModel
+from model import linears_x86
+from model.errors import BadModel
 from model.lengths import LENGTHS
 from model.linears import (
     INPUTS_MAX,
@@ -27,11 +27,10 @@ from model.linears import (
     pack,
     quantized,
 )
-from model.linears_choice import ELEMENTS_MAX, ROWS, TURNS, choose, sample_of
 from tests.tiny_models import causal_config
 
 HERE = kinds_here()
-NEAR = {"fp32": 2e-6, "bf16": 6e-3, "int8": 2e-2, "int8-dynamic": 4e-2}  # of the products' norm
+NEAR = {"fp32": 2e-6, "bf16": 6e-3, "int8": 2e-2, "int8-dynamic": 4e-2, "int4": 0.12}  # of the products' norm
 SHAPES = [(1, 64), (64, 1), (7, 5), (33, 65), (100, 3), (257, 511), (512, 128), (1376, 96), (4099, 33)]
 every_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in HERE])
 invariant_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in HERE and kind in INVARIANT])
@@ -111,9 +110,9 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@every_kind
+@pytest.mark.parametrize("kind", [kind for kind in HERE if kind != "int4"])
 def test_few_numbers_of_rows_reach_the_compiler(kind: str) -> None:
-    """oneDNN and FBGEMM compile anew for many, and keep the code."""
+    """oneDNN and FBGEMM compile anew for many, and keep the code; int4's products are compiled once."""
     layer = LAYERS[kind](weights(8, 8), None)
     with Seen() as seen:
         for count in range(1, 100):
@@ -195,7 +194,7 @@ def test_a_packed_model_is_near_the_plain_one_and_adopts_weights(kind: str, name
     packed = pack(plain, kind)
     assert packed.layers == len(shapes)
     assert not any(type(module) is nn.Linear for module in plain.modules())
-    assert (logits(plain) - wanted).norm() <= 20 * NEAR[kind] * wanted.norm()
+    assert (logits(plain) - wanted).norm() <= min(20 * NEAR[kind], 0.5) * wanted.norm()
     assert not torch.equal(logits(plain), logits(pack(other, kind).model))
     packed.adopt(named)
     assert torch.equal(logits(plain), logits(other))
@@ -243,15 +242,26 @@ def test_the_plain_weights_memory_is_let_go(kind: str) -> None:
     assert all(weight() is None for weight in gone)
 
 
-def test_adopting_changes_all_at_the_end_or_nothing() -> None:
+def test_new_weights_are_packed_piece_by_piece_and_put_in_place_at_once() -> None:
     model = tiny()
     packed, before = pack(model, HERE[0]), logits(model)
-    halfway = packed.adopting(named_of(tiny(seed=1)))
+    halfway, whole = (packed.preparing(named_of(tiny(seed=1))) for _ in range(2))
     for _ in range(5):
         next(halfway)
         assert torch.equal(logits(model), before)
     halfway.close()
-    assert torch.equal(logits(model), before)
+    steps = 0
+    while True:
+        try:
+            next(whole)
+        except StopIteration as end:
+            ready = end.value
+            break
+        steps += 1
+        assert torch.equal(logits(model), before)
+    assert steps == packed.layers
+    packed.put(ready)
+    assert torch.equal(logits(model), logits(pack(tiny(seed=1), HERE[0]).model))
 
 
 @pytest.mark.parametrize(
@@ -291,55 +301,3 @@ def test_int8_sums_that_could_overflow_are_refused() -> None:
         pack(nn.ModuleList([nn.Linear(INPUTS_MAX + 1, 1)]), "int8")
     weight, x = torch.ones(1, INPUTS_MAX), torch.ones(1, INPUTS_MAX)
     assert LAYERS["int8"](weight, None)(x).item() == pytest.approx(INPUTS_MAX)
-
-
-class FakeClock:
-    """What each turn of each kind takes, in the order in which kinds are measured."""
-
-    def __init__(self, spent: list[float]) -> None:
-        self.ticks = iter([tick for each in spent for _ in range(len(ROWS) * (TURNS + 1)) for tick in (0.0, each)])
-
-    def __call__(self) -> float:
-        return next(self.ticks)
-
-
-@pytest.mark.skipif("int8" not in HERE, reason="no VNNI")
-@pytest.mark.parametrize(
-    ("wish", "spent", "kind"),
-    [
-        ("exact", [2.0, 1.0], "fp32"),
-        ("exact", [1.0, 1.05], "fp32"),
-        ("exact", [1.0, 1.2], "plain"),
-        ("int8", [2.0, 1.0, 0.5], "int8"),
-        ("int8", [2.0, 1.0, 1.5], "fp32"),
-    ],
-)
-def test_the_cheapest_kind_is_chosen_and_the_figures_are_said(wish: str, spent: list[float], kind: str) -> None:
-    choice = choose([(8, 4)], wish, torch.float32, clock=FakeClock(spent))
-    assert choice.kind == kind
-    assert str(choice).startswith(f"{kind}; CPU-ms")
-    assert f"plain {spent[0] * 1e3:.3g} / {spent[0] * 1e3:.3g}" in str(choice)
-    assert choice.is_invariant == (kind in INVARIANT)
-
-
-def test_choosing_measures() -> None:
-    choice = choose([(64, 64), (64, 32)], "exact", torch.float32)
-    assert [cost.kind for cost in choice.costs] == ["plain", "fp32"]
-    assert all(spent > 0 for cost in choice.costs for spent in cost.cpu_s.values())
-
-
-def test_a_sample_is_bounded_and_holds_each_shape() -> None:
-    assert sample_of([(8, 4), (4, 8), (8, 4)]) == [(8, 4), (4, 8), (8, 4)]
-    huge = [(8192, 8192)] * 320 + [(8192, 128_000)]
-    sample = sample_of(huge)
-    assert {inputs for inputs, _ in sample} == {8192}
-    assert len(sample) >= 2
-    assert 0.9 * ELEMENTS_MAX <= sum(inputs * outputs for inputs, outputs in sample) <= ELEMENTS_MAX
-
-
-def test_wishes_that_mean_nothing_are_refused() -> None:
-    with pytest.raises(BadInput, match="no wish"):
-        choose([(2, 2)], "fast", torch.float32)
-    with pytest.raises(BadInput, match="float16"):
-        choose([(2, 2)], "exact", torch.float16)
-    assert set(linears_choice.WISHES) == {"exact", "int8", "int8-dynamic"}

@@ -13,7 +13,7 @@ from gossip.offer import Offer
 from gossip.routing import Candidate, Need, Why, WhyNot
 from node.errors import NoRoom, PeerFailed, UnknownModel
 from node.front import Route, RouteHint
-from node.pursuit import Pursuit, Seek, pursue
+from node.pursuit import Pursuit, Seek, lineage_of, pursue
 from node.work import GenerateWork, Sampling, Started
 
 TALE = ModelOffer(name="tale", revision="r1", kind=ModelKind.CAUSAL, context_tokens=100, dtype="bf16")
@@ -121,7 +121,10 @@ def test_an_answer_of_a_run_goes_on_under_its_next_round() -> None:
     assert one.continued(0.0).revision is None
 
 
-@pytest.mark.parametrize("later", ["other-r8-ba9876543210", "sha256-0123456789ab"])
+@pytest.mark.parametrize(
+    "later",
+    ["other-r8-ba9876543210", "sha256-0123456789ab", "tales-r8-ba9876543210-int8", "tales-r7-0123456789ab-int4"],
+)
 def test_an_answer_never_goes_on_under_weights_of_another_run(later: str) -> None:
     around = Around()
     one = begun(around, "tales-r7-0123456789ab")
@@ -129,6 +132,15 @@ def test_an_answer_never_goes_on_under_weights_of_another_run(later: str) -> Non
     assert one.step() == Seek("tale")
     with pytest.raises(PeerFailed, match="tales-r7"):
         one.step()
+
+
+def test_an_answer_of_quantized_weights_goes_on_under_such() -> None:
+    around = Around()
+    one = begun(around, "tales-r7-0123456789ab-int8")
+    around.known, around.revision = ["far"], "tales-r8-ba9876543210-int8"
+    assert isinstance(one.step(), Candidate)
+    assert lineage_of("tales-r7-0123456789ab-int8") == "tales-int8"
+    assert lineage_of("sha256-0123456789ab-int8") == ""
 
 
 def test_an_answer_of_plain_weights_goes_on_under_the_same() -> None:

@@ -26,6 +26,7 @@ from model.errors import BadModel, BadState
 from model.export import trained, write_adapters, write_model
 from model.layout import layout_of
 from model.load import Loaded, load, resolve
+from model.packing import packed, trial
 from model.participant import Course, state_of
 from model.requests import GenerationRequest, SamplingParameters
 from model.rules import Rule
@@ -182,7 +183,7 @@ async def test_the_folder_answers_as_the_node_does(tmp_path: Path, model: Path, 
         await all_of_them.rounds(2)
         status = await stopped(one)
 
-        async def exported(to: str) -> dict[str, torch.Tensor]:
+        async def exported(to: str) -> Loaded:
             words = ("tales", "--to", tmp_path / to, "--data-dir", one.folder.parent)
             result = await trio.to_thread.run_sync(lambda: cli(*words))
             assert result.exit_code == 0, result.output
@@ -192,13 +193,13 @@ async def test_the_folder_answers_as_the_node_does(tmp_path: Path, model: Path, 
             )
             assert f"python -m node run --model {tmp_path / to}" in result.stdout
             assert "newer" not in result.stdout
-            return dict(load(resolve(str(tmp_path / to))).model.named_parameters())
+            return load(resolve(str(tmp_path / to)))
 
-        served = dict(one.hosting.runtime.loaded.model.named_parameters())
+        served = one.hosting.runtime.loaded
         for to in ("new", "parents/are/made"):
             written = await exported(to)
-            assert written.keys() == served.keys()
-            assert all(torch.equal(served[name], value) for name, value in written.items())
+            assert dict(written.model.named_parameters()).keys() == served.packed.shapes.keys()
+            assert torch.equal(trial(packed(written, "none")), trial(served))
         facts = json.loads((tmp_path / "new" / "training.json").read_text())
         assert (facts["run_id"], facts["rounds"], facts["root"]) == (told["id"], status["round"], status["root"])
         assert (facts["base_model"], facts["base_revision"]) == ("tiny", status["run"]["started_from"])

@@ -14,7 +14,10 @@ import torch
 import trio
 
 from gossip.round_service import Work
+from model.linears import kinds_here
+from model.load import load
 from node.errors import BadRequest, NotReady
+from node.pursuit import lineage_of
 from node.training_pause import PausePolicy
 from node.training_plan import plan_of
 from node.training_wish import Privacy, Wished
@@ -253,6 +256,21 @@ async def test_a_node_that_serves_in_fewer_bits_trains_with_the_others(tmp_path:
         assert other.hosting.runtime.facts.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+async def test_a_node_that_serves_quantized_trains_with_the_others(tmp_path: Path, model: Path, quantize: str) -> None:
+    if quantize not in kinds_here():
+        pytest.skip(f"no packed {quantize} layers here")
+    async with world(tmp_path, model) as all_of_them:
+        one, other = await all_of_them.start(0), await all_of_them.start(1, quantize=quantize)
+        await one.begin(founders=(other.id,))
+        await other.join()
+        await all_of_them.rounds(2)
+        assert all(len(states) == 1 for states in common_rounds(one, other).values())
+        await until(lambda: other.revision.startswith("tales-r"))
+        assert other.revision.endswith(f"-{quantize}")
+        assert lineage_of(other.revision) != lineage_of(one.revision)
+
+
 @pytest.mark.parametrize("asked", [{"lora_rank": 4}, {"privacy": Privacy(epsilon=50.0, delta=1e-4)}], ids=str)
 async def test_adapters_and_private_training_go_the_same_way(
     tmp_path: Path, model: Path, asked: dict[str, Any]
@@ -405,14 +423,13 @@ async def test_a_run_of_adapters_trains_these_alone_and_serves_them_merged(tmp_p
     pytest.importorskip("peft", reason="pip install -e '.[adapters]'")
     async with world(tmp_path, model) as all_of_them:
         trainees = await grown(all_of_them, 2, codec="fp32", lora_rank=2, rate=0.02)
-        before = dict(trainees[0].hosting.runtime.loaded.model.state_dict())
-        frozen = {name: value.clone() for name, value in before.items()}
+        frozen = dict(load(trainees[0].hosting.runtime.loaded.found, dtype="float32").model.named_parameters())
         await all_of_them.rounds(3)
         assert all(len(states) == 1 for states in common_rounds(*trainees).values()), "members differ"
         run = trainees[0].status["run"]
         assert run["parameters"] < sum(value.numel() for value in frozen.values()) / 4
         await until(lambda: trainees[0].revision.startswith("tales-r"))
-        after = trainees[0].hosting.runtime.loaded.model.state_dict()
+        _, after = trainees[0].session.weights._newest
         changed = {name for name, value in after.items() if not torch.equal(value, frozen[name])}
         assert changed
         assert all("proj" in name for name in changed)

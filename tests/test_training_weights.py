@@ -26,11 +26,12 @@ from node.hosting import Hosting
 from node.training_plan import Plan
 from node.training_weights import BUSY_S_MAX, Weights
 from node.work import Finished
-from tests.fake_runtime import FakeRuntime
+from tests.fake_runtime import FakeRuntime, facts
 from tests.node_swarm import work
 from tests.round_statements import signed
 from tests.test_participant import PEERS, member, theta, train
 from tests.test_training_plan import plan as a_plan
+from tests.training_world import until
 
 OWN, OTHER, THIRD = map(PeerId, PEERS)
 BASE = a_plan().genesis.base
@@ -102,8 +103,8 @@ def blob(header: Statement) -> Digest:
 
 
 @asynccontextmanager
-async def here(path: Path, codec: str = "int4") -> AsyncIterator[Here]:
-    runtime = FakeRuntime()
+async def here(path: Path, codec: str = "int4", runtime: FakeRuntime | None = None) -> AsyncIterator[Here]:
+    runtime = runtime or FakeRuntime()
     async with trio.open_nursery() as nursery:
         hosting = Hosting(runtime, peer=OWN, on_change=lambda: None)
         await nursery.start(hosting.run)
@@ -132,6 +133,23 @@ async def test_what_counts_nothing_in_a_round_stays_unsent(tmp_path: Path) -> No
             assert one.weights.told.rounds[-1].contributed == ((OTHER,) if weight == 0 else (OWN, OTHER))
     assert left[0] == 1.0
     assert left[WEIGHT_ONE] < 0.5
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+async def test_the_engine_goes_on_under_each_weights_once(tmp_path: Path, quantization: str) -> None:
+    """Whatever it calls them: what is quantized has a revision of its own."""
+    runtime = FakeRuntime(facts=facts().quantized(quantization))
+    async with here(tmp_path, runtime=runtime) as one, trio.open_nursery() as nursery:
+        nursery.start_soon(one.weights.serve_newest)
+        _, own = await one.sent(OWN)
+        await one.commit({OWN: (own, WEIGHT_ONE)})
+        await until(lambda: runtime.facts.weights_revision == one.weights.told.revision)
+        count = len(runtime.adopted)
+        for _ in range(20):
+            await one.hosting.borrow(lambda: None)
+        assert len(runtime.adopted) == count
+        assert runtime.facts.revision.endswith("-int8") == (quantization == "int8")
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_payload_is_examined_and_scored_and_leaves_the_weights(tmp_path: Path) -> None:

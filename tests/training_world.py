@@ -123,7 +123,7 @@ class World:
         return tuple(self.identities[number].peer_id for number in numbers)
 
     async def start(self, number: int, **changes: Any) -> Trainee:
-        """changes: model, network, policy, wish, dtype, adopts (before it trains)."""
+        """changes: model, network, policy, wish, dtype, quantize, adopts (before it trains)."""
         trainee: Trainee = await self._nursery.start(self._live, number, changes)
         for other in self.trainees:
             if not other.scope.cancel_called:
@@ -134,7 +134,9 @@ class World:
     async def _live(self, number: int, changes: dict[str, Any], *, task_status: trio.TaskStatus[Trainee]) -> None:
         identity, folder = self.identities[number], self.path / f"node-{number}"
         folder.mkdir(exist_ok=True)
-        config = RuntimeConfig(threads=1, slots=1, dtype=changes.get("dtype", "auto"))
+        config = RuntimeConfig(
+            threads=1, slots=1, dtype=changes.get("dtype", "auto"), quantize=changes.get("quantize", "none")
+        )
         model = str(changes.get("model", self.model))
         runtime = await trio.to_thread.run_sync(Runtime.load, model, config)
         async with self.wire.join(identity) as transport, trio.open_nursery() as nursery:

@@ -20,6 +20,7 @@ from node.commands.keys import settings
 from node.commands.tables import print_table
 from p2p.reach import FORWARD
 
+PLAINLY = "it serves, more slowly; choose another --dtype or --quantize to be served by packed layers"
 TOLD_MAX = 8  # of failed or refused peers; more say nothing new
 
 
@@ -99,6 +100,11 @@ def status_checks(told: Mapping[str, Any]) -> Iterator[Check]:
         yield bad("backend", str(problem), "is that server running? the node offers nothing until it answers")
     elif backend.get("url"):
         yield ok("backend", f"{backend.get('server')} at {backend.get('url')} answers as {backend.get('model')}")
+    linears = _mapping(_mapping(told.get("model")).get("linears"))
+    if problem := linears.get("problem"):
+        yield look("linear layers", f"{linears.get('kind')}: {problem}", PLAINLY)
+    elif linears:
+        yield ok("linear layers", str(linears.get("told")))
     yield _connected(peering)
     yield from _reachable(_mapping(told.get("reach")))
     yield from _discovery(peering)
