@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from model.config import ModelFacts
 from model.errors import ModelError
+from model.step import Priority
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +35,17 @@ class SamplingParameters:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One answer to make. delivered: the answer's first tokens, made elsewhere: they count toward max_tokens and are
-    not given out again; delivered_chars: characters of the answer's text that the client already has."""
+    not given out again; delivered_chars: characters of the answer's text that the client already has. requester: on
+    whose account; private: its KV is never used by another, nor another's by it."""
 
     request_id: str
     prompt: tuple[int, ...]
     delivered: tuple[int, ...] = ()
     delivered_chars: int = 0
     sampling: SamplingParameters = SamplingParameters()
+    requester: str = ""
+    priority: Priority = Priority.OWN
+    private: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +100,20 @@ class EngineStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embeddings:
-    """Vectors in the order of the texts as little-endian fp32, which texts were cut, and tokens read in all."""
+    """Vectors in the order of the texts as little-endian fp32, which texts were cut, and the tokens read of each.
+    passes: forward passes; padded: tokens that went through them, padding among them; seconds: all that it took, 0 if
+    that was not measured."""
 
     facts: ModelFacts
     dimensions: int
     vectors: tuple[bytes, ...]
     truncated: tuple[bool, ...]
-    tokens: int
+    lengths: tuple[int, ...]
+    passes: int = 0
+    padded: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read in all, without padding."""
+        return sum(self.lengths)

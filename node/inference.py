@@ -20,7 +20,8 @@ from node.front import FrontStatistics, RouteHint
 from node.hosting import Hosting
 from node.pursuit import Pursuit, Seek, Wait, pursue
 from node.remote import Network, Remote
-from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork
+from node.requester import Requester, of_client, of_peer
+from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, sent_on
 
 INFER_PROTOCOL = "/openagi/infer/1"
 PIECES_BUFFERED = 64  # a client that reads slower than the model writes holds this many pieces back
@@ -100,6 +101,10 @@ class Inference:
         return names
 
     # for the node
+
+    def requester(self, peer: PeerId) -> Requester:
+        """On whose account a peer's request is served."""
+        return of_peer(peer, is_good=self._network.gossip.is_in_good_standing(peer))
 
     @property
     def running(self) -> int:
@@ -199,8 +204,12 @@ class Inference:
         send: trio.MemorySendChannel[AnswerItem | RequestError],
     ) -> None:
         """Forward one server's items to the client until Finished. Raises RequestError when that server fails."""
-        work = pursuit.continued(trio.current_time())
-        source = target.generate(work) if isinstance(target, Hosting) else self._remote.generate(target, work)
+        work, account = pursuit.continued(trio.current_time()), pursuit.route.account
+        source = (
+            target.generate(work, of_client(account))
+            if isinstance(target, Hosting)
+            else self._remote.generate(target, sent_on(work, account))
+        )
         async with source as items:
             async for item in items:
                 if isinstance(item, RequestError):
@@ -219,9 +228,11 @@ class Inference:
             if isinstance(target, Seek):
                 await self._seek(target)
                 continue
-            work = pursuit.continued(trio.current_time())
+            work, account = pursuit.continued(trio.current_time()), pursuit.route.account
             try:
-                return await (target.embed(work) if isinstance(target, Hosting) else self._remote.embed(target, work))
+                if isinstance(target, Hosting):
+                    return await target.embed(work, of_client(account))
+                return await self._remote.embed(target, sent_on(work, account))
             except RequestError as exc:
                 pursuit.failed(target, exc)
 

@@ -187,7 +187,8 @@ class Node:
         if self._config.model != "none":
             self.state.phase = "loading"
             runtime = await trio.to_thread.run_sync(self._load, self._config, abandon_on_cancel=True)
-            hosting = Hosting(runtime, peer=self._transport.peer_id, on_change=self._offer)
+            peer, cache_mb = self._transport.peer_id, self._config.cache_mb
+            hosting = Hosting(runtime, peer=peer, on_change=self._offer, cache_mb=cache_mb)
             await nursery.start(hosting.run)
             if self._inference.draining:  # told to stop meanwhile
                 return

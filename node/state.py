@@ -33,6 +33,7 @@ from p2p.calls import Calls
 from p2p.direct import Direct
 from p2p.reaching import Reaching
 
+EMBED_SLOTS = 8  # requests for vectors at a time that an encoder's advert takes for no crowd
 CLOCK_PEERS_MIN = 3  # of fewer nobody can say whose clock is wrong
 VERSION = "0.1.0"
 AGENT = f"openagi-node/{VERSION}"
@@ -229,9 +230,9 @@ class NodeState:
             return Capacity(accepting=self.phase == "running")
         figures = hosting.statistics()
         slots_total, slots_free, queue_length = figures.slots_total, figures.slots_free, figures.queue_length
-        if not slots_total:  # an encoder: it takes one request at a time, and others wait
-            waiting = hosting.embeds_waiting
-            slots_total, slots_free, queue_length = 1, int(waiting == 0), max(0, waiting - 1)
+        if not slots_total:  # an encoder: requests share its turns, and answers get slower with each
+            waiting, slots_total = hosting.embeds_waiting, EMBED_SLOTS
+            slots_free, queue_length = max(0, slots_total - waiting), max(0, waiting - slots_total)
         return Capacity(
             models=tuple(self._own_offers()),
             slots_total=slots_total,
@@ -268,6 +269,9 @@ class NodeState:
             "models": [asdict(facts) for facts in hosting.runtime.all_facts()],
             "device": hosting.runtime.device,
             "engine": asdict(hosting.statistics()),
+            "embedding": asdict(hosting.embedding.statistics()),
+            "cache": asdict(hosting.answers.cache.statistics()),
+            "queued_bytes": hosting.queued_bytes,
             "running": hosting.requests_running,
         }
 
