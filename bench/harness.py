@@ -20,6 +20,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+ANEW = {"cache-control": "no-store"}  # headers of a request whose answer is to be made, whoever asked it before
 PACKAGES = ("torch", "transformers", "libp2p", "trio", "msgpack", "hypercorn")
 
 

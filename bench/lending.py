@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 
-from bench.harness import Options, Row, options, report
+from bench.harness import ANEW, Options, Row, options, report
 from node.commands.processes import Cluster, NodeProcess
 
 TOKENS = 64
@@ -32,7 +32,7 @@ def asked(node: NodeProcess, count: int) -> list[tuple[float, float]]:
     for number in range(count):
         body = {"prompt": f"Once upon a time {number}", "max_tokens": TOKENS, "stream": True, "temperature": 0}
         began, first = time.perf_counter(), 0.0
-        with httpx.stream("POST", f"{node.url}/v1/completions", json=body, timeout=120) as answer:
+        with httpx.stream("POST", f"{node.url}/v1/completions", json=body, headers=ANEW, timeout=120) as answer:
             answer.raise_for_status()
             for line in answer.iter_lines():
                 if not first and line.startswith("data: {"):

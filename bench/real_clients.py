@@ -20,6 +20,8 @@ from typing import Any
 
 import httpx
 
+from bench.harness import ANEW
+
 Json = dict[str, Any]
 RESULT, ERROR, REFUSED, LEFT, DOOR_KILLED, UNRESOLVED = (
     "result",
@@ -105,7 +107,7 @@ class Client:
         try:
             body = {"model": "default", "prompt": PROMPTS[asked.prompt], "max_tokens": asked.tokens, "temperature": 0}
             body |= {"stream": True, "stream_options": {"include_usage": True}} if asked.streamed else {}
-            with http.stream("POST", f"{door.url}/v1/completions", json=body) as response:
+            with http.stream("POST", f"{door.url}/v1/completions", json=body, headers=ANEW) as response:
                 asked.accepted = response.status_code == 200
                 asked.served_by = response.headers.get("x-served-by", "")
                 asked.end, asked.why = judged(response, asked, leave_after)

@@ -33,7 +33,7 @@ from gossip.observations import Observations
 from gossip.pace import OwnAdvert
 from gossip.routing import Candidate, Need, WhyNot, rank
 from gossip.saved import RESERVED, Keeper, SavedState
-from gossip.standing import Fault, Standing, StandingStatistics, Verdict
+from gossip.standing import FORGIVEN, Fault, Standing, StandingStatistics, Verdict
 from gossip.view import Preference
 from p2p.address import network_of
 from p2p.errors import P2PError, StreamClosed
@@ -158,6 +158,11 @@ class GossipService:
     def blame(self, peer: PeerId, fault: Fault, reason: str) -> None:
         """A peer did wrong: its standing falls, and it is cut off when that says so."""
         self._hearing.blame(peer, fault, reason, trio.current_time())
+
+    def is_in_good_standing(self, peer: PeerId) -> bool:
+        """Whether the peer has served this node, or done it another good turn, and no fault of its is fresh."""
+        score = self.standing.score(peer, trio.current_time())
+        return score > 0.0 or (score > FORGIVEN and self.observations.is_proven(peer))
 
     def statistics(self) -> GossipStatistics:
         """A snapshot of the counters."""

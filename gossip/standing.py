@@ -25,6 +25,7 @@ Key = TypeVar("Key", PeerId, str)
 SCORE_MIN, SCORE_MAX = -100.0, 100.0
 GOOD_MAX = 20.0  # nobody buys a fatal fault with good deeds
 HALF_LIFE_S = 600.0
+FORGIVEN = -1.0  # what is left of a fault counts no more
 DISCONNECT_AT = -20.0
 BAN_AT = -50.0
 BAN_S = 3600.0  # for many small faults

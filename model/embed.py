@@ -1,14 +1,16 @@
 """Texts -> vectors: the mean of a model's last hidden states over a text's own tokens, of length 1.
 
-Rules: a vector depends on its text alone, whatever else is in the batch. Texts over the model's length are cut and
-reported. Without an encoder the causal model's own states serve: usable for rough likeness, and said so.
+Rules: a vector depends on its text alone, whatever else is in the batch (cosine 1 within 1e-5; not to the bit). Texts
+over the model's length are cut and reported. Without an encoder the causal model's own states serve: usable for rough
+likeness, and said so.
 Legend: N texts, T tokens, D dimensions.
 Source: Sentence-BERT (arXiv 1908.10084) for mean pooling; sentence-transformers `models/Pooling.py` for its files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from model import lengths
 from model.checkpoint import CONFIG_BYTES_MAX, read_json
 from model.errors import FOREIGN, BadInput, BadModel, ComputeFailed, first_line
 from model.load import Loaded
+from model.padding import batches
 from model.requests import Embeddings
 
 BATCH_TOKENS_MAX = 2_048  # padded tokens in one forward pass
@@ -25,8 +28,10 @@ BATCH_TOKENS_MAX = 2_048  # padded tokens in one forward pass
 class Embedder:
     """Vectors from one loaded model, causal or encoder."""
 
-    def __init__(self, loaded: Loaded) -> None:
-        """Raises BadModel for a pooling other than mean or first token."""
+    def __init__(self, loaded: Loaded, clock: Callable[[], float] = time.perf_counter) -> None:
+        """`clock` gives seconds, for what is told of the time taken. Raises BadModel for a pooling other than mean or
+        first token."""
+        self._clock = clock
         self.loaded = loaded  # the same model, whatever its weights are called by now
         self._body = loaded.model if loaded.facts.kind == "encoder" else loaded.model.base_model
         self._length_max = min(loaded.facts.context_tokens, _stated_length(loaded))
@@ -35,32 +40,36 @@ class Embedder:
         self._takes_types = "token_type_ids" in self._body.forward.__code__.co_varnames
 
     def embed(self, texts: Sequence[str | Sequence[int]]) -> Embeddings:
-        """Texts or token lists -> vectors of length 1. Raises BadInput, ComputeFailed."""
-        rows = [self._row(text) for text in texts]
+        """Texts or token lists -> vectors of length 1. Raises BadInput, ComputeFailed, with the text's place if one is
+        at fault."""
+        begin = self._clock()
+        rows = [self._row(text, place) for place, text in enumerate(texts)]
         cut = [row if len(row) <= self._length_max else self._shorten(row) for row in rows]
         vectors: list[bytes] = [b""] * len(cut)
-        order = sorted(range(len(cut)), key=lambda at: len(cut[at]))
-        batch: list[int] = []
-        for at in order:  # ascending length: the newest is the longest of its batch
-            if batch and len(cut[at]) * (len(batch) + 1) > BATCH_TOKENS_MAX:
-                self._fill(vectors, batch, cut)
-                batch = []
-            batch.append(at)
-        self._fill(vectors, batch, cut)
+        passes = [part for batch in batches([self._width(row) for row in cut], BATCH_TOKENS_MAX)
+                  for part in self._parts(batch)]  # fmt: skip
+        for part in passes:
+            self._fill(vectors, part, cut)
         return Embeddings(
             facts=self.loaded.facts,
             dimensions=len(vectors[0]) // 4 if vectors else 0,
             vectors=tuple(vectors),
             truncated=tuple(len(row) > self._length_max for row in rows),
-            tokens=sum(len(row) for row in cut),
+            lengths=tuple(len(row) for row in cut),
+            passes=len(passes),
+            padded=sum(len(part) * max(self._width(cut[at]) for at in part) for part in passes),
+            seconds=self._clock() - begin,
         )
 
-    def _row(self, text: str | Sequence[int]) -> tuple[int, ...]:
-        row = self.loaded.tokens.encode(text) if isinstance(text, str) else tuple(text)
+    def _row(self, text: str | Sequence[int], place: int) -> tuple[int, ...]:
+        try:
+            row = self.loaded.tokens.encode(text) if isinstance(text, str) else tuple(text)
+        except BadInput as exc:
+            raise BadInput(str(exc), param=exc.param, place=place) from exc
         if not row:
-            raise BadInput("a text to embed has no tokens; give at least one character")
+            raise BadInput("a text to embed has no tokens; give at least one character", place=place)
         if min(row) < 0 or max(row) >= self.loaded.facts.vocabulary:
-            raise BadInput(f"token ids must be from 0 to {self.loaded.facts.vocabulary - 1:,}")
+            raise BadInput(f"token ids must be from 0 to {self.loaded.facts.vocabulary - 1:,}", place=place)
         return row
 
     def _shorten(self, row: tuple[int, ...]) -> tuple[int, ...]:
@@ -69,28 +78,36 @@ class Embedder:
             return (*row[: self._length_max - 1], row[-1])
         return row[: self._length_max]
 
-    def _fill(self, vectors: list[bytes], batch: list[int], rows: list[tuple[int, ...]]) -> None:
-        """The vectors of one batch, in as many passes as its number of texts asks for."""
+    def _width(self, row: tuple[int, ...]) -> int:
+        """How many tokens a text takes in a pass that has no longer one."""
+        return max(len(row), min(lengths.at_least(len(row)), self._length_max)) if self._compiles else len(row)
+
+    def _parts(self, batch: list[int]) -> list[list[int]]:
+        """A batch in as many passes as its number of texts asks for."""
+        parts = []
         while batch:
             count = lengths.share(len(batch)) if self._compiles else len(batch)
-            self._fill_at_once(vectors, batch[:count], rows)
+            parts.append(batch[:count])
             batch = batch[count:]
+        return parts
 
-    def _fill_at_once(self, vectors: list[bytes], batch: list[int], rows: list[tuple[int, ...]]) -> None:
+    def _fill(self, vectors: list[bytes], batch: list[int], rows: list[tuple[int, ...]]) -> None:
+        """The vectors of one pass."""
         try:
             mean_ND = self._vectors([rows[at] for at in batch])
         except FOREIGN as exc:
-            raise ComputeFailed(f"the model failed on this text ({type(exc).__name__}: {first_line(exc)})") from exc
-        if not bool(torch.isfinite(mean_ND).all()):
-            raise ComputeFailed("the model made numbers that are not finite for this text")
+            message = f"the model failed on this text ({type(exc).__name__}: {first_line(exc)})"
+            raise ComputeFailed(message, place=batch[0] if len(batch) == 1 else None) from exc
+        is_finite_N = torch.isfinite(mean_ND).all(1)
+        if not bool(is_finite_N.all()):
+            place = batch[int(is_finite_N.int().argmin())]
+            raise ComputeFailed("the model made numbers that are not finite for this text", place=place)
         for at, vector_D in zip(batch, mean_ND.numpy().astype("<f4"), strict=True):
             vectors[at] = vector_D.tobytes()
 
     @torch.inference_mode()
     def _vectors(self, rows: list[tuple[int, ...]]) -> torch.Tensor:
-        length = max(len(row) for row in rows)
-        if self._compiles:
-            length = max(length, min(lengths.at_least(length), self._length_max))
+        length = max(self._width(row) for row in rows)
         device = self.loaded.device
         ids_NT = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
         mask_NT = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)

@@ -24,11 +24,13 @@ from __future__ import annotations
 
 
 class ModelError(Exception):
-    """The base of all errors of model/. `param` names the field of a request at fault, if one is."""
+    """The base of all errors of model/. `param` names the field of a request at fault, if one is; `place` says which
+    of several texts is."""
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None, place: int | None = None) -> None:
         super().__init__(message)
         self.param = param
+        self.place = place
 
 
 class NotFound(ModelError):

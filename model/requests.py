@@ -103,10 +103,20 @@ class EngineStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embeddings:
-    """Vectors in the order of the texts as little-endian fp32, which texts were cut, and tokens read in all."""
+    """Vectors in the order of the texts as little-endian fp32, which texts were cut, and the tokens read of each.
+    passes: forward passes; padded: tokens that went through them, padding among them; seconds: all that it took, 0 if
+    that was not measured."""
 
     facts: ModelFacts
     dimensions: int
     vectors: tuple[bytes, ...]
     truncated: tuple[bool, ...]
-    tokens: int
+    lengths: tuple[int, ...]
+    passes: int = 0
+    padded: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read in all, without padding."""
+        return sum(self.lengths)

@@ -60,6 +60,7 @@ def run(
     threads: Annotated[int | None, typer.Option(help="CPU threads of the model; default: cores - 1.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Requests answered at the same time.")] = None,
     kv_cache_mb: Annotated[int | None, typer.Option(help="Memory for the context of running requests.")] = None,
+    cache_mb: Annotated[int | None, typer.Option(help="Memory for answers that are asked for again; 0: none.")] = None,
     train: Annotated[str | None, typer.Option(help="Run to join, by name or id; wants --data.")] = None,
     data: Annotated[list[Path] | None, typer.Option(help="Text to train on, file or folder; repeatable.")] = None,
     train_hours: Annotated[str | None, typer.Option(help="Hours to train in, as 22-6.")] = None,

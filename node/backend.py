@@ -13,6 +13,7 @@ import trio
 from model.config import LinearFacts, ModelFacts
 from model.requests import EngineStatistics
 from node.errors import RequestError
+from node.requester import OWN, Requester
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
 
 
@@ -70,6 +71,9 @@ class Backend(Protocol):
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Do the work; started when requests can be answered."""
 
+    def details(self) -> dict[str, Any]:
+        """What the status says of its model beside the rest."""
+
     def told(self) -> dict[str, Any]:
         """JSON for the status: kind, problem ('' for none), and what else there is to say."""
 
@@ -89,9 +93,9 @@ class Backend(Protocol):
         """Whether a request admitted now would start at once."""
 
     def generate(
-        self, work: GenerateWork
+        self, work: GenerateWork, requester: Requester = OWN
     ) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[AnswerItem | RequestError]]:
         """Admit a request; its items, an error as the last one. Leaving the block cancels it."""
 
-    async def embed(self, work: EmbedWork) -> Embedded:
+    async def embed(self, work: EmbedWork, requester: Requester = OWN) -> Embedded:
         """Embed texts. Raises RequestError."""

@@ -25,7 +25,7 @@ KEY_FILE = "identity.key"  # in the data directory
 ENVIRONMENT_PREFIX = "OPENAGI_"
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 _LISTS = frozenset({"listen", "bootstrap", "data"})
-_NUMBERS = frozenset({"threads", "max_batch", "kv_cache_mb", "direct_port", "upload_mb_s"})
+_NUMBERS = frozenset({"threads", "max_batch", "kv_cache_mb", "cache_mb", "direct_port", "upload_mb_s"})
 _FLAGS = frozenset({"mdns", "relay", "log_json", "train_on_battery"})
 _shown = reprlib.Repr()  # a setting's value in an error: cut, and no deeper than it can be printed
 _shown.maxstring = _shown.maxother = 200
@@ -79,6 +79,7 @@ class NodeConfig(BaseModel):
     threads: int = Field(default_factory=lambda: max(1, (os.cpu_count() or 2) - 1), ge=1, le=1024)
     max_batch: int = Field(default=16, ge=1, le=1024)
     kv_cache_mb: int = Field(default=256, ge=1, le=1 << 20)
+    cache_mb: int = Field(default=32, ge=0, le=1 << 20)  # of answers and vectors kept for who asks again; 0: none
     train: str | None = Field(default=None, min_length=1, max_length=80)  # a run to join, by name or id
     data: tuple[FilePath, ...] = ()  # text to train on, which never leaves
     train_hours: str | None = None  # FROM-TO, local hours of the day

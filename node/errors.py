@@ -5,6 +5,7 @@ RequestError(code, message, retryable)
 |- TooLarge          the input is over a bound with a name                                413
 |- UnknownModel      no live peer serves it; lists those that are served                  404
 |- NoRoom            every peer that serves it is full: try later                         503 + Retry-After
+|  `- TooMany        the caller has as many waiting as one may: wait for one to end       429 + Retry-After
 |- NotReady          starting, loading or draining                                        503 + Retry-After
 |- DeadlinePassed    the request's own time is over                                       408
 |- PeerFailed        the serving peer died or broke the protocol; another may do          503
@@ -58,6 +59,12 @@ class NoRoom(RequestError):
     retryable = True
 
 
+class TooMany(NoRoom):
+    """The caller alone takes all that one caller may; others are served. A peer is told NoRoom."""
+
+    code = "too_many"
+
+
 class NotReady(RequestError):
     """The node is starting, loading or draining."""
 
@@ -86,7 +93,17 @@ class InternalError(RequestError):
 
 REQUEST_ERRORS: dict[str, type[RequestError]] = {
     kind.code: kind
-    for kind in (BadRequest, TooLarge, UnknownModel, NoRoom, NotReady, DeadlinePassed, PeerFailed, InternalError)
+    for kind in (
+        BadRequest,
+        TooLarge,
+        UnknownModel,
+        NoRoom,
+        TooMany,
+        NotReady,
+        DeadlinePassed,
+        PeerFailed,
+        InternalError,
+    )
 }
 
 

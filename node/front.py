@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
+from node.requester import LOCAL
 from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
 
@@ -27,10 +28,14 @@ class Route(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteHint:
-    """What the client asked of the route: headers x-route and x-peer. `peer` pins one peer (no failover)."""
+    """What the client asked of the route: headers x-route and x-peer. `peer` pins one peer (no failover).
+
+    account: which of this node's clients asks (node/requester.py).
+    """
 
     route: Route = Route.AUTO
     peer: str | None = None
+    account: str = LOCAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,10 +2,11 @@
 
 Rules: torch runs in one worker thread, one turn a hop: the orders, a few texts to embed, one `step()`; so nobody waits
 for more than that. One task (`run`) owns the runtime; requests reach it as orders that are carried out before the next
-step. Every admitted request ends in exactly one of: Finished, an error, cancellation by its owner. The thread is lent
-(`borrow`) while there is no request, one short act a hop: serving comes first. Weights change (`switch`) between
-requests: each answer is made by one revision. They are made ready before, a piece a turn beside the requests. Who waits
-for a moment without requests holds new ones back after SWITCH_S.
+step. Every admitted request ends in exactly one of: Finished, an error, cancellation by its owner; what would wait
+beyond the bounds of node/room.py is not admitted. The thread is lent (`borrow`) while there is no request, one short
+act a hop: serving comes first. Weights change (`switch`) between requests: each answer is made by one revision, and
+what is kept of answers (node/cache.py) by the one that serves now. They are made ready before, a piece a turn beside
+the requests. Who waits for a moment without requests holds new ones back after SWITCH_S.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,23 +22,22 @@ import trio
 
 from model.config import ModelFacts
 from model.errors import ComputeFailed, ModelError
-from model.requests import EngineStatistics, GenerationRequest, Output
+from model.requests import EngineStatistics, Output
 from model.runtime_face import Runtime
-from node.errors import NO_ROOM_RETRY_S, NoRoom, NotReady, RequestError, UnknownModel
-from node.hosting_jobs import Beside, EmbedJob, Job, Loan, Waiting, logprobs, parameters, request_error
-from node.work import (
-    AnswerItem,
-    Embedded,
-    EmbedWork,
-    Finished,
-    GenerateWork,
-    Piece,
-    Progress,
-    Started,
-)
+from node.cache import Cache
+from node.embed_queue import EmbedTurn
+from node.embedding import Embedding
+from node.engine_words import finish_reason, generation_request, logprobs, request_error
+from node.errors import NO_ROOM_RETRY_S, NotReady, RequestError, UnknownModel
+from node.hosting_jobs import Beside, Job, Loan, Waiting
+from node.kept_answers import Answers
+from node.requester import OWN, Requester
+from node.room import held_bytes
+from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Piece
 
+CACHE_MB = 32  # of 10^6 bytes, unless the operator says otherwise
+EMBED_SHARE = 0.5  # of a turn for texts while answers wait for their next token
 PROGRESS_EVERY_S = 0.5
-EMBED_QUEUE_MAX = 64
 CHANGE_EVERY_S = 1.0  # while only rates change
 SWITCH_S = 10.0  # for a moment without requests
 
@@ -48,9 +49,19 @@ Hop = Callable[[Turn], Awaitable[list[Output]]]  # runs a turn where it may bloc
 class Hosting:
     """Admission to the local engine and its loop. `on_change` is called (sync) whenever its capacity changed."""
 
-    def __init__(self, runtime: Runtime, *, peer: str, on_change: Callable[[], None], hop: Hop | None = None) -> None:
-        """hop: where turns run; None: in a worker thread of their own."""
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        peer: str,
+        on_change: Callable[[], None],
+        hop: Hop | None = None,
+        cache_mb: int = CACHE_MB,
+    ) -> None:
+        """hop: where turns run; None: in a worker thread of their own. cache_mb: of answers and vectors; 0: none."""
         self.runtime = runtime
+        self.answers = Answers(Cache(cache_mb * 1_000_000), peer=peer)
+        self.embedding = Embedding(runtime, self.answers.cache, peer=peer)
         self.draining = False
         self._peer = peer
         self._on_change = on_change
@@ -68,7 +79,7 @@ class Hosting:
         """Step the engine while there is work. Cancelled, it waits for the step under way and drops the rest."""
         task_status.started()
         while True:
-            if not (self._jobs or self._waiting.is_something):
+            if not (self._jobs or self._waiting.is_something or self.embedding.has_next(is_held=False)):
                 self._wake = trio.Event()
                 await self._wake.wait()
             if self._waiting.loans and self._is_free():
@@ -77,18 +88,17 @@ class Hosting:
             starts, ends = list[Job](), list(self._waiting.ends)
             self._waiting.ends.clear()
             if not self._is_held():  # whoever left while it waited is not started
-                starts = [job for job in self._waiting.starts if job.key in self._jobs]
-                self._waiting.starts.clear()
-            embed = self._waiting.next_embed(is_held=self._is_held())
+                starts = [job for job in self._waiting.next_starts() if job.key in self._jobs]
+            share = EMBED_SHARE if starts or self.runtime.has_work else 1.0
+            embed = self.embedding.take(is_held=self._is_held(), share=share)
             beside = self._waiting.next_beside()
             for output in await self._hop(partial(self._turn, starts, ends, embed, beside)):
                 self._deliver(output)
             if beside is not None and beside.has_ended:
                 self._waiting.besides.popleft()
                 beside.done.set()
-            if embed is not None and (embed.cancelled or embed.result is not None):
-                self._waiting.embeds.popleft()
-                embed.done.set()
+            if embed is not None:
+                self.embedding.settle(embed)
             self._tell_progress()
             self._tell_change()
 
@@ -118,6 +128,7 @@ class Hosting:
             raise beside.failure
         act = partial(self.runtime.adopt, beside.result, revision)
         await self._lent(Loan(act=act, hold_at=trio.current_time() + SWITCH_S))
+        self.answers.cache.forget(self.runtime.all_facts())
         self._changed_at = trio.current_time()
         self._on_change()
 
@@ -137,8 +148,8 @@ class Hosting:
 
     def _is_free(self) -> bool:
         """Whether the thread may be lent now."""
-        waiting, is_held = self._waiting, self._is_held()
-        if waiting.ends or waiting.next_embed(is_held=is_held) is not None:
+        is_held = self._is_held()
+        if self._waiting.ends or self.embedding.has_next(is_held=is_held):
             return False
         return not self.runtime.has_work if is_held else not self._jobs
 
@@ -181,6 +192,14 @@ class Hosting:
         """What the status says of this backend."""
         return {"kind": "transformers", "problem": ""}
 
+    def details(self) -> dict[str, Any]:
+        """What the status says of this backend's model beside the rest. queued_bytes: of all requests' texts."""
+        return {
+            "embedding": asdict(self.embedding.statistics()),
+            "cache": asdict(self.answers.cache.statistics()),
+            "queued_bytes": self._waiting.room.bytes + self.embedding.queued_bytes,
+        }
+
     @property
     def revision(self) -> str:
         """Of the main model, now."""
@@ -194,7 +213,7 @@ class Hosting:
     @property
     def embeds_waiting(self) -> int:
         """Embedding requests not ended, the one under way included."""
-        return len(self._waiting.embeds)
+        return len(self.embedding)
 
     def facts(self, kind: str) -> ModelFacts | None:
         """The model that answers requests of a kind (causal: text, encoder: vectors), None when there is none."""
@@ -214,45 +233,66 @@ class Hosting:
         return len(self._jobs) < figures.slots_total and figures.queue_length == 0
 
     @asynccontextmanager
-    async def generate(self, work: GenerateWork) -> AsyncIterator[trio.MemoryReceiveChannel[AnswerItem | RequestError]]:
+    async def generate(
+        self, work: GenerateWork, requester: Requester = OWN
+    ) -> AsyncIterator[trio.MemoryReceiveChannel[AnswerItem | RequestError]]:
         """Admit a request; its items come from the channel, an error as the last item, then the channel ends.
 
         Raises NotReady, UnknownModel, NoRoom. Leaving the block cancels the request in the engine within one step.
         """
         self._check(work.model, work.revision, "causal")
-        # max_tokens items, and progress while it waits
-        send, receive = trio.open_memory_channel[AnswerItem | RequestError](math.inf)
+        send, receive = trio.open_memory_channel[AnswerItem | RequestError](math.inf)  # max_tokens items, and progress
         self._count += 1
-        job = Job(work=work, send=send, key=f"{self._count}")
-        self._jobs[job.key] = job
-        self._waiting.starts.append(job)
-        self._wake.set()
+        job = Job(work=work, requester=requester, size=held_bytes(work), send=send, key=f"{self._count}")
+        if not self._answer_again(job):
+            figures = self._statistics
+            self._waiting.room.enter(
+                requester, job.size, slots=max(1, figures.slots_total), queue_max=figures.queue_max
+            )
+            self._jobs[job.key] = job
+            self._waiting.starts.append(job)
+            self._wake.set()
         with self._admitted():
             try:
                 yield receive
             finally:
-                if self._jobs.pop(job.key, None) is not None:
-                    self._waiting.ends.append(job.key)
+                if job.key in self._jobs:
+                    self._drop(job)
+                    self._waiting.end(job)
                     self._wake.set()
                 receive.close()
 
-    async def embed(self, work: EmbedWork) -> Embedded:
+    async def embed(self, work: EmbedWork, requester: Requester = OWN) -> Embedded:
         """Embed texts, a few between two steps. Raises RequestError kinds. If cancelled, what is left is dropped."""
         self._check(work.model, None, "encoder")
-        if len(self._waiting.embeds) >= EMBED_QUEUE_MAX:
-            raise NoRoom(f"{EMBED_QUEUE_MAX} embedding requests are waiting here", retry_after_s=NO_ROOM_RETRY_S)
-        job = EmbedJob(work=work)
-        self._waiting.embeds.append(job)
+        done = trio.Event()
+        job = self.embedding.admit(work, requester, done.set)
         self._wake.set()
         with self._admitted():
             try:
-                await job.done.wait()
+                await done.wait()
             finally:
-                job.cancelled = True
+                self.embedding.leave(job)
         assert job.result is not None
         if isinstance(job.result, RequestError):
             raise job.result
         return job.result
+
+    def _answer_again(self, job: Job) -> bool:
+        """Give the answer that is kept for this requester, if there is one; whether there was."""
+        facts = self.facts("causal")
+        items = None if facts is None else self.answers.again(job.work, job.requester, facts)
+        if items is None:
+            return False
+        for item in items:
+            job.send.send_nowait(item)
+        job.send.close()
+        return True
+
+    def _drop(self, job: Job) -> None:
+        """The one place where a request leaves the engine's books."""
+        del self._jobs[job.key]
+        self._waiting.room.leave(job.requester, job.size)
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -272,12 +312,12 @@ class Hosting:
 
     # in the worker thread
 
-    def _turn(self, starts: list[Job], ends: list[str], embed: EmbedJob | None, beside: Beside | None) -> list[Output]:
-        outputs = [failure for job in starts if (failure := self._start(job)) is not None]
+    def _turn(self, starts: list[Job], ends: list[str], embed: EmbedTurn | None, beside: Beside | None) -> list[Output]:
         for key in ends:
             self.runtime.cancel(key)
-        if embed is not None and not embed.cancelled:
-            embed.result = self._embed_some(embed)
+        outputs = [failure for job in starts if (failure := self._start(job)) is not None]
+        if embed is not None:
+            self.embedding.carry_out(embed)
         if self.runtime.has_work:
             outputs.extend(self.runtime.step())
         if beside is not None:
@@ -285,53 +325,21 @@ class Hosting:
         return outputs
 
     def _start(self, job: Job) -> Output | None:
-        work, revision = job.work, self.runtime.facts.revision
-        if work.revision not in (None, revision):  # the model went on while it waited
+        work, facts = job.work, self.runtime.facts
+        if work.revision not in (None, facts.revision):  # the model went on while it waited
             return Output(
                 request_id=job.key,
-                error=ComputeFailed(f"the model here is at revision {revision} now, wanted {work.revision}"),
+                error=ComputeFailed(f"the model here is at revision {facts.revision} now, wanted {work.revision}"),
             )
         try:
-            if work.tokens is not None:
-                prompt = tuple(work.tokens)
-            elif work.messages is not None:
-                prompt = self.runtime.render([(m.role, m.content) for m in work.messages])
-            else:
-                prompt = self.runtime.encode(work.text or "")
-            job.prompt_tokens = len(prompt)
-            self.runtime.add(
-                GenerationRequest(
-                    request_id=job.key,
-                    prompt=prompt,
-                    delivered=tuple(work.delivered),
-                    delivered_chars=work.delivered_chars,
-                    sampling=parameters(work),
-                )
-            )
+            request = generation_request(self.runtime, job.key, work, job.requester)
+            job.prompt_tokens = len(request.prompt)
+            self.runtime.add(request)
         except ModelError as exc:
             return Output(request_id=job.key, error=exc)
         job.completion_tokens = len(work.delivered)
+        job.recording = self.answers.recording(work, job.requester, facts)
         return None
-
-    def _embed_some(self, job: EmbedJob) -> Embedded | RequestError | None:
-        """Embed the next few texts; the result when these were the last."""
-        try:
-            job.made.append(self.runtime.embed(job.next_texts()))
-        except ModelError as exc:
-            return request_error(exc)
-        vectors = tuple(vector for part in job.made for vector in part.vectors)
-        if len(vectors) < len(job.work.texts):
-            return None
-        facts = self.runtime.embedding_facts
-        return Embedded(
-            served_by=self._peer,
-            model=facts.name,
-            revision=facts.revision,
-            dimensions=job.made[0].dimensions,
-            vectors=vectors,
-            truncated=tuple(cut for part in job.made for cut in part.truncated),
-            prompt_tokens=sum(part.tokens for part in job.made),
-        )
 
     # on the loop
 
@@ -340,38 +348,26 @@ class Hosting:
         if job is None:
             return  # cancelled while the step ran
         if output.error is not None:
-            del self._jobs[job.key]
+            self._drop(job)
             job.send.send_nowait(request_error(output.error))
             job.send.close()
             return
-        self._tell_started(job)
+        job.start(self._peer, self.runtime.facts)
         if output.tokens or output.text:
             job.completion_tokens += len(output.tokens)
             job.wrote = True
-            job.send.send_nowait(Piece(tokens=output.tokens, text=output.text, logprobs=logprobs(output)))
+            piece = Piece(tokens=output.tokens, text=output.text, logprobs=logprobs(output))
+            job.send.send_nowait(piece)
+            if job.recording is not None:
+                job.recording.take(piece)
         if output.finish is not None:
-            del self._jobs[job.key]
-            job.send.send_nowait(
-                Finished(
-                    reason="length" if output.finish == "length" else "stop",
-                    prompt_tokens=job.prompt_tokens,
-                    completion_tokens=job.completion_tokens,
-                )
-            )
+            self._drop(job)
+            reason = finish_reason(output)
+            if job.recording is not None:
+                self.answers.keep(job.recording, job.prompt_tokens, reason)
+            finished = Finished(reason=reason, prompt_tokens=job.prompt_tokens, completion_tokens=job.completion_tokens)
+            job.send.send_nowait(finished)
             job.send.close()
-
-    def _tell_started(self, job: Job) -> None:
-        if not job.admitted:
-            job.admitted = True
-            facts = self.runtime.facts
-            job.send.send_nowait(
-                Started(
-                    served_by=self._peer,
-                    model=facts.name,
-                    revision=facts.revision,
-                    prompt_tokens=job.prompt_tokens,
-                )
-            )
 
     def _tell_progress(self) -> None:
         """Say at most every PROGRESS_EVERY_S, to requests that wait for their first token, how far they are."""
@@ -380,16 +376,9 @@ class Hosting:
             if job.wrote or job.prompt_tokens == 0 or now - job.told_at < PROGRESS_EVERY_S:
                 continue
             job.told_at = now
-            self._tell_started(job)
+            job.start(self._peer, self.runtime.facts)
             figures, place = self.runtime.statistics(), self.runtime.progress(job.key)
-            progress = Progress(
-                engine_steps=figures.steps,
-                prefilled_tokens=place.prefilled_tokens,
-                queue_position=place.queue_position,
-            )
-            if progress != job.told:
-                job.told = progress
-                job.send.send_nowait(progress)
+            job.progress(figures.steps, place)
 
     def _tell_change(self) -> None:
         """Say at once that there is more or less room, and of rates now and then: a step must cost no advert."""

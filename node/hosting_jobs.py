@@ -1,4 +1,4 @@
-"""What waits for the engine's thread: requests, texts to embed, loans; and how model/'s words become the node's.
+"""What waits for the engine's thread: requests and loans.
 
 Rules: no task and no clock; node/hosting.py owns them and says when.
 """
@@ -12,21 +12,26 @@ from dataclasses import dataclass, field
 
 import trio
 
-from model.errors import BadInput, EngineFull, ModelError
-from model.requests import Embeddings, Output, SamplingParameters
-from node.errors import NO_ROOM_RETRY_S, BadRequest, InternalError, NoRoom, RequestError
-from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork, Progress, TokenLogprob
+from model.config import ModelFacts
+from model.errors import ModelError
+from model.requests import Progress as Place
+from node.errors import RequestError
+from node.kept_answers import Recording
+from node.requester import Requester
+from node.room import Room
+from node.work import AnswerItem, GenerateWork, Progress, Started
 
-EMBED_TEXTS_PER_TURN = 32
-EMBED_LENGTH_PER_TURN = 4_096  # letters or token ids: under half a second of a small encoder on two cores
-LOGPROB_MIN = -9999.0  # stands for minus infinity, which no wire form carries
+START_BYTES_PER_TURN = 128 << 10  # of prompts: a tenth of a second of a tokenizer
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Job:
-    """One request in the engine: where its items go, and what has been told so far."""
+    """One request in the engine: where its items go, and what has been told so far. size: bytes that its texts take;
+    recording: of an answer that will be kept, from its start on."""
 
     work: GenerateWork
+    requester: Requester
+    size: int
     send: trio.MemorySendChannel[AnswerItem | RequestError]
     key: str  # unique in the engine, where a client's request id may come twice
     prompt_tokens: int = 0
@@ -35,26 +40,25 @@ class Job:
     wrote: bool = False  # a first piece came: from now on its pieces say how far it is
     told_at: float = -math.inf
     told: Progress | None = None
+    recording: Recording | None = None
 
+    def start(self, peer: str, facts: ModelFacts) -> None:
+        """Say, once, who answers and by which weights."""
+        if not self.admitted:
+            self.admitted = True
+            started = Started(
+                served_by=peer, model=facts.name, revision=facts.revision, prompt_tokens=self.prompt_tokens
+            )
+            self.send.send_nowait(started)
 
-@dataclass(slots=True, kw_only=True)
-class EmbedJob:
-    work: EmbedWork
-    done: trio.Event = field(default_factory=trio.Event)
-    made: list[Embeddings] = field(default_factory=list)
-    result: Embedded | RequestError | None = None
-    cancelled: bool = False
-
-    def next_texts(self) -> list[str | tuple[int, ...]]:
-        """The next few texts, as many as one turn may take."""
-        begin = sum(len(part.vectors) for part in self.made)
-        texts, length = list[str | tuple[int, ...]](), 0
-        for text in self.work.texts[begin : begin + EMBED_TEXTS_PER_TURN]:
-            length += len(text)
-            if texts and length > EMBED_LENGTH_PER_TURN:
-                break
-            texts.append(text)
-        return texts
+    def progress(self, steps: int, place: Place) -> None:
+        """Say how far it is, if that is news."""
+        progress = Progress(
+            engine_steps=steps, prefilled_tokens=place.prefilled_tokens, queue_position=place.queue_position
+        )
+        if progress != self.told:
+            self.told = progress
+            self.send.send_nowait(progress)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,18 +105,18 @@ class Beside:
 
 @dataclass(slots=True)
 class Waiting:
-    """All that waits. ends: keys of requests whose owners left."""
+    """All that waits for the thread, but texts to embed. ends: keys of requests whose owners left."""
 
     starts: deque[Job] = field(default_factory=deque)
     ends: deque[str] = field(default_factory=deque)
-    embeds: deque[EmbedJob] = field(default_factory=deque)
     loans: deque[Loan] = field(default_factory=deque)
+    room: Room = field(default_factory=lambda: Room("requests"))  # requests in the engine counted
     besides: deque[Beside] = field(default_factory=deque)
 
     @property
     def is_something(self) -> bool:
         """Whether there is a turn to take, but for requests in the engine."""
-        return bool(self.ends or self.embeds or self.loans or self.besides)
+        return bool(self.ends or self.loans or self.besides)
 
     def next_beside(self) -> Beside | None:
         """Whose next piece comes; those whose owners left are dropped."""
@@ -120,46 +124,17 @@ class Waiting:
             self.besides.popleft().work.close()
         return self.besides[0] if self.besides else None
 
-    def next_embed(self, *, is_held: bool) -> EmbedJob | None:
-        """Whose texts come next; while new work is held back, only one that has begun."""
-        first = self.embeds[0] if self.embeds else None
-        return None if is_held and first is not None and not first.made else first
+    def end(self, job: Job) -> None:
+        """The owner of a request has left."""
+        if job in self.starts:  # the engine has not heard of it
+            self.starts.remove(job)
+        else:
+            self.ends.append(job.key)
 
-
-def parameters(work: GenerateWork) -> SamplingParameters:
-    """How the engine is to choose tokens."""
-    s = work.sampling
-    return SamplingParameters(
-        max_tokens=s.max_tokens,
-        temperature=s.temperature,
-        top_k=s.top_k,
-        top_p=s.top_p,
-        min_p=s.min_p,
-        frequency_penalty=s.frequency_penalty,
-        presence_penalty=s.presence_penalty,
-        repetition_penalty=s.repetition_penalty,
-        seed=s.seed,
-        stop=s.stop,
-        logprobs=s.logprobs,
-    )
-
-
-def logprobs(output: Output) -> tuple[TokenLogprob, ...]:
-    """Of an output's tokens, finite as every wire form wants them."""
-    return tuple(
-        TokenLogprob(
-            text=item.text,
-            logprob=max(LOGPROB_MIN, item.logprob),
-            top=tuple((text, max(LOGPROB_MIN, logprob)) for text, logprob in item.top),
-        )
-        for item in output.logprobs
-    )
-
-
-def request_error(error: ModelError) -> RequestError:
-    """What a client is told of an error of model/."""
-    if isinstance(error, EngineFull):
-        return NoRoom(str(error), retry_after_s=NO_ROOM_RETRY_S)
-    if isinstance(error, BadInput):
-        return BadRequest(str(error), param=error.param)
-    return InternalError(str(error))
+    def next_starts(self) -> list[Job]:
+        """Who starts in the next turn; not all at once, since each has its prompt turned into tokens there."""
+        starts, size = list[Job](), 0
+        while self.starts and (not starts or size + self.starts[0].size <= START_BYTES_PER_TURN):
+            starts.append(self.starts.popleft())
+            size += starts[-1].size
+        return starts

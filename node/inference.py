@@ -20,7 +20,8 @@ from node.errors import NO_ROOM_RETRY_S, NotReady, PeerFailed, RequestError
 from node.front import FrontStatistics, RouteHint
 from node.pursuit import Pursuit, Seek, Wait, pursue
 from node.remote import Network, Remote
-from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork
+from node.requester import Requester, of_client, of_peer
+from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, sent_on
 
 INFER_PROTOCOL = "/openagi/infer/1"
 PIECES_BUFFERED = 64  # a client that reads slower than the model writes holds this many pieces back
@@ -100,6 +101,10 @@ class Inference:
         return names
 
     # for the node
+
+    def requester(self, peer: PeerId) -> Requester:
+        """On whose account a peer's request is served."""
+        return of_peer(peer, is_good=self._network.gossip.is_in_good_standing(peer))
 
     @property
     def running(self) -> int:
@@ -198,8 +203,12 @@ class Inference:
         send: trio.MemorySendChannel[AnswerItem | RequestError],
     ) -> None:
         """Forward one server's items to the client until Finished. Raises RequestError when that server fails."""
-        work = pursuit.continued(trio.current_time())
-        source = self._remote.generate(target, work) if isinstance(target, Candidate) else target.generate(work)
+        work, account = pursuit.continued(trio.current_time()), pursuit.route.account
+        source = (
+            self._remote.generate(target, sent_on(work, account))
+            if isinstance(target, Candidate)
+            else target.generate(work, of_client(account))
+        )
         async with source as items:
             async for item in items:
                 if isinstance(item, RequestError):
@@ -218,9 +227,11 @@ class Inference:
             if isinstance(target, Seek):
                 await self._seek(target)
                 continue
-            work = pursuit.continued(trio.current_time())
+            work, account = pursuit.continued(trio.current_time()), pursuit.route.account
             try:
-                return await (self._remote.embed(target, work) if isinstance(target, Candidate) else target.embed(work))
+                if isinstance(target, Candidate):
+                    return await self._remote.embed(target, sent_on(work, account))
+                return await target.embed(work, of_client(account))
             except RequestError as exc:
                 pursuit.failed(target, exc)
 

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from crypto.identity import PeerId
 from gossip.messages import Capacity
 from gossip.standing import Fault
-from node.errors import NO_ROOM_RETRY_S, REQUEST_ERRORS, BadRequest, NoRoom, NotReady, PeerFailed, RequestError
+from node.errors import (
+    NO_ROOM_RETRY_S,
+    REQUEST_ERRORS,
+    BadRequest,
+    NoRoom,
+    NotReady,
+    PeerFailed,
+    RequestError,
+    TooMany,
+)
 from node.work import AnswerItem, Finished, GenerateWork, Piece, Progress, Started
 from p2p.errors import LocalProtocolError, P2PError, Refused, RemoteError, RemoteProtocolError, StreamBreach
 
@@ -26,7 +35,8 @@ STALL_S_MAX = 60.0  # whatever speed it claims
 PREFILL_CHUNK = 256  # tokens of prompt that an engine reads in one step (model/config.py)
 FIRST_TOKEN_SHARE = 0.75
 TOKEN_CHARS_MAX = 1024  # the longest tokens of common vocabularies are 128 spaces
-ANSWERED: dict[str, type[RequestError]] = {**REQUEST_ERRORS, "busy": NoRoom}  # by the code of a peer's error
+# by the code of a peer's error; that we ask it for too much is no fault of our client's
+ANSWERED: dict[str, type[RequestError]] = {**REQUEST_ERRORS, "busy": NoRoom, TooMany.code: NoRoom}
 
 
 class LetDown(PeerFailed):
@@ -53,6 +63,11 @@ class Judge:
     def tokens_received(self) -> int:
         """Tokens that this peer made, without those delivered before."""
         return self._tokens - len(self._work.delivered)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the peer says that it made the answer earlier."""
+        return self._started is not None and self._started.cached
 
     def waits_until(self, now: float) -> float:
         """Until when to wait for the next item, if the waiting begins now."""
@@ -111,6 +126,8 @@ class Judge:
     def _check_server(self, item: Started) -> None:
         if item.served_by != self._peer:
             raise RemoteProtocolError(f"it says that {item.served_by} serves")
+        if item.cached and not self._work.may_be_kept:
+            raise RemoteProtocolError("it gave what was kept of an earlier answer, and was asked not to")
         if self._work.model not in (None, item.model):
             raise RemoteProtocolError(f"asked for {self._work.model}, got {item.model}")
         if self._work.revision not in (None, item.revision):

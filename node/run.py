@@ -208,7 +208,7 @@ class Node:
             runtime = await trio.to_thread.run_sync(self._load, self._config, abandon_on_cancel=True)
             level = logging.WARNING if runtime.linears.problem else logging.INFO
             _log.log(level, "linear layers are %s", runtime.linears.told)
-            return Hosting(runtime, peer=peer, on_change=on_change)
+            return Hosting(runtime, peer=peer, on_change=on_change, cache_mb=self._config.cache_mb)
         with importing():
             from node.upstream_start import upstream_of  # httpx
 

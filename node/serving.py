@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import trio
 
 from node.backend import Backend
-from node.errors import NO_ROOM_RETRY_S, DeadlinePassed, NotReady, PeerFailed, RequestError
+from node.errors import NO_ROOM_RETRY_S, DeadlinePassed, NoRoom, NotReady, PeerFailed, RequestError
 from node.inference import Inference
+from node.requester import Requester
 from node.work import EmbedWork, Finished, GenerateWork, from_wire, to_wire
 from p2p.calls import Handler, Incoming
 from p2p.errors import RemoteError, RemoteProtocolError
@@ -43,7 +44,7 @@ class Serving:
         raise _remote(DeadlinePassed(f"the {work.remaining_ms} ms that the request had left are over"))
 
     async def _generated(self, incoming: Incoming, work: GenerateWork) -> Any:
-        async with self._hosting().generate(work) as items:
+        async with self._hosting().generate(work, self._requester(incoming)) as items:
             async for item in items:
                 if isinstance(item, RequestError):
                     raise item
@@ -57,12 +58,16 @@ class Serving:
         work = _decoded(incoming, EmbedWork)
         with trio.move_on_after(work.remaining_ms / 1000):
             try:
-                embedded = await self._hosting().embed(work)
+                embedded = await self._hosting().embed(work, self._requester(incoming))
             except RequestError as exc:
                 raise _remote(exc) from exc
             self.served += 1
             return to_wire(embedded)
         raise _remote(DeadlinePassed(f"the {work.remaining_ms} ms that the request had left are over"))
+
+    def _requester(self, incoming: Incoming) -> Requester:
+        assert self.inference is not None
+        return self.inference.requester(incoming.peer)
 
     def _hosting(self) -> Backend:
         hosting = self.inference.hosting if self.inference is not None else None
@@ -79,4 +84,5 @@ def _decoded(incoming: Incoming, kind: type[_T]) -> _T:
 
 
 def _remote(error: RequestError) -> RemoteError:
-    return RemoteError(error.code, error.message, retryable=error.retryable)
+    code = NoRoom.code if isinstance(error, NoRoom) else error.code
+    return RemoteError(code, error.message, retryable=error.retryable)

@@ -33,6 +33,7 @@ from p2p.calls import Calls
 from p2p.direct import Direct
 from p2p.reaching import Reaching
 
+EMBED_SLOTS = 8  # requests for vectors at a time that an encoder's advert takes for no crowd
 CLOCK_PEERS_MIN = 3  # of fewer nobody can say whose clock is wrong
 VERSION = "0.1.0"
 AGENT = f"openagi-node/{VERSION}"
@@ -241,9 +242,9 @@ class NodeState:
             return Capacity(accepting=self.phase == "running")
         figures = hosting.statistics()
         slots_total, slots_free, queue_length = figures.slots_total, figures.slots_free, figures.queue_length
-        if not slots_total:  # an encoder: it takes one request at a time, and others wait
-            waiting = hosting.embeds_waiting
-            slots_total, slots_free, queue_length = 1, int(waiting == 0), max(0, waiting - 1)
+        if not slots_total:  # an encoder: requests share its turns, and answers get slower with each
+            waiting, slots_total = hosting.embeds_waiting, EMBED_SLOTS
+            slots_free, queue_length = max(0, slots_total - waiting), max(0, waiting - slots_total)
         return Capacity(
             models=tuple(self._own_offers()),
             slots_total=slots_total,
@@ -281,6 +282,7 @@ class NodeState:
             "linears": None if (linears := hosting.runtime.linears) is None else asdict(linears),
             "device": hosting.runtime.device,
             "engine": asdict(hosting.statistics()),
+            **hosting.details(),
             "running": hosting.requests_running,
         }
 

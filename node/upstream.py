@@ -18,8 +18,10 @@ import trio
 
 from model.config import ModelFacts
 from model.requests import EngineStatistics
+from node.embed_queue import EMBED_QUEUE_MAX
 from node.errors import NO_ROOM_RETRY_S, BadRequest, NoRoom, NotReady, PeerFailed, RequestError, UnknownModel
-from node.hosting import CHANGE_EVERY_S, EMBED_QUEUE_MAX, PROGRESS_EVERY_S
+from node.hosting import CHANGE_EVERY_S, PROGRESS_EVERY_S
+from node.requester import OWN, Requester
 from node.upstream_answer import PIECES_HELD, Asking, Job
 from node.upstream_dialect import Ask, ask_of
 from node.upstream_health import QUEUE_PER_SLOT, State
@@ -131,6 +133,10 @@ class Upstream:
         """Embedding requests not ended."""
         return self._embeds
 
+    def details(self) -> dict[str, Any]:
+        """Nothing: that server has its own."""
+        return {}
+
     def told(self) -> dict[str, Any]:
         """For the status; no key is in it."""
         health, identity = self._watch.health, self._watch.identity
@@ -181,7 +187,9 @@ class Upstream:
     # requests
 
     @asynccontextmanager
-    async def generate(self, work: GenerateWork) -> AsyncIterator[trio.MemoryReceiveChannel[AnswerItem | RequestError]]:
+    async def generate(
+        self, work: GenerateWork, requester: Requester = OWN
+    ) -> AsyncIterator[trio.MemoryReceiveChannel[AnswerItem | RequestError]]:
         """Admit a request; its items come from the channel, an error as the last item, then the channel ends.
 
         Raises NotReady, UnknownModel, NoRoom. Leaving the block closes the connection that the server answers on.
@@ -249,7 +257,7 @@ class Upstream:
         room.failed += failure is not None
         room.cancelled += failure is None and not job.is_over
 
-    async def embed(self, work: EmbedWork) -> Embedded:
+    async def embed(self, work: EmbedWork, requester: Requester = OWN) -> Embedded:
         """Embed texts, a few at a time. Raises RequestError kinds. If cancelled, what is left is dropped."""
         facts = self._admit(work.model, None, "encoder")
         if len({isinstance(text, str) for text in work.texts}) > 1:

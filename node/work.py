@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import struct as packing
 from collections.abc import Sequence
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar, overload
 
 import msgspec
 from msgspec import Meta, Struct
 
 from crypto.canonical import Limits, convert
 from crypto.errors import BadEncoding
+from node.requester import LOCAL
 from p2p.errors import RemoteProtocolError
 from p2p.transport import FRAME_BYTES_MAX
 
@@ -73,7 +74,9 @@ class GenerateWork(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     delivered: tokens that another peer already made and the client already has; the answer goes on after them.
     delivered_chars: characters of their text that the client already has. delivered_text: these characters, when the
-    ids are UNKNOWN_TOKEN. remaining_ms: time left to the deadline.
+    ids are UNKNOWN_TOKEN. remaining_ms: time left to the deadline. private: nothing of it is shared with others. keep:
+    the answer may be kept for this asker, and be one that was: it wants so, speaks for one client, and the answer is
+    always the same (greedy, or of a seed that was chosen).
     """
 
     request_id: RequestId
@@ -87,24 +90,40 @@ class GenerateWork(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     delivered_chars: Count = 0
     delivered_text: Text = ""
     remaining_ms: Annotated[int, Meta(ge=1, le=REMAINING_MS_MAX)] = 120_000
+    private: bool = False
+    keep: bool = False
+
+    @property
+    def may_be_kept(self) -> bool:
+        """Whether the answer may be kept, and be one that was."""
+        return self.keep and not self.private
 
 
 class EmbedWork(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="embed"):
-    """Texts (or token lists) to embed, in order."""
+    """Texts (or token lists) to embed, in order. private and keep: as of GenerateWork, for each text."""
 
     request_id: RequestId
     model: Name | None = None
     texts: Annotated[tuple[Text | TokenIds, ...], Meta(min_length=1, max_length=TEXTS_MAX)]
     remaining_ms: Annotated[int, Meta(ge=1, le=REMAINING_MS_MAX)] = 120_000
+    private: bool = False
+    keep: bool = False
+
+    @property
+    def may_be_kept(self) -> bool:
+        """Whether vectors may be kept, and be some that were."""
+        return self.keep and not self.private
 
 
 class Started(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="started"):
-    """The request was admitted to an engine. prompt_tokens 0: not counted yet, Finished says."""
+    """The request was admitted to an engine. prompt_tokens 0: not counted yet, Finished says. cached: the answer was
+    kept from an earlier one: its speed is not the engine's."""
 
     served_by: Name
     model: Name
     revision: Name
     prompt_tokens: Count
+    cached: bool = False
 
 
 class Progress(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="progress"):
@@ -168,8 +187,12 @@ _T = TypeVar("_T")
 
 
 def to_wire(struct: Struct) -> Any:
-    """A struct as the plain values that an rpc body carries; bytes stay bytes, token ids of a request become bytes."""
+    """A struct as the plain values that an rpc body carries; bytes stay bytes, token ids of a request become bytes. A
+    mark that is not set is left out."""
     plain = msgspec.to_builtins(struct, builtin_types=(bytes,))
+    for field in _MARKS:
+        if plain.get(field) is False:
+            del plain[field]
     if isinstance(struct, GenerateWork):
         for field in _TOKEN_FIELDS:
             if plain[field] is not None:
@@ -205,6 +228,21 @@ def _check_tag(value: object) -> None:
         raise BadEncoding(f"type: a text of {len(tag)} characters, at most {TAG_CHARS_MAX} are allowed")
 
 
+@overload
+def sent_on(work: GenerateWork, account: str) -> GenerateWork: ...
+
+
+@overload
+def sent_on(work: EmbedWork, account: str) -> EmbedWork: ...
+
+
+def sent_on(work: GenerateWork | EmbedWork, account: str) -> GenerateWork | EmbedWork:
+    """A client's request as a peer gets it, to whom all our clients are one: what it keeps for that one must be one
+    client's, so the others have nothing kept there."""
+    return work if account == LOCAL else msgspec.structs.replace(work, keep=False)
+
+
+_MARKS: Final = ("private", "keep", "cached")
 _TOKEN_FIELDS: Final = ("tokens", "delivered")
 
 

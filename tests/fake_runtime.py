@@ -67,6 +67,7 @@ class FakeRuntime:
     fails: ModelError | None = None  # every running request ends with it at the next step
     device: str = "cpu"
     embed_s: float = 0.1  # a text
+    embed_pass_s: float = 0.0  # a call
     embed_error: ModelError | None = None
     added: list[GenerationRequest] = field(default_factory=list)
     adopted: list[object] = field(default_factory=list)
@@ -190,18 +191,21 @@ class FakeRuntime:
         raise BadInput(f"there is no request {request_id!r}")
 
     def embed(self, texts: Sequence[str | Sequence[int]]) -> Embeddings:
-        self.takes_s += self.embed_s * len(texts)
+        self.takes_s += self.embed_s * len(texts) + self.embed_pass_s
         self.embedded.append(len(texts))
         if self.embed_error is not None:
             raise self.embed_error
-        if not all(texts):
-            raise BadInput("a text is empty", param="input")
+        if (place := next((place for place, text in enumerate(texts) if not text), None)) is not None:
+            raise BadInput("a text is empty", param="input", place=place)
         return Embeddings(
             facts=self.facts,
             dimensions=DIMENSIONS,
             vectors=tuple(vector_of(text) for text in texts),
             truncated=tuple(len(text) > self.facts.context_tokens for text in texts),
-            tokens=sum(len(text) for text in texts),
+            lengths=tuple(len(text) for text in texts),
+            passes=1,
+            padded=len(texts) * max(len(text) for text in texts),
+            seconds=self.embed_s * len(texts) + self.embed_pass_s,
         )
 
     def statistics(self) -> EngineStatistics:

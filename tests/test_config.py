@@ -30,6 +30,7 @@ def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) ->
         ({"threads": "two"}, "threads"),
         ({"threads": 0}, "threads"),
         ({"max_batch": True}, "max_batch"),
+        ({"cache_mb": -1}, "cache_mb"),
         ({"http": "nonsense"}, "HOST:PORT"),
         ({"network": "UPPER CASE"}, "network"),
         ({"device": "tpu"}, "device"),
@@ -89,9 +90,10 @@ def test_environment_values_get_their_types() -> None:
             "OPENAGI_LISTEN": "/ip4/127.0.0.1/tcp/0,/ip4/127.0.0.1/tcp/1",
             "OPENAGI_MDNS": "false",
             "OPENAGI_KV_CACHE_MB": "12",
+            "OPENAGI_CACHE_MB": "0",
         },
     )
-    assert (len(config.listen), config.mdns, config.kv_cache_mb) == (2, False, 12)
+    assert (len(config.listen), config.mdns, config.kv_cache_mb, config.cache_mb) == (2, False, 12, 0)
 
 
 def test_the_environment_can_name_the_file(tmp_path: Path) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.embed import BATCH_TOKENS_MAX, Embedder
-from model.errors import BadInput, BadModel
+from model.errors import BadInput, BadModel, ComputeFailed
 from model.load import MINILM, Found, Loaded, load, resolve
+from model.padding import PASS_TOKENS
 from tests.tiny_models import LINES, save_causal, save_encoder
 
 
@@ -51,6 +55,53 @@ def test_a_vector_does_not_depend_on_its_batch(loaded: Loaded) -> None:
     alone = vectors(tuple(embedder.embed([text]).vectors[0] for text in texts))
     assert (together * alone).sum(1) == pytest.approx(1.0, abs=1e-5)
     assert np.linalg.norm(together, axis=1) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(1, 20) | st.integers(1, 120), min_size=1, max_size=8), seed=st.integers(0, 9))
+def test_whatever_lengths_are_together_each_is_as_alone(loaded: Loaded, lengths: list[int], seed: int) -> None:
+    draw, most = random.Random(seed), loaded.facts.vocabulary - 1
+    texts = [tuple(draw.randint(0, most) for _ in range(length)) for length in lengths]
+    embedder = Embedder(loaded)
+    made = embedder.embed(texts)
+    together = vectors(made.vectors)
+    alone = vectors(tuple(embedder.embed([text]).vectors[0] for text in texts))
+    assert (together * alone).sum(1) == pytest.approx(1.0, abs=1e-5)
+    assert made.lengths == tuple(min(length, loaded.facts.context_tokens) for length in lengths)
+    assert made.truncated == tuple(length > loaded.facts.context_tokens for length in lengths)
+    assert made.passes <= len(texts)
+    assert made.tokens <= made.padded <= made.tokens + 2 * PASS_TOKENS * len(texts)
+
+
+def test_texts_that_are_much_longer_do_not_make_others_wait_for_padding(loaded: Loaded) -> None:
+    made = Embedder(loaded).embed([(5,) * 4] * 20 + [(5,) * 60])
+    assert (made.passes, made.padded, made.tokens) == (2, 140, 140)
+    assert made.seconds > 0
+
+
+def test_the_text_at_fault_is_named_by_its_place(loaded: Loaded) -> None:
+    embedder = Embedder(loaded)
+    for texts, place in (([(1, 2), ()], 1), ([(10**6,), (1,)], 0), (["a", "b", "x" * (1 << 20) + "y"], 2)):
+        with pytest.raises(BadInput) as caught:
+            embedder.embed(texts)
+        assert caught.value.place == place
+
+
+def test_numbers_that_are_not_finite_are_the_fault_of_one_text(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Embedder._vectors
+
+    def overflown(self: Embedder, rows: list[tuple[int, ...]]) -> torch.Tensor:
+        made = whole(self, rows).clone()
+        for place, row in enumerate(rows):
+            if 7 in row:
+                made[place, 0] = float("nan")
+        return made
+
+    monkeypatch.setattr(Embedder, "_vectors", overflown)
+    with pytest.raises(ComputeFailed, match="not finite") as caught:
+        Embedder(loaded).embed([(1, 2, 3), (4, 5), (6, 7), (8,)])
+    assert caught.value.place == 2
 
 
 @pytest.mark.slow

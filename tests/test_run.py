@@ -28,7 +28,7 @@ from node.config import NodeConfig
 from node.errors import ConfigError, PeerFailed
 from node.inference import INFER_PROTOCOL
 from node.remote import Remote
-from node.run import Node, _bootstrap, _psk
+from node.run import Node, _bootstrap
 from node.start import leaves
 from node.work import WORK_LIMITS, Finished, GenerateWork, Sampling, from_wire, to_wire
 from p2p.calls import Calls
@@ -397,10 +397,10 @@ def test_bad_settings_are_named(tmp_path: Path) -> None:
     key = tmp_path / "psk"
     config = NodeConfig(data_dir=tmp_path, psk_file=key)
     with pytest.raises(ConfigError, match="cannot read"):
-        _psk(config)
+        config.psk()
     for text in ("xyz", "ab" * 31):
         key.write_text(text)
         with pytest.raises(ConfigError, match="64 hexadecimal digits"):
-            _psk(config)
+            config.psk()
     key.write_text("ab" * 32 + "\n")
-    assert _psk(config) == b"\xab" * 32
+    assert config.psk() == b"\xab" * 32

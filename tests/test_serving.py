@@ -9,10 +9,12 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from gossip.standing import Fault
+from model.step import Priority
 from node.work import Embedded, Finished, Piece, Started, from_wire, to_wire
 from p2p.errors import RemoteError, Unreachable
 from tests.fake_runtime import FakeRuntime, vector_of
-from tests.node_swarm import Node, Swarm, expected, work
+from tests.node_swarm import Node, Swarm, ask, expected, work
 
 
 @pytest.fixture
@@ -67,6 +69,43 @@ async def test_a_body_that_does_not_fit_is_refused(swarm: Swarm, body: Any, auto
     error = await failure(caller, server, "generate", body)
     assert (error.code, error.retryable) == ("bad_request", False)
     assert server.engine.added == []
+
+
+async def test_who_asks_is_told_to_the_engine(swarm: Swarm, autojump_clock: MockClock) -> None:
+    """A peer that has served us goes before strangers, until a fault of its is fresh."""
+    caller, server = await pair(swarm, FakeRuntime())
+    assert server.runtime is not None
+
+    async def asked(**marks: bool) -> tuple[str, Priority, bool]:
+        await caller.infer.call(server.id, "generate", to_wire(work(**marks)))
+        request = server.engine.added[-1]
+        return request.requester, request.priority, request.private
+
+    assert await asked() == (caller.id, Priority.STRANGER, False)
+    observations = server.network.gossip.observations
+    observations.started(caller.id, trio.current_time())
+    observations.finished(caller.id, 10, 1.0, trio.current_time())
+    observations.ended(caller.id, trio.current_time())
+    assert await asked(private=True) == (caller.id, Priority.PEER, True)
+    server.network.gossip.blame(caller.id, Fault.TIMEOUT, "it let a request down")
+    assert await asked() == (caller.id, Priority.STRANGER, False)
+    await trio.sleep(1_500)  # two and a half half-lives: it is forgiven
+    assert (await asked())[1] is Priority.PEER
+    await ask(server, work())
+    assert (server.engine.added[-1].requester, server.engine.added[-1].priority) == ("own", Priority.OWN)
+
+
+async def test_a_peer_that_has_as_much_as_one_may_is_told_that_there_is_no_room(
+    swarm: Swarm, autojump_clock: MockClock
+) -> None:
+    caller, server = await pair(swarm, FakeRuntime(slots=1, queue_max=2))
+    async with trio.open_nursery() as nursery:
+        for _ in range(2):
+            nursery.start_soon(caller.infer.call, server.id, "generate", to_wire(work(tokens=50)))
+        await trio.sleep(0.5)
+        assert (await failure(caller, server, "generate", to_wire(work()))).code == "no_room"
+        assert (await ask(server, work())).is_right("hello", 10)  # its own clients have room left
+        nursery.cancel_scope.cancel()
 
 
 async def test_without_a_model_it_says_so(swarm: Swarm, autojump_clock: MockClock) -> None:

@@ -9,6 +9,7 @@ import pytest
 from trio.testing import MockClock
 
 from node.front import RouteHint
+from node.state import EMBED_SLOTS
 from node.work import EmbedWork
 from tests.fake_runtime import FakeRuntime, facts
 from tests.node_swarm import Swarm, ask, work
@@ -25,7 +26,7 @@ async def test_a_peer_that_only_embeds_is_asked(swarm: Swarm, autojump_clock: Mo
     door = await swarm.start()
     encoder = await swarm.start(FakeRuntime(slots=0, facts=facts(name="vectors", kind="encoder")))
     await swarm.settled()
-    assert encoder.state.capacity().slots_free == 1
+    assert encoder.state.capacity().slots_free == EMBED_SLOTS
     embedded = await door.inference.embed(EmbedWork(request_id="q", model="vectors", texts=("a",)), RouteHint())
     assert embedded.served_by == encoder.id
     assert door.state.default_model("encoder") == "vectors"

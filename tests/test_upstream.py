@@ -301,7 +301,7 @@ async def test_no_more_than_its_slots_are_there_at_a_time_and_the_others_wait() 
         answers: list[list[AnswerItem | RequestError]] = []
 
         async def ask(number: int) -> None:
-            answers.append(await here.items(work(f"q{number}", 40)))
+            answers.append(await here.items(work(f"q{number}", 80)))
 
         async with trio.open_nursery() as nursery:
             for number in range(5):
@@ -310,7 +310,7 @@ async def test_no_more_than_its_slots_are_there_at_a_time_and_the_others_wait() 
             assert not here.upstream.has_room()
             assert here.free == 0
         assert here.server.most_running == 2
-        assert sorted(map(text, answers)) == sorted(expected(f"q{number}", 40) for number in range(5))
+        assert sorted(map(text, answers)) == sorted(expected(f"q{number}", 80) for number in range(5))
         waited = [items for items in answers if any(isinstance(item, Progress) for item in items)]
         assert max(item.queue_position for items in waited for item in items if isinstance(item, Progress)) >= 2
         await until(lambda: here.changes[-1] == 2)

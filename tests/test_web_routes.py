@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import trio
+from msgspec.structs import replace
 from trio.testing import MockClock
 
 from node.errors import InternalError, NoRoom, NotReady, PeerFailed
@@ -61,6 +62,70 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     assert set(error) == {"type", "code", "message", "param", "request_id", "retryable"}
     assert error["request_id"] == response.headers["x-request-id"]
     return error
+
+
+@pytest.mark.parametrize(
+    ("headers", "private", "keep"),
+    [
+        ({}, False, True),
+        ({"x-private": "true"}, True, False),
+        ({"x-private": "FALSE"}, False, True),
+        ({"cache-control": "max-age=0, No-Store"}, False, False),
+        ({"cache-control": "no-cache"}, False, False),
+        ({"cache-control": "max-age=0"}, False, True),
+        ({"x-forwarded-for": "203.0.113.9"}, False, False),
+        ({"via": "1.1 proxy"}, False, False),
+    ],
+    ids=str,
+)
+async def test_what_may_be_kept_and_what_is_private(
+    bench: Bench, headers: dict[str, str], private: bool, keep: bool
+) -> None:
+    greedy = {"temperature": 0}
+    for path, body in (
+        ("/v1/chat/completions", {**CHAT, **greedy}),
+        ("/v1/completions", {"prompt": "a", "temperature": 1, "seed": 3}),
+        ("/v1/completions", {"prompt": "a", **greedy, "stream": True}),
+        ("/api/v1/model/inference", {"text": "a", **greedy}),
+    ):
+        await bench.post(path, body, **headers)
+        work = bench.front.works[-1]
+        assert (work.private, work.keep) == (private, keep), path
+    await bench.post("/v1/embeddings", {"input": "a"}, **headers)
+    embed = bench.front.embeds[-1]
+    assert (embed.private, embed.keep) == (private, keep)
+    assert {hint.account for hint in bench.front.hints} == {"own"}
+
+
+async def test_an_answer_that_is_drawn_anew_each_time_is_not_kept(bench: Bench) -> None:
+    await bench.post("/v1/chat/completions", CHAT)
+    assert not bench.front.works[-1].keep
+
+
+async def test_x_private_is_true_or_false(bench: Bench) -> None:
+    for path, body in (("/v1/chat/completions", CHAT), ("/v1/embeddings", {"input": "a"})):
+        error = error_of(await bench.post(path, body, **{"x-private": "perhaps"}), 400)
+        assert error["param"] == "x-private"
+        assert "wanted true or false" in error["message"]
+    assert bench.front.works == bench.front.embeds == []
+
+
+async def test_clients_of_elsewhere_are_accounts_by_address(bench: Bench) -> None:
+    transport = httpx.ASGITransport(app=bench.app, client=("203.0.113.9", 4711))
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8765") as elsewhere:
+        await elsewhere.post("/v1/completions", json={"prompt": "a"})
+        await elsewhere.post("/v1/embeddings", json={"input": "a"})
+        await elsewhere.post("/v1/completions", json={"prompt": "a", "stream": True})
+    assert {hint.account for hint in bench.front.hints} == {"203.0.113.9"}
+
+
+async def test_an_answer_that_was_kept_says_so(bench: Bench) -> None:
+    bench.script(replace(started(), cached=True), *tale(["Once"])[1:])
+    for body in (CHAT, {**CHAT, "stream": True}):
+        response = await bench.post("/v1/chat/completions", body)
+        assert response.headers["x-cache"] == "hit"
+    bench.script(*tale(["Once"]))
+    assert "x-cache" not in (await bench.post("/v1/chat/completions", CHAT)).headers
 
 
 async def test_chat(bench: Bench) -> None:

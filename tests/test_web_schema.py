@@ -297,6 +297,7 @@ def test_every_kind_of_error_has_its_row() -> None:
         "too_large": 413,
         "unknown_model": 404,
         "no_room": 503,
+        "too_many": 429,
         "not_ready": 503,
         "deadline": 408,
         "peer_failed": 503,

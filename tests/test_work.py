@@ -38,6 +38,9 @@ STRUCTS = [
     GenerateWork(request_id="q", messages=(Message(role="user", content="hé"),), sampling=Sampling(stop=("a",))),
     GenerateWork(request_id="q", tokens=(1, 2), delivered=(3,), delivered_chars=2, model="m", revision="r"),
     EmbedWork(request_id="q", texts=("a", (1, 2, 3))),
+    GenerateWork(request_id="q", text="a", private=True),
+    EmbedWork(request_id="q", texts=("a",), keep=True),
+    Started(served_by="p", model="m", revision="r", prompt_tokens=3, cached=True),
     Started(served_by="p", model="m", revision="r", prompt_tokens=3),
     Progress(engine_steps=1, prefilled_tokens=2, queue_position=3),
     Piece(tokens=(1,), text="x", logprobs=(TokenLogprob(text="x", logprob=-0.5, top=(("y", -1.5),)),)),
@@ -80,7 +83,22 @@ def test_the_largest_prompt_and_the_longest_chat_fit_a_frame() -> None:
         assert from_wire(decode_frame(raw, WORK_LIMITS).body, type(work)) == work  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("struct", STRUCTS[3:7], ids=lambda struct: type(struct).__name__)
+def test_a_mark_that_is_not_set_is_not_there() -> None:
+    for struct in STRUCTS:
+        wire = to_wire(struct)
+        for mark in ("private", "keep", "cached"):
+            assert (mark in wire) == (getattr(struct, mark, False) is True)
+    plain = {"type": "generate", "request_id": "q", "text": "a"}
+    assert from_wire(plain, GenerateWork).may_be_kept is False
+    for marks, may in (({"keep": True}, True), ({"keep": True, "private": True}, False), ({"private": True}, False)):
+        assert from_wire({**plain, **marks}, GenerateWork).may_be_kept is may
+    with pytest.raises(RemoteProtocolError, match="private"):
+        from_wire({**plain, "private": 1}, GenerateWork)
+
+
+@pytest.mark.parametrize(
+    "struct", [each for each in STRUCTS if isinstance(each, AnswerItem)], ids=lambda struct: type(struct).__name__
+)
 def test_an_answers_item_is_known_by_its_tag(struct: Any) -> None:
     assert from_wire(to_wire(struct), AnswerItem) == struct  # type: ignore[arg-type]  # a union is a type here
 

@@ -113,9 +113,10 @@ def _ask(door: NodeProcess, model: str, tokens: int, interrupt: Callable[[str], 
     import httpx  # only when a command needs it
 
     body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "stream": True}
+    anew = {"cache-control": "no-store"}
     began = last = time.monotonic()
     text, first, gap, finish, pieces = "", 0.0, 0.0, "", 0
-    with httpx.stream("POST", f"{door.url}/v1/completions", json=body, timeout=ANSWER_S_MAX) as response:
+    with httpx.stream("POST", f"{door.url}/v1/completions", json=body, headers=anew, timeout=ANSWER_S_MAX) as response:
         if response.status_code != 200:
             raise DemoFailed(f"the door answered {response.status_code}: {response.read().decode()}")
         served_by = response.headers["x-served-by"]

@@ -24,8 +24,9 @@ from starlette.responses import Response
 from node.errors import BadRequest
 from node.front import Front
 from node.web.answers import unless_gone
-from node.web.door import REQUEST_ID_KEY, headers_of, read_body
-from node.web.schema import EmbeddingsRequest, Prompt, deadline_s_of, parse, prompts_of, route_of
+from node.web.asker import asker_of
+from node.web.door import REQUEST_ID_KEY, read_body
+from node.web.schema import EmbeddingsRequest, Prompt, parse, prompts_of
 from node.work import TEXTS_MAX, Embedded, EmbedWork
 
 
@@ -76,15 +77,18 @@ class Embeddings:
         return told, _served(embedded)
 
     async def _embed(self, request: Request, model: str | None, texts: Sequence[Prompt]) -> Embedded:
-        headers = headers_of(request.scope)
-        deadline_s, hint = deadline_s_of(headers), route_of(headers)
+        asker = asker_of(request.scope)
         work = EmbedWork(
             request_id=request.scope[REQUEST_ID_KEY],
             model=model,
             texts=tuple(texts),
-            remaining_ms=max(1, int(deadline_s * 1000)),
+            remaining_ms=max(1, int(asker.deadline_s * 1000)),
+            private=asker.private,
+            keep=asker.keeps,
         )
-        return await unless_gone(request.receive, lambda: self._front.embed(work, hint), deadline_s=deadline_s)
+        return await unless_gone(
+            request.receive, lambda: self._front.embed(work, asker.hint), deadline_s=asker.deadline_s
+        )
 
 
 def floats_of(vector: bytes, dimensions: int | None) -> array[float]:

@@ -62,6 +62,7 @@ TABLE: dict[type[errors.RequestError], Row] = {
     SlowBody: Row(status=408, type="timeout_error"),
     errors.TooLarge: Row(status=413, type="invalid_request_error"),
     errors.NoRoom: Row(status=503, type="overloaded_error", retry_after=True),
+    errors.TooMany: Row(status=429, type="rate_limit_error", retry_after=True),
     errors.NotReady: Row(status=503, type="unavailable_error", retry_after=True),
     errors.PeerFailed: Row(status=503, type="unavailable_error", retry_after=True),
     errors.InternalError: Row(status=500, type="server_error"),

@@ -20,7 +20,8 @@ from starlette.types import ASGIApp
 from node.errors import BadRequest
 from node.front import Front
 from node.web.answers import gather, unless_gone
-from node.web.door import REQUEST_ID_KEY, headers_of, read_body
+from node.web.asker import asker_of
+from node.web.door import REQUEST_ID_KEY, read_body
 from node.web.embeddings import Embeddings
 from node.web.schema import (
     CHAT_TOKENS_DEFAULT,
@@ -32,11 +33,9 @@ from node.web.schema import (
     InferenceRequest,
     Prompt,
     Streamed,
-    deadline_s_of,
     messages_of,
     parse,
     prompts_of,
-    route_of,
 )
 from node.web.shapes import Answer, ChatShape, CompletionShape, Head, Shape, usage_of
 from node.web.sse import EventStream, StreamRequest, served_headers
@@ -106,14 +105,14 @@ class Generations:
     async def _answer(self, request: Request, asked: Streamed, works: Sequence[GenerateWork], shape: Shape) -> ASGIApp:
         request_id = request.scope[REQUEST_ID_KEY]
         if asked.stream:
-            headers = headers_of(request.scope)
+            asker = asker_of(request.scope)
             stream = StreamRequest(
                 request_id=request_id,
                 works=works,
-                hint=route_of(headers),
+                hint=asker.hint,
                 shape=shape,
                 include_usage=asked.usage_in_stream(),
-                deadline_s=deadline_s_of(headers),
+                deadline_s=asker.deadline_s,
             )
             return EventStream(self._front, stream)
         answers = await self._gather(request, works)
@@ -124,10 +123,9 @@ class Generations:
         return Response(body, 200, served_headers(answers), media_type="application/json")
 
     async def _gather(self, request: Request, works: Sequence[GenerateWork]) -> list[Answer]:
-        headers = headers_of(request.scope)
-        hint = route_of(headers)
+        asker = asker_of(request.scope)
         return await unless_gone(
-            request.receive, lambda: gather(self._front, works, hint), deadline_s=deadline_s_of(headers)
+            request.receive, lambda: gather(self._front, works, asker.hint), deadline_s=asker.deadline_s
         )
 
     def _works(
@@ -145,8 +143,8 @@ class Generations:
                 f"{len(prompts)} prompts with n = {asked.n} make {count} answers, at most {CHOICES_MAX} at a time",
                 param="n",
             )
-        route_of(headers_of(request.scope))  # a bad header is found before any work is made
-        remaining_ms = max(1, int(deadline_s_of(headers_of(request.scope)) * 1000))
+        asker = asker_of(request.scope)  # a bad header is found before any work is made
+        is_repeatable = asked.temperature == 0 or asked.seed is not None
         request_id, seed = request.scope[REQUEST_ID_KEY], self._rng.getrandbits(62)
         tokens = self._tokens_default(asked.model_asked(), tokens_default)
         return [
@@ -154,7 +152,9 @@ class Generations:
                 request_id=request_id if count == 1 else f"{request_id}-{index}",
                 model=asked.model_asked(),
                 sampling=asked.sampling(index=index, seed=seed, tokens_default=tokens, logprobs=logprobs),
-                remaining_ms=remaining_ms,
+                remaining_ms=max(1, int(asker.deadline_s * 1000)),
+                private=asker.private,
+                keep=asker.keeps and is_repeatable,
                 **prompts[index // asked.n],
             )
             for index in range(count)

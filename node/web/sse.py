@@ -188,14 +188,16 @@ class EventStream:
 
 
 def served_headers(answers: Sequence[Answer]) -> dict[str, str]:
-    """x-served-by and x-model-revision of what has started so far, several separated by commas."""
+    """x-served-by and x-model-revision of what has started so far, several separated by commas; x-cache when all of it
+    was kept from earlier requests."""
     started = [answer.started for answer in answers if answer.started is not None]
     if not started:
         return {}
-    return {
+    headers = {
         "x-served-by": ", ".join(dict.fromkeys(one.served_by for one in started)),
         "x-model-revision": ", ".join(dict.fromkeys(one.revision for one in started)),
     }
+    return {**headers, "x-cache": "hit"} if all(one.cached for one in started) else headers
 
 
 async def _receive_ready(items: trio.MemoryReceiveChannel[Told]) -> list[Told]:

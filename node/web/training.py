@@ -4,7 +4,7 @@ Rules: only who sits at this machine may begin, join, pause or leave: a run read
 this machine comes from loopback too, whoever stands behind it, so what says that it was handed on is refused; there is
 no key that would let it through. Bodies are JSON objects as node/training_wish.py has them; what does not fit is
 refused with the field's name.
-Source: INTERFACES.md (`train`, GET /api/v1/training); RFC 7239 (Forwarded); RFC 9110 section 7.6.3 (Via).
+Source: INTERFACES.md (`train`, GET /api/v1/training).
 """
 
 from __future__ import annotations
@@ -19,16 +19,9 @@ from starlette.responses import Response
 from node.errors import BadRequest
 from node.front import Front
 from node.training_wish import Begin, Join
+from node.web.asker import proxy_header
 from node.web.door import COUNTS_KEY, headers_of, read_body
 from node.web.errors import Forbidden
-
-# what proxies add; of X-Forwarded-For, -Host, -Proto and their kin the beginning is enough
-PROXY_HEADERS = frozenset({
-    "forwarded", "via", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "x-original-forwarded-for",
-    "x-original-host", "x-envoy-external-address", "x-proxyuser-ip", "client-ip", "true-client-ip", "cf-connecting-ip",
-    "cf-ray", "fastly-client-ip", "fly-client-ip", "proxy-connection", "tailscale-user-login",
-})  # fmt: skip
-PROXY_PREFIX = "x-forwarded"
 
 _T = TypeVar("_T")
 
@@ -73,14 +66,14 @@ def _check_is_operator(request: Request) -> None:
     if not (mapped or address).is_loopback:
         drops["training_from_elsewhere"] += 1
         raise Forbidden("training is begun and ended from this machine only: ask on 127.0.0.1")
-    for name in headers_of(request.scope):
-        if name in PROXY_HEADERS or name.startswith(PROXY_PREFIX):
-            drops["training_by_proxy"] += 1
-            raise Forbidden(
-                f"training is begun and ended from this machine only, and the header {name[:40]} says that a proxy "
-                "hands this on: ask the node itself, on 127.0.0.1",
-                param=name[:40],
-            )
+    name = proxy_header(headers_of(request.scope))
+    if name is not None:
+        drops["training_by_proxy"] += 1
+        raise Forbidden(
+            f"training is begun and ended from this machine only, and the header {name[:40]} says that a proxy "
+            "hands this on: ask the node itself, on 127.0.0.1",
+            param=name[:40],
+        )
 
 
 async def _asked(request: Request, kind: type[_T]) -> _T:

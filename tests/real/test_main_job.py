@@ -23,6 +23,7 @@ def body(tokens: int, **more: object) -> dict[str, Any]:
 
 
 def ask(node: NodeProcess, tokens: int = 16, headers: dict[str, str] | None = None) -> httpx.Response:
+    headers = {"cache-control": "no-store", **(headers or {})}
     return httpx.post(f"{node.url}/v1/completions", json=body(tokens), headers=headers, timeout=PATIENCE_S)
 
 
@@ -35,9 +36,8 @@ def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
 def stream_and(node: NodeProcess, tokens: int, disturb: Any) -> tuple[str, str, dict[str, Any] | None]:
     """Stream an answer; call disturb(served_by) after four events. Returns (text, first server, error or None)."""
     text, seen = "", 0
-    with httpx.stream(
-        "POST", f"{node.url}/v1/completions", json=body(tokens, stream=True), timeout=PATIENCE_S
-    ) as response:
+    url, anew = f"{node.url}/v1/completions", {"cache-control": "no-store"}
+    with httpx.stream("POST", url, json=body(tokens, stream=True), headers=anew, timeout=PATIENCE_S) as response:
         assert response.status_code == 200, response.read()
         server = response.headers["x-served-by"]
         for event in events(response):

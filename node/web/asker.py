@@ -1,0 +1,67 @@
+"""Who asks over HTTP, and what the headers say of how to answer: route, time, privacy.
+
+Rules: core. Clients on this machine are one account, others one by their address. What a proxy hands on may be
+anybody's, so nothing is kept for it: that one of its clients is answered at once would tell what another asked.
+Source: RFC 7239 (Forwarded); RFC 9110 section 7.6.3 (Via); RFC 9111 section 5.2.1 (no-store, no-cache).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from starlette.types import Scope
+
+from node.errors import BadRequest
+from node.front import RouteHint
+from node.requester import account_of
+from node.web.door import headers_of
+from node.web.schema import deadline_s_of, route_of
+
+# what proxies add; of X-Forwarded-For, -Host, -Proto and their kin the beginning is enough
+PROXY_HEADERS = frozenset({
+    "forwarded", "via", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "x-original-forwarded-for",
+    "x-original-host", "x-envoy-external-address", "x-proxyuser-ip", "client-ip", "true-client-ip", "cf-connecting-ip",
+    "cf-ray", "fastly-client-ip", "fly-client-ip", "proxy-connection", "tailscale-user-login",
+})  # fmt: skip
+PROXY_PREFIX = "x-forwarded"
+UNCACHED = frozenset({"no-store", "no-cache"})
+TRUTH = {"true": True, "false": False}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asker:
+    """hint: the route, and on whose account. private: nothing of the request is shared with others. keeps: its answer
+    may be kept, and be one that was."""
+
+    hint: RouteHint
+    deadline_s: float
+    private: bool
+    keeps: bool
+
+
+def asker_of(scope: Scope) -> Asker:
+    """Of one request. Raises BadRequest, naming the header."""
+    headers = headers_of(scope)
+    client = scope.get("client")
+    private = private_of(headers)
+    wants = {word.strip().lower() for word in headers.get("cache-control", "").split(",")}
+    return Asker(
+        hint=replace(route_of(headers), account=account_of(client[0] if client else None)),
+        deadline_s=deadline_s_of(headers),
+        private=private,
+        keeps=not (private or wants & UNCACHED or proxy_header(headers)),
+    )
+
+
+def private_of(headers: Mapping[str, str]) -> bool:
+    """x-private: whether the request is to share nothing. Raises BadRequest."""
+    text = headers.get("x-private", "false")
+    if text.lower() not in TRUTH:
+        raise BadRequest(f"x-private is {text[:60]!r}, wanted true or false", param="x-private")
+    return TRUTH[text.lower()]
+
+
+def proxy_header(headers: Mapping[str, str]) -> str | None:
+    """The name of a header that says that somebody handed the request on."""
+    return next((name for name in headers if name in PROXY_HEADERS or name.startswith(PROXY_PREFIX)), None)
