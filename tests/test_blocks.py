@@ -178,6 +178,8 @@ def test_no_more_is_shared_than_may_be() -> None:
     assert filled(blocks, "b", tokens) == 8
     assert filled(blocks, "c", tokens, shared=7) == 4
     assert filled(blocks, "d", tokens) == 12
+    blocks.allocate("e", [7] * 13, shared=7)
+    assert len(list(blocks.keys("e", [7] * 13, 13))) == 1
 
 
 def test_the_oldest_goes_first_and_of_one_sequence_the_end() -> None:

@@ -450,7 +450,7 @@ async def test_weights_are_made_ready_between_the_steps_of_a_request(autojump_cl
         await trio.sleep(1)
         assert here.runtime._steps == before + 2
         assert here.runtime.adopted == []
-        await trio.sleep(16)
+        await trio.sleep(17)
         assert here.runtime.adopted == [("ready", "weights")]
 
 
