@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from model import linears_int4, linears_x86
 from model.errors import BadModel, NotFound
 from model.lengths import at_least
+from model.linears_joined import Names
 
 EXACT: Final = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # the kind that keeps a model's number type
 KINDS: Final = ("fp32", "bf16", "int8", "int8-dynamic", "int4")
@@ -256,6 +257,7 @@ class PackedModel:
 
     def __init__(self, model: Any, kind: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.model, self.kind, self.shapes = model, kind, shapes
+        self._names: Names | None = None
         self._places: dict[str, list[_Place]] = {}
 
     @property
@@ -291,7 +293,7 @@ class PackedModel:
                     "the model that was packed, a shared one by its first name"
                 )
         ready = Ready(named, [], [])
-        for name, value in named.items():
+        for name, value in named.items() if self._names is None else self._names.each(named):
             for place in self._places.get(name, ()):
                 if place.is_bias:
                     ready.biases.append((place.layer, value))
@@ -311,6 +313,11 @@ class PackedModel:
             layer.take_bias(value)
         for layer, packed in ready.packed:
             layer.take(packed)
+
+    def called(self, names: Names) -> PackedModel:
+        """Itself, going by the names of the model that was joined before it was packed."""
+        self._names, self.shapes = names, names.shapes
+        return self
 
     def _put(self, name: str, place: _Place) -> None:
         self._places.setdefault(name, []).append(place)

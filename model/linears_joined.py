@@ -10,12 +10,14 @@ Source: fused qkv and gate-up projections of vLLM and nano-vllm (`nanovllm/layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from model.errors import BadModel
 
 
 class Joined(nn.Module):
@@ -67,14 +69,19 @@ class Names:
     parts: Mapping[str, tuple[str, ...]]
     shapes: Mapping[str, tuple[int, ...]]
 
-    def joined(self, named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Values by the joined model's names. Raises KeyError if a joined one comes in part."""
-        left = dict(named)
-        made = {}
+    def each(self, named: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Values by the joined model's names, one made after the other. Raises BadModel if one comes in part."""
+        taken = set[str]()
         for name, parts in self.parts.items():
-            if any(part in left for part in parts):
-                made[name] = torch.cat([left.pop(part) for part in parts])
-        return left | made
+            given = [part for part in parts if part in named]
+            if given and len(given) < len(parts):
+                raise BadModel(
+                    f"{given[0]} came without {', '.join(set(parts) - set(given))}; they are computed as one"
+                )
+            if given:
+                yield name, torch.cat([named[part] for part in parts])
+            taken.update(parts)
+        yield from ((name, value) for name, value in named.items() if name not in taken)
 
 
 def join(model: Any, run: Callable[[], object]) -> Names:

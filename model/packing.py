@@ -1,4 +1,5 @@
-"""A loaded model -> the same one with packed linear layers: chosen for this machine, packed, tried; or plain, and why.
+"""A loaded model -> the same one with packed linear layers: chosen for this machine, joined where they read one input,
+packed, tried; or plain, and why.
 
 Rules: what a model gives with packed layers is compared with what it gave before; one that fails, or is off, is read
 anew from its files and served as it is. That is said, in `Loaded.linears`, and never hidden: plain layers round
@@ -20,6 +21,7 @@ from model.config import LinearFacts
 from model.errors import FOREIGN, BadInput, ModelError, first_line
 from model.linears import EXACT, PackedModel, linear_shapes, pack
 from model.linears_choice import PLAIN, Choice, choose
+from model.linears_joined import join
 from model.load import Loaded, load
 
 WISH: Final = {"none": "exact", "int8": "int8", "int4": "int4"}  # of RuntimeConfig.quantize
@@ -84,7 +86,8 @@ def _tried(loaded: Loaded, kind: str) -> tuple[PackedModel | None, str]:
     made = None
     try:
         before = trial(loaded)
-        made = pack(loaded.model, kind)
+        names = join(loaded.model, lambda: trial(loaded))
+        made = pack(loaded.model, kind).called(names)
         off = _distance(before, trial(loaded))
     except FOREIGN as exc:
         return made, f"a trial pass with {kind} layers failed ({type(exc).__name__}: {first_line(exc)})"

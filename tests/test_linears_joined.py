@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+from model.errors import BadModel
 from model.linears import kinds_here, pack
 from model.linears_joined import Joined, Share, join, siblings
 from tests.tiny_models import causal_config
@@ -69,7 +70,7 @@ def test_names_lead_from_plain_values_to_joined_ones() -> None:
         names = join(other, passing(other))
     assert names.shapes == {name: tuple(value.shape) for name, value in plain.items()}
     own = dict(other.named_parameters())
-    values = names.joined(plain)
+    values = dict(names.each(plain))
     assert values.keys() == own.keys()
     with torch.no_grad():
         for name, value in values.items():
@@ -79,8 +80,8 @@ def test_names_lead_from_plain_values_to_joined_ones() -> None:
     with torch.inference_mode():
         torch.testing.assert_close(passing(other)().logits, passing(model)().logits)
     one = next(iter(names.parts.values()))[0]
-    with pytest.raises(KeyError):
-        names.joined({one: plain[one]})
+    with pytest.raises(BadModel, match="computed as one"):
+        list(names.each({one: plain[one]}))
 
 
 class Odd(nn.Module):

@@ -156,7 +156,7 @@ def test_training_and_files_have_the_plain_weights(path: Path, quantize: str) ->
 
 def tokens(runtime: Runtime) -> tuple[int, ...]:
     sampling = SamplingParameters(temperature=0.0, max_tokens=12)
-    runtime.add(GenerationRequest(request_id="r", prompt=(3, 4, 5), sampling=sampling))
+    runtime.add(GenerationRequest(request_id="r", prompt=(3, 4, 5) * 20, sampling=sampling))
     made: tuple[int, ...] = ()
     while runtime.has_work:
         for output in runtime.step():
