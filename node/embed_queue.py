@@ -2,8 +2,8 @@
 
 Rules: core. A turn takes texts in rotation: of the classes of requesters by CLASS_WEIGHT, of the requesters of a class
 and of the requests of a requester alike, counted in bytes of text. Who comes starts level with who was served least, so
-that no text waits behind all those of another request. A turn takes about TURN_S, at least one text: its bytes are set
-by what turns took so far. How many may wait, and of how many bytes, node/room.py says. When texts of several requests
+that no text waits behind all those of another request. A turn takes about TURN_S, at least one text: its bytes follow
+from what turns took so far. How many may wait, and of how many bytes, node/room.py says. When texts of several requests
 fail together and nobody can tell which, each request goes on in turns of its own, so that nobody's text ends another's
 request.
 Source: start-time fair queueing (Goyal, Vin, Cheng 1996), of classes, requesters and requests one within the other.
@@ -29,6 +29,8 @@ EMBED_QUEUE_MAX = 64
 TURN_S = 0.1  # of a turn; others wait so long for theirs, and running answers for half of it
 TURN_TEXTS_MAX = 256
 TURN_BYTES_FIRST, TURN_BYTES_MAX = 512, 1 << 20
+TURN_BYTES_WORTH = 384  # of less a pass of the model costs more than a quarter, so for that much ...
+STRETCH = 4.0  # ... a turn may take so many times as long, on a slow or busy machine
 GROWTH_MAX = 2.0  # of a turn's bytes over those of the one before
 TEXT_BYTES = 16  # what any text costs beside its own bytes, in bytes of text
 TOKEN_BYTES = 4  # a token id stands for about so many bytes
@@ -168,7 +170,8 @@ class EmbedQueue:
         """A turn took so long; 0: not measured."""
         if seconds <= 0.0:
             return
-        fits = int(turn.cost * TURN_S / seconds)
+        fits = turn.cost * TURN_S / seconds
+        fits = int(max(fits, min(TURN_BYTES_WORTH, fits * STRETCH)))
         if seconds > TURN_S * turn.share:
             self.turn_bytes = max(1, min(self.turn_bytes, fits))
         elif 2 * turn.cost >= self.turn_bytes * turn.share:

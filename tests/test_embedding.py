@@ -15,6 +15,7 @@ from model.step import Priority
 from node.cache import Cache
 from node.embed_queue import (
     CLASS_WEIGHT,
+    STRETCH,
     TURN_BYTES_FIRST,
     TURN_S,
     TURN_TEXTS_MAX,
@@ -219,6 +220,17 @@ def test_a_turn_is_as_long_as_fits_its_time() -> None:
     assert half.cost * s_per_byte <= 0.5 * TURN_S
     queue.took(half, half.cost * s_per_byte * 10)  # others came: it is slower now
     assert queue.take(is_held=False).cost * s_per_byte * 10 <= TURN_S
+
+
+def test_on_a_slow_machine_a_turn_is_still_worth_a_pass_but_not_at_any_price() -> None:
+    for s_per_byte, cost in ((8e-4, 384), (1e-2, 40), (1.0, 20)):
+        queue = EmbedQueue()
+        queue.add(job_of(OWN, *["x" * 4] * 256))  # 20 bytes each
+        for _ in range(8):
+            turn = queue.take(is_held=False)
+            queue.took(turn, turn.cost * s_per_byte)
+        assert cost - 20 < turn.cost <= cost
+        assert turn.cost * s_per_byte <= STRETCH * TURN_S or len(turn.texts) == 1
 
 
 def test_a_turn_has_a_bound_whatever_time_there_is() -> None:

@@ -19,6 +19,7 @@ from node.embed_queue import EMBED_QUEUE_MAX, TURN_S
 from node.engine_words import LOGPROB_MIN
 from node.errors import BadRequest, InternalError, NoRoom, NotReady, RequestError, UnknownModel
 from node.hosting import CHANGE_EVERY_S, PROGRESS_EVERY_S, SWITCH_S, Hosting
+from node.hosting_jobs import START_BYTES_PER_TURN
 from node.work import (
     UNKNOWN_TOKEN,
     AnswerItem,
@@ -421,6 +422,18 @@ async def test_a_loan_that_is_a_bug_ends_the_engine_and_leaves_nobody_waiting(au
                 await here.hosting.borrow(wrong)
 
 
+async def test_long_prompts_do_not_all_start_in_one_turn(autojump_clock: MockClock) -> None:
+    """Each is turned into tokens there, which takes a long one tenths of a second."""
+    async with host(slots=16, facts=facts(context_tokens=100_000)) as here, trio.open_nursery() as nursery:
+        for _ in range(6):
+            nursery.start_soon(here.items, work("x" * 50_000, 4))
+        begun = list[int]()
+        while len(here.runtime.added) < 6:  # on a mock clock
+            begun.append(len(here.runtime.added))
+            await trio.sleep(here.runtime.step_s)
+        assert max(b - a for a, b in pairwise([*begun, 6])) <= START_BYTES_PER_TURN // 50_000
+
+
 async def test_weights_change_between_requests_and_the_new_revision_is_told(autojump_clock: MockClock) -> None:
     async with host(step_s=0.5) as here:
         async with trio.open_nursery() as nursery:
@@ -512,6 +525,8 @@ async def test_a_request_that_leaves_while_it_is_held_back_is_never_started(auto
         await trio.sleep(SWITCH_S + 1)  # held now
         with trio.move_on_after(2):
             await here.items(work("second", 4))
+        assert here.hosting.queued_bytes < 100, "nothing of it is held, however long the switch waits"
+        assert not here.hosting._waiting.starts
         await trio.sleep(30)
         assert here.hosting.runtime.facts.revision == "r2"
         await here.items(work("the third", 4))
