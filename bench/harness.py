@@ -69,7 +69,7 @@ def report(name: str, rows: Sequence[Row], chosen: Options) -> None:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         rival_value = "" if row.rival_value is None else f"{row.rival_value:.4g}"
         table.add_row(row.figure, f"{row.value:.4g}", row.unit, row.better, row.rival or "", rival_value, ratio)
-    Console(width=140).print(table)
+    Console(width=150).print(table)
     if chosen.json_path is not None:
         document = {
             "name": name,
