@@ -7,16 +7,14 @@ items of its answers and asks again. The same ticker without users, in the same 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from typing import Final
 
 import trio
 
 from bench.serving_asks import Shape, mixed
-from bench.serving_model import Served
-from model.config import ModelFacts
-from model.engine import Engine
-from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress
+from bench.serving_model import KV_TOKENS, Served
+from model.config import RuntimeConfig
+from model.runtime import Runtime
 from node.errors import RequestError
 from node.hosting import Hosting
 from node.work import GenerateWork, Sampling
@@ -25,65 +23,9 @@ TICK_S: Final = 0.005
 SETTLE_S: Final = 0.5  # until all users have their first token
 
 
-class EngineRuntime:
-    """An engine in the shape that a node hosts (model/runtime_face.py): no texts, no vectors, no new weights."""
-
-    def __init__(self, engine: Engine, facts: ModelFacts) -> None:
-        self._engine, self.facts, self.embedding_facts, self.device = engine, facts, facts, "cpu"
-
-    @property
-    def has_work(self) -> bool:
-        """Whether a step would do anything."""
-        return self._engine.has_work
-
-    def all_facts(self) -> tuple[ModelFacts, ...]:
-        """The one model."""
-        return (self.facts,)
-
-    def add(self, request: GenerationRequest) -> None:
-        """As Engine.add."""
-        self._engine.add(request)
-
-    def step(self) -> list[Output]:
-        """As Engine.step."""
-        return self._engine.step()
-
-    def cancel(self, request_id: str) -> None:
-        """As Engine.cancel."""
-        self._engine.cancel(request_id)
-
-    def progress(self, request_id: str) -> Progress:
-        """As Engine.progress."""
-        return self._engine.progress(request_id)
-
-    def statistics(self) -> EngineStatistics:
-        """As Engine.statistics."""
-        return self._engine.statistics()
-
-    def render(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
-        """Nobody asks in words."""
-        raise NotImplementedError
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Nobody asks in words."""
-        raise NotImplementedError
-
-    def embed(self, texts: Sequence[str | Sequence[int]]) -> Embeddings:
-        """Nobody asks for vectors."""
-        raise NotImplementedError
-
-    def device_free_bytes(self) -> int:
-        """Nobody trains."""
-        raise NotImplementedError
-
-    def adopt(self, weights: object, revision: str) -> None:
-        """Nobody trains."""
-        raise NotImplementedError
-
-
 def lags_s(served: Served, shape: Shape, users: int, seconds: float, seed: int) -> list[float]:
     """How late each tick of so many seconds was, while so many users ask."""
-    runtime = EngineRuntime(served.engine(slots=max(1, users)), served.loaded.facts)
+    runtime = Runtime(served.loaded, None, RuntimeConfig(slots=max(1, users), kv_tokens=KV_TOKENS))
     found: list[float] = []
 
     async def main() -> None:

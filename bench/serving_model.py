@@ -19,7 +19,9 @@ from bench.serving_asks import Shape
 from model.config import EngineConfig, ModelFacts
 from model.engine import Engine
 from model.linears import kinds_here, pack
+from model.linears_joined import join
 from model.load import Found, Loaded, kv_token_bytes
+from model.packing import trial
 from model.tokens import Tokens
 
 SLOTS: Final = 16
@@ -51,8 +53,10 @@ class Served:
 
 
 def served(shape: Shape, kind: str) -> Served:
-    """A model on the CPU, its linear layers packed; the rest, and the KV cache, in fp32. Raises as `pack` does."""
+    """A model on the CPU, its linear layers joined and packed as a node does (model/packing.py); the rest, and the KV
+    cache, in fp32. Raises as `pack` does."""
     loaded = loaded_of(llama_config(shape), f"llama {kind}", torch.float32, torch.device("cpu"))
+    join(loaded.model, lambda: trial(loaded))
     return Served(kind=kind, loaded=loaded, is_invariant=pack(loaded.model, kind).is_invariant)
 
 
