@@ -1,14 +1,17 @@
 """How many tokens of a prompt one step may take in while others decode, from what steps have taken so far.
 
-Rules: core; seconds come in as arguments. A step of decodes alone has a measured time for each number of them; a token
-of prompt has one too. A chunk is as large as makes a step take STRETCH times what its decodes take alone. But who comes
-while nothing decodes is not held back by those that came with it: until BURST chunks are taken in, or a step has no
+Rules: core; seconds come in as arguments. While a prompt comes in, the time between two tokens of a running answer is at
+most STRETCH times what it is without, in the mean; one step takes at most LONGEST times as long. So there are large
+chunks, and steps without one in between: a token of a small chunk costs several times one of a large chunk. But who
+comes while nothing decodes is not held back by those that came with it: until BURST chunks are taken in, or a step has no
 prompt, chunks are as large as they may be, so that a crowd soon decodes together.
 """
 
 from __future__ import annotations
 
-STRETCH = 2.0  # of the time between two tokens of a running answer, while a prompt comes in
+STRETCH = 2.0
+LONGEST = 4.0
+RESTS = 4  # steps between two chunks, at most
 BURST = 4  # of the largest chunks, once nothing decoded
 WEIGHT = 0.2  # of the newest step in a mean: one slow step does not move it far
 
@@ -19,35 +22,53 @@ class ChunkPace:
     def __init__(self, chunk_min: int, chunk_max: int) -> None:
         self._chunk_min, self._chunk_max = chunk_min, chunk_max
         self._decode_s: dict[int, float] = {}  # of a step, by how many decode
-        self._token_s: float | None = None  # of one token of prompt
+        self._token_s: dict[int, float] = {}  # of one token of prompt, by the bits of a chunk's length
         self._burst = 0  # tokens of prompt that are left of it
+        self._debt_s = 0.0  # what decodes have waited beyond their part
+        self._rests = 0
 
     def chunk(self, decodes: int) -> int:
-        """Tokens of prompt beside so many decodes; chunk_min until both times are measured."""
+        """Tokens of prompt beside so many decodes, 0 to let them catch up; chunk_min until both times are measured."""
         if not decodes:
             self._burst = BURST * self._chunk_max
             return self._chunk_max
-        return max(self._stretched(decodes), min(self._burst, self._chunk_max))
-
-    def _stretched(self, decodes: int) -> int:
+        if self._burst:
+            return min(self._burst, self._chunk_max)
         alone_s = self._alone_s(decodes)
-        if alone_s is None or self._token_s is None:
+        if alone_s is None or not self._token_s:
             return self._chunk_min
-        if alone_s * (STRETCH - 1.0) >= self._token_s * self._chunk_max:
-            return self._chunk_max
-        return max(self._chunk_min, int(alone_s * (STRETCH - 1.0) / self._token_s))
+        if self._debt_s > 0.0 and self._rests < RESTS:
+            return 0
+        return self._largest(alone_s * (LONGEST - 1.0))
 
     def note(self, decodes: int, prefilled: int, seconds: float) -> None:
         """Takes in one step: how many decoded, how many tokens of prompts, and what it took; 0: not measured."""
-        self._burst = max(0, self._burst - prefilled) if prefilled else 0
+        is_burst, self._burst = self._burst > 0, max(0, self._burst - prefilled) if prefilled else 0
+        self._rests = 0 if prefilled else self._rests + 1
         if seconds <= 0.0:
             return
         if not prefilled and decodes:
             self._decode_s[decodes] = _mean(self._decode_s.get(decodes), seconds)
-        elif prefilled:
-            # without a measure of the decodes all of it counts as the prompt's, which errs to the careful side
-            alone_s = self._alone_s(decodes) or 0.0
-            self._token_s = _mean(self._token_s, max(0.0, seconds - alone_s) / prefilled)
+        # without a measure of the decodes all of it counts as the prompt's, which errs to the careful side
+        alone_s = self._alone_s(decodes) or 0.0
+        more_s = max(0.0, seconds - alone_s) if prefilled else 0.0
+        if prefilled:
+            bits = prefilled.bit_length()
+            self._token_s[bits] = _mean(self._token_s.get(bits), more_s / prefilled)
+        is_free = is_burst or not decodes
+        self._debt_s = 0.0 if is_free else max(0.0, self._debt_s + more_s - alone_s * (STRETCH - 1.0))
+
+    def _largest(self, room_s: float) -> int:
+        """The largest chunk that takes no longer, by what chunks of about its size have taken."""
+        size = self._chunk_max
+        while size > self._chunk_min:
+            bits = size.bit_length()
+            near = min(self._token_s, key=lambda known: (abs(known - bits), known))
+            fits = size if self._token_s[near] * size <= room_s else int(room_s / self._token_s[near])
+            if fits.bit_length() == bits:
+                return max(self._chunk_min, fits)
+            size = min(fits, size >> 1) if fits else 0
+        return self._chunk_min
 
     def _alone_s(self, decodes: int) -> float | None:
         """The time of these decodes alone: measured, or not more than it would be."""

@@ -10,8 +10,8 @@ KV, and waits at the front of its class to be computed anew. Nobody overtakes wh
 Order: classes as in Priority; in a class whoever was preempted, then the requester that was served least (FairShare),
 then who came first. Ageing: the oldest request, once it was there for age_steps, is put before all others until it ends
 and is never preempted; if it had to wait, the next one must wait age_steps more. So whatever others ask, a request ends
-within (slots + queue_max + 1) * (age_steps + 2 * (A + blocks * block_tokens / chunk_min + 1)) steps, A being the
-longest answer in tokens: each request before it has at most one such turn, in which those that run end or are
+within (slots + queue_max + 1) * (age_steps + 2 * (A + (RESTS + 1) * (blocks * block_tokens / chunk_min + 1))) steps, A
+being the longest answer in tokens: each request before it has at most one such turn, in which those that run end or are
 preempted, and then it runs itself, first in everything.
 Source: GeeeekExplorer/nano-vllm `nanovllm/engine/scheduler.py`; chunked prefill: Sarathi-Serve (arXiv 2403.02310).
 """

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from model.chunk_pace import RESTS
 from model.errors import BadInput, EngineFull
 from model.fair_share import Account
 from model.scheduler import Scheduler
@@ -155,7 +156,7 @@ class World:
         """Steps within which every request ends, as the scheduler promises."""
         config = self.config
         longest = max((asked.max_tokens for asked in self.asked.values()), default=1)
-        turn = 2 * (longest + config.blocks * config.block_tokens // config.chunk_min + 1)
+        turn = 2 * (longest + (RESTS + 1) * (config.blocks * config.block_tokens // config.chunk_min + 1))
         return (config.slots + config.queue_max + 1) * (config.age_steps + turn)
 
     def check(self) -> None:

