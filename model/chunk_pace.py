@@ -1,10 +1,11 @@
 """How many tokens of a prompt one step may take in while others decode, from what steps have taken so far.
 
-Rules: core; seconds come in as arguments. While a prompt comes in, the time between two tokens of a running answer is at
-most STRETCH times what it is without, in the mean; one step takes at most LONGEST times as long. So there are large
-chunks, and steps without one in between: a token of a small chunk costs several times one of a large chunk. But who
-comes while nothing decodes is not held back by those that came with it: until BURST chunks are taken in, or a step has no
-prompt, chunks are as large as they may be, so that a crowd soon decodes together.
+Rules: core; seconds come in as arguments. While a long prompt comes in, the time between two tokens of a running answer
+is at most STRETCH times what it is without, in the mean; one step takes at most LONGEST times as long. So there are
+large chunks, and steps without one in between: a token of a small chunk costs several times one of a large chunk. A
+prompt that is taken in whole by one step does not wait for that. Who comes while nothing decodes is not held back by
+those that came with it: until BURST chunks are taken in, or a step has no prompt, chunks are as large as they may be,
+so that a crowd soon decodes together.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class ChunkPace:
         self._rests = 0
 
     def chunk(self, decodes: int) -> int:
-        """Tokens of prompt beside so many decodes, 0 to let them catch up; chunk_min until both times are measured."""
+        """Tokens of prompt beside so many decodes, 0 to let them catch up; chunk_min until both times are measured. To be
+        asked once a step."""
         if not decodes:
             self._burst = BURST * self._chunk_max
             return self._chunk_max
@@ -38,13 +40,19 @@ class ChunkPace:
         if alone_s is None or not self._token_s:
             return self._chunk_min
         if self._debt_s > 0.0 and self._rests < RESTS:
+            self._rests += 1
             return 0
+        self._rests = 0
         return self._largest(alone_s * (LONGEST - 1.0))
+
+    def at_once(self, decodes: int) -> int:
+        """Tokens of prompts that end with them, in a step whose chunk is 0."""
+        alone_s = self._alone_s(decodes)
+        return 0 if alone_s is None else self._largest(alone_s * (LONGEST - 1.0))
 
     def note(self, decodes: int, prefilled: int, seconds: float) -> None:
         """Takes in one step: how many decoded, how many tokens of prompts, and what it took; 0: not measured."""
         is_burst, self._burst = self._burst > 0, max(0, self._burst - prefilled) if prefilled else 0
-        self._rests = 0 if prefilled else self._rests + 1
         if seconds <= 0.0:
             return
         if not prefilled and decodes:

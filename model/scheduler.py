@@ -236,7 +236,10 @@ class Scheduler:
     def _chunks(self, decodes: int) -> Iterable[Span]:
         """Chunks of prompts, the least served requester's first. A block that one computes in this step is not
         computed by another that could share it: it waits for the next step."""
-        room = min(self._config.step_tokens - decodes, self._pace.chunk(decodes))
+        free = self._config.step_tokens - decodes
+        room = min(free, self._pace.chunk(decodes))
+        if is_rest := room == 0:
+            room = min(free, self._pace.at_once(decodes))
         under_way: set[bytes] = set()
         for sequence in sorted(self._running.values(), key=self._prefill_turn):
             if sequence.pending == 1 or room == 0:
@@ -245,6 +248,8 @@ class Scheduler:
             computed = self.blocks.reuse(name, tokens, sequence.computed)
             self._counts["reused"] += computed - sequence.computed
             sequence.computed = computed
+            if is_rest and sequence.pending > room:
+                continue
             if next(self.blocks.keys(name, tokens, len(tokens) - 1), None) in under_way:
                 continue
             span = _span(sequence, min(room, sequence.pending))

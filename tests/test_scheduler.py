@@ -268,6 +268,21 @@ def test_an_engine_with_nothing_else_to_do_takes_whole_chunks() -> None:
     assert [world.step().chunks[0].end for _ in range(4)] == [256, 512, 768, 1_000]
 
 
+def test_a_prompt_of_one_step_does_not_wait_until_decodes_have_caught_up() -> None:
+    world = World(SchedulerConfig(slots=8, blocks=256, step_tokens=260), seconds)
+    for k in range(3):
+        world.ask([k] * 20, 400, requester=str(k))
+    for _ in range(30):
+        world.step()
+    world.ask([5] * 2_000, 4, requester="long")
+    while not world.step().chunks:
+        pass
+    assert not world.step().chunks, "a rest"
+    short = world.ask([6] * 20, 4, requester="short")
+    assert [span.request_id for span in world.step().chunks] == [short.name]
+    assert short.said
+
+
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     world = World(SchedulerConfig(slots=3, step_tokens=64), seconds)
     world.ask([1] * 2_000, 1, requester="long")
@@ -288,10 +303,10 @@ def test_a_chunk_is_bounded_whatever_was_measured(steps: list[tuple[int, int, fl
     pace = ChunkPace(16, 256)
     for step in steps:
         pace.note(*step)
-    assert 16 <= pace.chunk(decodes) <= 256 or (decodes and pace.chunk(decodes) == 0)
-    for _ in range(RESTS):
-        pace.note(decodes, 0, 0.0)
-    assert 16 <= pace.chunk(decodes) <= 256
+    chunks = [pace.chunk(decodes) for _ in range(RESTS + 1)]
+    assert all(16 <= chunk <= 256 or (decodes and chunk == 0) for chunk in chunks)
+    assert max(chunks) > 0
+    assert 0 <= pace.at_once(decodes) <= 256
 
 
 def test_a_crowd_that_comes_while_nothing_decodes_soon_decodes_together() -> None:
