@@ -30,13 +30,15 @@ class Dialect:
     says_neutral: bool = False  # its defaults are not neutral, so neutral values are said
     takes_tokens: bool = False  # token ids as the prompt of a completion
     mixes_tokens: bool = False  # token ids and then text, as one prompt
-    continues_chat: dict[str, object] | None = None  # fields by which an assistant's last message is gone on with
+    continues_chat: dict[str, object] | None = None  # fields by which an assistant's last message is gone on with; it
+    # counts only when the server was seen to do it (node/upstream_look.py)
     extra: dict[str, object] | None = None  # fields by which it tells more of its work
     usage: dict[str, object] | None = None  # stream_options
-    is_alone: bool = False  # one request at a time, and any other call disturbs it
+    is_alone: bool = False  # one request at a time, and any other call under /v1 ends that with half an answer
     refuses_long: bool = False  # what to embed, when it is longer than the model reads; others may cut it
 
 
+_CONTINUES: Final[dict[str, object]] = {"continue_final_message": True, "add_generation_prompt": False}
 _USAGE: Final[dict[str, object]] = {"include_usage": True}
 VLLM = Dialect(
     name="vllm",
@@ -44,7 +46,7 @@ VLLM = Dialect(
     top_k_off=-1,
     says_neutral=True,  # a model's generation_config.json has others
     takes_tokens=True,
-    continues_chat={"continue_final_message": True, "add_generation_prompt": False},
+    continues_chat=_CONTINUES,
     usage={"include_usage": True, "continuous_usage_stats": True},
     refuses_long=True,
 )
@@ -56,7 +58,7 @@ LLAMA_CPP = Dialect(
     says_neutral=True,
     takes_tokens=True,
     mixes_tokens=True,
-    continues_chat={},
+    continues_chat=_CONTINUES,
     extra={"timings_per_token": True, "return_progress": True},
     usage=_USAGE,
     refuses_long=True,

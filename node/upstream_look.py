@@ -1,7 +1,8 @@
 """Looks at a server behind this node: asks what it has, what it can do, and how busy it is.
 
 Rules: shell of node/upstream_facts.py, which reads the answers. A route that a server does not have is no failure.
-What a model can do is tried once, with one token and one word, for no server says it.
+What a model can do is tried, with one token and one word, for no server says it; and whether a chat is gone on with in
+the middle: older servers begin a new message instead, and llama.cpp says the message again, unless told not to.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
+import trio
 
 from model.config import ModelFacts
 from node.errors import PeerFailed
@@ -30,7 +32,7 @@ from node.upstream_facts import (
     served_of,
 )
 from node.upstream_http import Answered, Server
-from node.upstream_stream import Garbled
+from node.upstream_stream import DONE, Events, Garbled, chunk_of
 from node.work import TEXTS_MAX
 
 PROBE_S = 120.0  # Ollama loads a model when it is first asked
@@ -38,15 +40,17 @@ TRY_LATER = frozenset({408, 425, 429, 502, 503, 504})
 VECTORS_BYTES_MAX = 16 << 20  # of an answer with EMBED_TEXTS_PER_ASK vectors
 EMBED_TEXTS_PER_ASK = 16
 DIMENSIONS_MAX = 65_536
+BEGUN = "Once there was"  # half a message, for the trial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abilities:
-    """What the main model was seen to do."""
+    """What the main model was seen to do. continues: a chat in the middle of a message."""
 
     text: bool
     chat: bool
     embeds: bool
+    continues: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +139,9 @@ async def _served(server: Server, models: Any, version: Any, model_id: str, node
 
 async def load(server: Server, served: Served) -> Load:
     """How busy it is; of a server that does not say only that it is there. Raises Trouble, Garbled, Unfit."""
+    if served.dialect.is_alone:
+        await _is_there(server)
+        return Load()
     try:
         if served.dialect.name == VLLM.name:
             return load_of_metrics((await server.get("/metrics")).decode(errors="replace"), served.id)
@@ -145,6 +152,14 @@ async def load(server: Server, served: Served) -> Load:
             raise
     await server.get("/v1/models")
     return Load()
+
+
+async def _is_there(server: Server) -> None:
+    """Whether anything answers, asked where nobody is disturbed. Raises Unreached, Garbled."""
+    try:
+        await server.get("/health")
+    except Answered:
+        pass  # that there is no such route is an answer
 
 
 async def identified(server: Server, main: Served, vectors: Served | None) -> Identity:
@@ -159,14 +174,16 @@ async def identified(server: Server, main: Served, vectors: Served | None) -> Id
         raise Unfit(f"its model {vectors.id!r} makes no vectors: choose another with --embedding-model")
     if not chat and not embeds:
         raise Unfit(f"its model {main.id!r} answers neither completions nor chats nor embeddings")
+    continues = chat and await _continues(server, main)
+    if not continues:
+        main = replace(main, dialect=replace(main.dialect, continues_chat=None))
     own = embeds and vectors is None
     facts = replace(main.facts, kind="causal" if chat else "encoder", embeds=own)
     if vectors is not None:
         vectors = replace(vectors, facts=replace(vectors.facts, kind="encoder", embeds=True))
     main = replace(main, facts=facts)
-    return Identity(
-        main=main, vectors=main if own else vectors, abilities=Abilities(text=text, chat=chat, embeds=embeds)
-    )
+    abilities = Abilities(text=text, chat=chat, embeds=embeds, continues=continues)
+    return Identity(main=main, vectors=main if own else vectors, abilities=abilities)
 
 
 async def _can(server: Server, path: str, body: dict[str, Any]) -> bool:
@@ -177,6 +194,33 @@ async def _can(server: Server, path: str, body: dict[str, Any]) -> bool:
             raise
         return False
     return True
+
+
+async def _continues(server: Server, main: Served) -> bool:
+    """Whether the prompt of a chat that ends in half a message ends there, and the answer does not begin with it."""
+    if main.dialect.continues_chat is None:
+        return False
+    messages = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": BEGUN}]
+    asked = {"model": main.id, "messages": messages, **main.dialect.continues_chat}
+    if main.dialect.name == LLAMA_CPP.name:
+        told = await _optional(server, "/apply-template", asked)
+    else:
+        ids = await _optional(server, "/tokenize", asked)
+        tokens = ids.get("tokens") if isinstance(ids, dict) else None
+        told = await _optional(server, "/detokenize", {"model": main.id, "tokens": tokens})
+    prompt = told.get("prompt") if isinstance(told, dict) else None
+    if not isinstance(prompt, str) or not prompt.endswith(BEGUN):
+        return False
+    events, text = Events(), ""
+    with trio.move_on_after(PROBE_S):
+        try:
+            async with server.stream("/v1/chat/completions", {**asked, "max_tokens": 1, "stream": True}) as content:
+                async for part in content:
+                    text += "".join(chunk_of(event, top=None).text for event in events.feed(part) if event != DONE)
+        except (Answered, Garbled):
+            return False
+        return not text.startswith(BEGUN)
+    return False
 
 
 async def _optional(server: Server, path: str, body: dict[str, Any] | None = None) -> Any:

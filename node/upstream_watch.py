@@ -1,7 +1,8 @@
 """Keeps an eye on a server behind this node: what it is, whether it can be asked, how much it takes.
 
 Rules: shell of node/upstream_health.py, which says when to look and what a look means, and of node/upstream_look.py,
-which asks. A server that does one thing at a time is looked at between two requests: the look takes their place.
+which asks. A server that does one thing at a time is asked what it is only when it comes back, and then no request of
+ours is there: the look takes their place.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import trio
 from node.errors import ConfigError
 from node.upstream_answer import REFUSED_KEY
 from node.upstream_facts import Unfit
-from node.upstream_health import Health, Room
+from node.upstream_health import Health, Room, State
 from node.upstream_http import Answered, Server, Trouble, Unreached
 from node.upstream_look import TRY_LATER, Identity, identified, load, look
 from node.upstream_stream import Garbled
@@ -81,7 +82,8 @@ class Watch:
         """What the server is now; what its models can do is tried once for each. Raises Trouble, Garbled, Unfit."""
         config, before = self._config, self.identity
         main, vectors = await look(self.server, config.model, config.embedding_model, self._peer)
-        if before is not None and before.is_same(main, vectors):
+        has_answered = self.health.state in (State.UP, State.FULL)  # else it may be another version now
+        if before is not None and has_answered and before.is_same(main, vectors):
             identity = before.at(main)
         else:
             identity = await identified(self.server, main, vectors)
@@ -99,7 +101,8 @@ class Watch:
                 self._wake = trio.Event()
                 continue
             looked = trio.current_time()
-            await self._look(is_whole=not is_busy or not self.health.is_up)
+            is_alone = self.found.main.dialect.is_alone
+            await self._look(is_whole=not (is_busy or is_alone) or not self.health.is_up)
             is_up = self.health.is_up
             if is_up != was_up:
                 _log.log(
@@ -115,7 +118,7 @@ class Watch:
         """Ask how it is, and, when is_whole, what it is."""
         steps, self._steps_seen = self._steps_seen, self.room.steps
         try:
-            async with self.places if self.found.main.dialect.is_alone else nullcontext():
+            async with self.places if is_whole and self.found.main.dialect.is_alone else nullcontext():
                 if is_whole:
                     self.identity = await self._identify()
                 own = self.places.borrowed_tokens

@@ -55,6 +55,8 @@ SILENT = {
     "node/upstream.py:_tell_progress": "the client has more to read than it reads, or left",
     "node/upstream_facts.py:_number": "the figure is not told, and then a default is offered",
     "node/upstream_http.py:retry_after_s": "no time is told, and then a default is waited",
+    "node/upstream_look.py:_continues": "it does not: the status says what the model was seen to do",
+    "node/upstream_look.py:_is_there": "an error is an answer, and it is asked for no more",
     "node/upstream_look.py:_optional": "the server has no such route, and then it tells less",
     "node/web/door.py:host_allowed": "the caller counts foreign_host",
     "node/web/door.py:origin_allowed": "the caller counts foreign_origin",

@@ -228,6 +228,23 @@ async def test_a_chat_is_gone_on_with_from_anywhere(kind: str, trims: bool) -> N
             judged(asked, items)
 
 
+@pytest.mark.parametrize("kind", ["vllm", "llama.cpp"])
+@pytest.mark.parametrize("lack", [{"continues": False}, {"echoes": True}], ids=["begins anew", "says it again"])
+async def test_a_version_that_does_not_go_on_is_found_out(kind: str, lack: dict[str, Any]) -> None:
+    async with running(kind=kind, **lack) as here:
+        assert here.upstream.told()["answers"]["continues"] is False
+        asked = chat("hi", **rest_of(work(), "w5", 1))
+        assert isinstance(await here.error(asked), PeerFailed)
+        assert not here.server.bodies("/v1/chat/completions")
+        port = int(here.server.url.rpartition(":")[2])
+        here.stop_server()
+        await until(lambda: not here.upstream.accepting)
+        here.server.continues, here.server.echoes = True, False  # it comes back as another version
+        async with served(here.server, port):
+            await until(lambda: here.upstream.accepting)
+            assert isinstance((await here.items(asked))[-1], Finished)
+
+
 @pytest.mark.parametrize("kind", ["llama-cpp-python", "ollama", "openai"])
 async def test_where_a_chat_cannot_be_gone_on_with_that_is_said(kind: str) -> None:
     async with running(kind=kind) as here:
@@ -369,6 +386,16 @@ async def test_llama_cpp_python_is_asked_one_thing_at_a_time() -> None:
             for _ in range(3):
                 nursery.start_soon(ask)
         assert answers == [expected("once", 30)] * 3
+        assert here.server.disturbed == 0
+
+
+async def test_llama_cpp_pythons_other_clients_are_not_disturbed() -> None:
+    async with running(kind="llama-cpp-python", step_s=0.05) as here, Server(here.server.url, None) as other:
+        body = {"model": "tale", "prompt": "once", "max_tokens": 40, "stream": True}
+        looks = len(here.server.seen_keys)
+        async with other.stream("/v1/completions", body) as content:
+            assert b"[DONE]" in b"".join([part async for part in content])
+        assert len(here.server.seen_keys) > looks + 1, "it was looked at meanwhile"
         assert here.server.disturbed == 0
 
 

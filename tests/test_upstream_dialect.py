@@ -125,10 +125,8 @@ def test_text_goes_on_after_what_was_delivered(dialect: Dialect) -> None:
 
 def test_a_chat_goes_on_where_the_server_can() -> None:
     asked = begun("yes, \n", text=None, messages=CHAT)
-    for dialect, fields in (
-        (VLLM, {"continue_final_message": True, "add_generation_prompt": False}),
-        (LLAMA_CPP, {}),
-    ):
+    fields = {"continue_final_message": True, "add_generation_prompt": False}
+    for dialect in (VLLM, LLAMA_CPP):
         ask = ask_of(asked, dialect, "m")
         assert ask.body["messages"][-1] == {"role": "assistant", "content": "yes,"}
         assert ask.seam == " \n", "templates cut it off, so the server is to make it again"

@@ -66,6 +66,8 @@ class FakeServer:
     has_text: bool = True
     has_chat: bool = True
     trims: bool = True  # its template cuts white space off messages
+    continues: bool = True  # in the middle of a message, if it is of a kind that does
+    echoes: bool = False  # what was said of a message that it goes on with, as llama.cpp may
     status: int = 200  # of every answer
     retry_after: str | None = None
     error: Any = "no"
@@ -86,8 +88,11 @@ class FakeServer:
     url: str = ""
 
     def bodies(self, path: str) -> list[dict[str, Any]]:
-        """What was posted to a path, without the probes."""
-        return [body for asked, body in self.asked if asked == path and body.get("stream", path.endswith("embeddings"))]
+        """What was posted to a path, without the trials."""
+        asked = [
+            body for where, body in self.asked if where == path and body.get("stream", path.endswith("embeddings"))
+        ]
+        return [body for body in asked if not is_trial(body)]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -100,7 +105,7 @@ class FakeServer:
             if not part.get("more_body"):
                 break
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
-        self.disturbed += self.running > 0
+        self.disturbed += self.running > 0 and scope["path"].startswith("/v1")
         self.seen_keys.append(headers.get("authorization"))
         path, asked = scope["path"], json.loads(body) if body else {}
         if scope["method"] == "POST":
@@ -147,6 +152,12 @@ class FakeServer:
             case "/slots" if self.kind == "llama.cpp":
                 rows = [{"n_ctx": self.context, "is_processing": place < self.running} for place in range(self.slots)]
                 return 200, rows
+            case "/apply-template" if self.kind == "llama.cpp":
+                return 200, {"prompt": self._prompt("/v1/chat/completions", asked)}
+            case "/tokenize" if self.kind == "vllm":
+                return 200, {"tokens": [ord(letter) for letter in self._prompt("/v1/chat/completions", asked)]}
+            case "/detokenize" if self.kind == "vllm":
+                return 200, {"prompt": "".join(map(chr, asked["tokens"]))}
             case "/metrics" if self.kind == "vllm":
                 return 200, self._metrics()
             case "/v1/embeddings" if self.embeds:
@@ -187,16 +198,20 @@ class FakeServer:
         messages = [dict(each) for each in asked["messages"]]
         for each in messages:
             each["content"] = each["content"].strip() if self.trims else each["content"]
-        goes_on = messages[-1]["role"] == "assistant" and (
-            self.kind == "llama.cpp" or asked.get("continue_final_message")
-        )
-        begun = messages.pop()["content"] if goes_on else ""
+        begun = messages.pop()["content"] if self._goes_on(asked) else ""
         return rendered(messages) + begun
+
+    def _goes_on(self, asked: dict[str, Any]) -> bool:
+        is_asked = asked.get("continue_final_message") is True and asked.get("add_generation_prompt") is False
+        return self.kind in ("vllm", "llama.cpp") and self.continues and is_asked
 
     async def _stream(self, path: str, asked: dict[str, Any], receive: Any, send: Any) -> None:
         if self.raw is not None:
             await _start(send, b"text/event-stream")
             await send({"type": "http.response.body", "body": self.raw, "more_body": False})
+            return
+        if is_trial(asked):
+            await self._events(path, asked, send)
             return
         self.running += 1
         self.most_running = max(self.most_running, self.running)
@@ -221,6 +236,8 @@ class FakeServer:
         text, most = prompt, asked["max_tokens"]
         if asked.get("return_progress"):
             await self._event(send, {"choices": [], "prompt_progress": {"total": len(prompt), "processed": 1}})
+        if self.echoes and path == "/v1/chat/completions" and self._goes_on(asked):
+            await self._event(send, {"choices": [{"index": 0, "delta": {"content": asked["messages"][-1]["content"]}}]})
         reason = "length"
         while made < most:
             words = [word for word in self._words(text, min(self.tokens_an_event, most - made)) if word]
@@ -273,6 +290,11 @@ class FakeServer:
     async def _event(self, send: Any, content: dict[str, Any]) -> None:
         body = b"data: " + json.dumps(content).encode() + b"\n\n"
         await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def is_trial(asked: dict[str, Any]) -> bool:
+    """Whether a chat is one of node/upstream_look.py's."""
+    return bool(asked.get("messages", [{}])[0].get("content") == "Go on.")
 
 
 def vector_of(text: object) -> list[float]:
