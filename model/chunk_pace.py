@@ -29,8 +29,8 @@ class ChunkPace:
         self._rests = 0
 
     def chunk(self, decodes: int) -> int:
-        """Tokens of prompt beside so many decodes, 0 to let them catch up; chunk_min until both times are measured. To be
-        asked once a step."""
+        """Tokens of prompt beside so many decodes, 0 to let them catch up; chunk_min until both times are measured. To
+        be asked once a step."""
         if not decodes:
             self._burst = BURST * self._chunk_max
             return self._chunk_max

@@ -525,7 +525,7 @@ async def test_a_request_that_leaves_while_it_is_held_back_is_never_started(auto
         await trio.sleep(SWITCH_S + 1)  # held now
         with trio.move_on_after(2):
             await here.items(work("second", 4))
-        assert here.hosting.queued_bytes < 100, "nothing of it is held, however long the switch waits"
+        assert here.hosting.details()["queued_bytes"] < 100, "nothing of it is held, however long the switch waits"
         assert not here.hosting._waiting.starts
         await trio.sleep(30)
         assert here.hosting.runtime.facts.revision == "r2"
