@@ -19,7 +19,8 @@ from node.embed_queue import EMBED_QUEUE_MAX, TURN_S
 from node.engine_words import LOGPROB_MIN
 from node.errors import BadRequest, InternalError, NoRoom, NotReady, RequestError, UnknownModel
 from node.hosting import CHANGE_EVERY_S, PROGRESS_EVERY_S, SWITCH_S, Hosting
-from node.hosting_jobs import START_BYTES_PER_TURN
+from node.hosting_jobs import START_BYTES_PER_TURN, Job, Waiting
+from node.requester import OWN
 from node.work import (
     UNKNOWN_TOKEN,
     AnswerItem,
@@ -422,16 +423,18 @@ async def test_a_loan_that_is_a_bug_ends_the_engine_and_leaves_nobody_waiting(au
                 await here.hosting.borrow(wrong)
 
 
-async def test_long_prompts_do_not_all_start_in_one_turn(autojump_clock: MockClock) -> None:
+def test_long_prompts_do_not_all_start_in_one_turn() -> None:
     """Each is turned into tokens there, which takes a long one tenths of a second."""
-    async with host(slots=16, facts=facts(context_tokens=100_000)) as here, trio.open_nursery() as nursery:
-        for _ in range(6):
-            nursery.start_soon(here.items, work("x" * 50_000, 4))
-        begun = list[int]()
-        while len(here.runtime.added) < 6:  # on a mock clock
-            begun.append(len(here.runtime.added))
-            await trio.sleep(here.runtime.step_s)
-        assert max(b - a for a, b in pairwise([*begun, 6])) <= START_BYTES_PER_TURN // 50_000
+    waiting, sizes = Waiting(), [50_000] * 5 + [1_000_000, 10, 10]
+    for number, size in enumerate(sizes):
+        send, _ = trio.open_memory_channel[AnswerItem | RequestError](1)
+        waiting.starts.append(Job(work=work(), requester=OWN, size=size, send=send, key=str(number)))
+    turns = []
+    while waiting.starts:
+        turns.append([job.size for job in waiting.next_starts()])
+    assert [size for turn in turns for size in turn] == sizes
+    assert all(len(turn) == 1 or sum(turn) <= START_BYTES_PER_TURN for turn in turns)
+    assert [len(turn) for turn in turns] == [2, 2, 1, 1, 2]
 
 
 async def test_weights_change_between_requests_and_the_new_revision_is_told(autojump_clock: MockClock) -> None:

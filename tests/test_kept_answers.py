@@ -96,6 +96,24 @@ def test_from_wherever_the_client_stands(
         assert item_from_wire(to_wire(item)) == item if not isinstance(item, Finished) else True
 
 
+@pytest.mark.parametrize(("alternatives", "letters", "most"), [(None, 4, 64), (20, 4, 8), (None, 1_000, 9)])
+def test_a_long_answer_is_given_in_pieces(alternatives: int | None, letters: int, most: int) -> None:
+    answers = Answers(Cache[Any](1_000_000_000), peer="me")
+    recording = answers.recording(kept_work(), OWN, TALE)
+    assert recording is not None
+    for number in range(500):
+        logprobs = () if alternatives is None else (logprob(number, alternatives),)
+        recording.take(Piece(tokens=(number,), text="x" * letters, logprobs=logprobs))
+    answers.keep(recording, 5, "length")
+    pieces = [item for item in answers.again(kept_work(), OWN, TALE) or () if isinstance(item, Piece)]
+    assert most // 2 <= max(len(piece.tokens) for piece in pieces) <= most
+    assert max(len(msgspec.msgpack.encode(to_wire(piece))) for piece in pieces) <= PIECE_BYTES
+    late = answers.again(kept_work(delivered=tuple(range(400)), delivered_chars=3), OWN, TALE)
+    assert late is not None
+    assert max(len(item.text) for item in late if isinstance(item, Piece)) <= PIECE_BYTES
+    assert joined(list(late)) == (list(range(400, 500)), "x" * (500 * letters - 3))
+
+
 def test_what_a_client_has_that_is_no_part_of_the_answer_is_not_gone_on_with() -> None:
     recording = Answers(Cache[Any](1_000_000), peer="me").recording(kept_work(), OWN, TALE)
     assert recording is not None
