@@ -79,8 +79,11 @@ def held_bytes(work: GenerateWork | EmbedWork) -> int:
     if isinstance(work, EmbedWork):
         return sum(_bytes_of(text) for text in work.texts)
     messages = sum(_bytes_of(message.content) for message in work.messages or ())
-    return messages + _bytes_of(work.text or "") + _bytes_of(work.tokens or ()) + _bytes_of(work.delivered)
+    texts = _bytes_of(work.text or "") + _bytes_of(work.delivered_text)
+    return messages + texts + _bytes_of(work.tokens or ()) + _bytes_of(work.delivered)
 
 
 def _bytes_of(text: str | tuple[int, ...]) -> int:
+    if not text:
+        return 0
     return sys.getsizeof(text) if isinstance(text, str) else TOKEN_ID_BYTES * len(text)

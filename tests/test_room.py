@@ -79,6 +79,7 @@ def test_what_texts_take_is_counted_in_bytes() -> None:
     assert 1_000 <= held_bytes(GenerateWork(request_id="q", text="a" * 1_000)) <= 1_200
     assert 4_000 <= held_bytes(GenerateWork(request_id="q", text="\U0001f600" * 1_000)) <= 4_200
     assert held_bytes(GenerateWork(request_id="q", tokens=(1,) * 1_000, delivered=(2,) * 500)) >= 1_500 * 40
+    assert held_bytes(GenerateWork(request_id="q", text="a", delivered_text="a" * 1_000)) >= 1_000
     chat = (Message(role="user", content="a" * 1_000),) * 3
     assert 3_000 <= held_bytes(GenerateWork(request_id="q", messages=chat)) <= 3_500
     assert 1_000 <= held_bytes(EmbedWork(request_id="q", texts=("a" * 500,) * 2)) <= 1_200
