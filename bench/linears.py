@@ -2,8 +2,10 @@
 
 Rules: one thread. A figure is CPU time of this process, the median of the turns; kinds take turns, so that what else
 the machine does meets all of them. The layers are those of a Llama of 60M (hidden 512, 8 layers, vocabulary 32,000)
-with random weights. Plain bf16 layers take bf16 rows, all packed ones fp32 rows. Perplexity is the embedded model's on
-the end of the last book of its corpus, on which it was not trained; without that file its figures are left out.
+with random weights. Plain bf16 layers take bf16 rows, all packed ones fp32 rows. `_int_mm` is int8 by the row without
+FBGEMM, where that is gone. New weights are packed for that Llama, and for the layers of one of 1B, where outputs have
+more inputs. Perplexity is the embedded model's on the end of the last book of its corpus, on which it was not trained,
+with the logits' layer as a model of that kind has it; without that file its figures are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.harness import Options, Row, options, report
 from model.evaluate import held_out_loss
-from model.linears import KINDS, LAYERS, PackedLinear, kinds_here, linear_shapes, pack
+from model.linears import KINDS, LAYERS, Int8Linear, PackedLinear, kinds_here, linear_shapes, pack
 from model.load import load, resolve
 
 CORPUS: Final = Path("/work/shared/data/fairy_tales.txt.xz")
@@ -32,8 +34,10 @@ CONTEXT: Final = 257  # tokens of a row of held-out text
 PLAIN: Final = {"plain fp32": torch.float32, "plain bf16": torch.bfloat16}
 PLANNED: Final = {  # SERVING.md, ms with 1, 8 and 16 rows; int8 there is `_int_mm`
     "plain fp32": (16.6, 38, 51), "plain bf16": (12.2, 14.1, 21.0), "fp32": (15.3, 14.3, 23.7),
-    "bf16": (7.4, 8.2, 13.3), "int8": (5.8, 10.0, 12.5), "int8-dynamic": (3.6, 3.8, 10.2),
+    "bf16": (7.4, 8.2, 13.3), "int8": (5.8, 10.0, 12.5), "int8-dynamic": (3.6, 3.8, 10.2), "_int_mm": (5.8, 10.0, 12.5),
+    "int4": (2.7, 8.6, 20),
 }  # fmt: skip
+LARGE: Final = [(2048, 2048), (2048, 512), (2048, 8192), (8192, 2048)]  # Llama 3.2 1B, without its embedding
 
 
 def main() -> None:
@@ -51,7 +55,12 @@ def measure(chosen: Options) -> list[Row]:
         )
         shapes = linear_shapes(LlamaForCausalLM(config))
     rows = step_rows(shapes, turns=5 if chosen.quick else 15)
-    return rows + adopt_rows(shapes) + perplexity_rows(texts=16 if chosen.quick else 128)
+    return (
+        rows
+        + adopt_rows(shapes, "adopt")
+        + adopt_rows(LARGE, "adopt_large")
+        + perplexity_rows(texts=16 if chosen.quick else 128)
+    )
 
 
 def step_rows(shapes: list[tuple[int, int]], turns: int) -> list[Row]:
@@ -62,6 +71,8 @@ def step_rows(shapes: list[tuple[int, int]], turns: int) -> list[Row]:
     }
     for kind in kinds_here():
         stacks[kind] = ([LAYERS[kind](weight, None) for weight in weights], torch.float32)
+    if "int8" in stacks:
+        stacks["_int_mm"] = ([Int8Linear(weight, None, by_x86=False) for weight in weights], torch.float32)
     figures: list[Row] = []
     for index, count in enumerate(ROWS):
         given = {
@@ -74,7 +85,7 @@ def step_rows(shapes: list[tuple[int, int]], turns: int) -> list[Row]:
         for name, turned in spent.items():
             figures.append(
                 Row(
-                    figure=f"{name.replace(' ', '_')}_rows{count}",
+                    figure=f"{name.strip('_').replace(' ', '_')}_rows{count}",
                     value=statistics.median(turned[1:]) * 1e3,
                     unit="CPU-ms a step",
                     better="lower",
@@ -92,7 +103,7 @@ def step(layers: list[nn.Module], shapes: list[tuple[int, int]], rows: dict[int,
             layer(rows[inputs])
 
 
-def adopt_rows(shapes: list[tuple[int, int]]) -> list[Row]:
+def adopt_rows(shapes: list[tuple[int, int]], name: str) -> list[Row]:
     """CPU-seconds to pack new weights, for 1,000,000,000 parameters."""
     weights = [torch.randn(outputs, inputs) for inputs, outputs in shapes]
     share = 1e9 / sum(weight.numel() for weight in weights)
@@ -105,7 +116,7 @@ def adopt_rows(shapes: list[tuple[int, int]]) -> list[Row]:
                 layer.take(layer.packed_of(weight))
 
         spent = statistics.median(cpu_s(again) for _ in range(5))
-        figures.append(Row(figure=f"{kind}_adopt", value=spent * share, unit="CPU-s for 1B", better="lower"))
+        figures.append(Row(figure=f"{kind}_{name}", value=spent * share, unit="CPU-s for 1B", better="lower"))
     return figures
 
 

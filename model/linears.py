@@ -5,7 +5,8 @@ bf16, int8 and int4; `int8-dynamic` has one activation scale for a batch and doe
 kernel for one row than for more, so at least ROWS_MIN go through it. It and FBGEMM compile for numbers of rows, so
 these come from model/lengths.py, and rows of zeros fill up. A layer takes and gives the number type of what comes in.
 What is packed has no weights to save: embeddings, norms and whatever shares a weight with a packed layer keep theirs.
-A product for one row takes microseconds, and so does each step of Python on the way: what need not be done is not.
+A product for one row takes microseconds, and so does each step of Python on the way: what need not be done is not, and
+hooks are not called.
 Legend: O outputs, K inputs, M rows, S outputs of a slice.
 Source: SERVING.md, "Linear layers", "Batch invariance"; pytorch aten/src/ATen/native/mkldnn/Linear.cpp; Dettmers and
 others, "LLM.int8()" (arXiv 2208.07339), section 2 (a scale for each row and each output).
@@ -36,6 +37,7 @@ ROWS_MIN: Final = (
 INPUTS_MAX: Final = 65_536  # 255 * 127 * K has to stay within 31 bits
 LARGEST: Final = 127.0
 SCALE_MIN: Final = 1e-30  # of a row of zeros
+TABLE_ROWS: Final = 257  # numbers of rows of which it is known beforehand how many fill up
 SLICE: Final = 1 << 17  # elements that are quantized at once: they stay in the cache, which is four times as fast
 _LEAST: Final = torch.full((1, 1), SCALE_MIN)
 
@@ -44,7 +46,7 @@ class PackedLinear(nn.Module):
     """A linear layer with a packed weight, and its bias. dtype: of the weights that it was made of."""
 
     kind: str
-    rows_min = 1
+    spares = tuple(at_least(rows or 1) - rows for rows in range(TABLE_ROWS))  # rows that fill up, by those that come
 
     def __init__(self, weight_OK: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         super().__init__()
@@ -55,19 +57,22 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., K) to (..., O), of x's number type."""
-        assert x.shape[-1] == self.in_features, f"{x.shape[-1]} inputs, wanted {self.in_features}"
-        is_flat = x.dim() == 2
+        shape = x.shape
+        assert shape[-1] == self.in_features, f"{shape[-1]} inputs, wanted {self.in_features}"
+        is_flat = len(shape) == 2
         x_MK = x if is_flat else x.reshape(-1, self.in_features)
         rows = x_MK.shape[0]
         if not rows:
-            return x.new_zeros(*x.shape[:-1], self.out_features)
-        spare = self._rows(rows) - rows
+            return x.new_zeros(*shape[:-1], self.out_features)
+        spare = self.spares[rows] if rows < TABLE_ROWS else self._spare(rows)
         made = self._products(torch.constant_pad_nd(x_MK, (0, 0, 0, spare)) if spare else x_MK)
         if spare:
             made = made[:rows]
         if made.dtype is not x.dtype:
             made = made.to(x.dtype)
-        return made if is_flat else made.reshape(*x.shape[:-1], self.out_features)
+        return made if is_flat else made.reshape(*shape[:-1], self.out_features)
+
+    __call__ = forward
 
     def packed_of(self, weight_OK: torch.Tensor) -> Any:
         """What `take` takes; rounded first to the number type that the layer was made of. Changes nothing."""
@@ -84,9 +89,9 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"
 
-    def _rows(self, rows: int) -> int:
-        """How many go through the products, if there are so many."""
-        return at_least(max(rows, self.rows_min))
+    def _spare(self, rows: int) -> int:
+        """As `spares`, for many rows."""
+        return at_least(rows) - rows
 
     def _bias_dtype(self) -> torch.dtype:
         return torch.float32
@@ -105,7 +110,7 @@ class OneDnnLinear(PackedLinear):
     """fp32 or bf16 in oneDNN's own layout."""
 
     number_type: torch.dtype
-    rows_min = ROWS_MIN
+    spares = tuple(at_least(max(rows, ROWS_MIN)) - rows for rows in range(TABLE_ROWS))
 
     def _bias_dtype(self) -> torch.dtype:
         return self.number_type
@@ -185,9 +190,10 @@ class Int4Linear(PackedLinear):
     """int4 weights with a scale and a zero for each group of inputs, bf16 activations."""
 
     kind = "int4"
+    spares = (0,) * TABLE_ROWS
 
-    def _rows(self, rows: int) -> int:
-        return rows
+    def _spare(self, rows: int) -> int:
+        return 0
 
     def _pack(self, weight_OK: torch.Tensor) -> Any:
         return linears_int4.pack_int4(weight_OK)

@@ -20,6 +20,8 @@ from model.linears import (
     INVARIANT,
     KINDS,
     LAYERS,
+    ROWS_MIN,
+    TABLE_ROWS,
     Int8Linear,
     PackedLinear,
     kinds_here,
@@ -84,6 +86,8 @@ def test_products_are_near_the_plain_ones(kind: str, shape: tuple[int, int]) -> 
         assert (made - wanted).norm() <= NEAR[kind] * wanted.norm()
     assert LAYERS[kind](weight, bias)(x.bfloat16()).dtype is torch.bfloat16
     assert LAYERS[kind](weight, bias)(x[:0]).shape == (0, 3, shape[1])
+    turned = x[0].t().contiguous().t()
+    assert torch.equal(LAYERS[kind](weight, bias)(turned), LAYERS[kind](weight, bias)(x[0]))
 
 
 @invariant_kind
@@ -115,9 +119,10 @@ def test_few_numbers_of_rows_reach_the_compiler(kind: str) -> None:
     """oneDNN and FBGEMM compile anew for many, and keep the code; int4's products are compiled once."""
     layer = LAYERS[kind](weights(8, 8), None)
     with Seen() as seen:
-        for count in range(1, 100):
+        for count in (*range(1, 100), TABLE_ROWS - 1, TABLE_ROWS, 300):
             layer(rows(count, 8))
-    assert seen.rows == {number for number in LENGTHS if layer.rows_min <= number <= 128}
+    least = ROWS_MIN if kind in ("fp32", "bf16") else 1
+    assert seen.rows == {number for number in LENGTHS if least <= number <= 128 or 256 <= number <= 384}
 
 
 @pytest.mark.skipif(not linears_x86.is_here(), reason="no FBGEMM")
@@ -301,3 +306,43 @@ def test_int8_sums_that_could_overflow_are_refused() -> None:
         pack(nn.ModuleList([nn.Linear(INPUTS_MAX + 1, 1)]), "int8")
     weight, x = torch.ones(1, INPUTS_MAX), torch.ones(1, INPUTS_MAX)
     assert LAYERS["int8"](weight, None)(x).item() == pytest.approx(INPUTS_MAX)
+
+
+@pytest.mark.skipif("int4" not in HERE, reason="no int4 by vectors")
+def test_an_int4_group_keeps_its_ends_and_is_within_half_a_step() -> None:
+    weight = weights(96, 70)
+    weight[5] = 0.25
+    weight[6, 32:64] = 0.0
+    made = LAYERS["int4"](weight, None)(torch.eye(96)).t()
+    groups, off = weight.view(70, 3, 32), (made - weight).view(70, 3, 32).abs()
+    step = (groups.amax(2) - groups.amin(2)) / 15
+    assert bool((off <= 0.52 * step[..., None] + 2**-7 * groups.abs().amax(2, keepdim=True)).all())
+    assert torch.equal(made[5], weight[5])
+    assert torch.equal(made[6, 32:64], weight[6, 32:64])
+
+
+@pytest.mark.skipif("int4" not in HERE, reason="no int4 by vectors")
+@pytest.mark.parametrize("outputs", [64, 320, 8192, 8208])
+def test_int4_slices_are_packed_as_the_whole_is(outputs: int) -> None:
+    weight, x = weights(64, outputs), rows(3, 64)
+    whole = LAYERS["int4"](weight, None)(x)
+    for begin in (0, outputs // 2 // 64 * 64):
+        part = LAYERS["int4"](weight[begin : begin + 64], None)(x)
+        assert torch.equal(whole[:, begin : begin + 64], part)
+
+
+@pytest.mark.skipif("int8" not in HERE, reason="no VNNI")
+def test_a_weight_of_many_outputs_is_packed_in_parts() -> None:
+    weight = weights(8, linears_x86.OUTPUTS_MAX + 40)
+    layer, x = LAYERS["int8"](weight, None), rows(3, 8)
+    assert not linears_x86.is_here() or len(layer._packed[0]) == 2
+    assert torch.equal(layer(x), Int8Linear(weight, None, by_x86=False)(x))
+
+
+@pytest.mark.skipif("int4" not in HERE or "int8" not in HERE, reason="no int4 by vectors, or no VNNI")
+def test_an_int4_models_logits_are_in_int8() -> None:
+    for tied in (False, True):
+        model = pack(tiny(tied=tied), "int4").model
+        kinds = {name: module.kind for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+        assert kinds.pop("lm_head") == "int8"
+        assert set(kinds.values()) == {"int4"}
