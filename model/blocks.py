@@ -4,7 +4,8 @@ Rules: core, no torch; a block is a number. A block may be shared once it is ful
 block is never written. What can be shared stands in a tree: a child is one more block of tokens after its parent's.
 Children are found by a chained hash and their token ids compared, so that nobody gets another text's KV even where two
 hashes are equal. Blocks that nobody uses stay cached, oldest first to go; a sequence's last blocks go before its first,
-and a block that goes takes its descendants out of the tree with it. A private sequence neither uses the tree nor enters
+and a block that goes takes its descendants out of the tree with it. A sequence's blocks are neighbours where that can
+be had: they are read at once then. A private sequence neither uses the tree nor enters
 it: whoever shares can be told by how soon the first token comes.
 Source: GeeeekExplorer/nano-vllm `nanovllm/engine/block_manager.py`; vLLM "Automatic Prefix Caching".
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 ROOT = -1  # the block of the tree's root, which is none
+LOOK_MAX = 512  # blocks that are looked at for a place
 NO_LIMIT = sys.maxsize  # of tokens that may be shared
 
 Digest = Callable[[bytes, Sequence[int]], bytes]
@@ -74,7 +76,8 @@ class BlockManager:
         self._root = _root(salt)
         self._users = [0] * blocks  # how many tables hold the block
         self._entries: list[_Entry | None] = [None] * blocks
-        self._free = list(reversed(range(blocks)))
+        self._free = set(range(blocks))
+        self._next = 0  # where the next sequence is looked for a place
         self._cached: dict[int, None] = {}  # in the tree, in no table; the oldest first
         self._tables: dict[str, _Table] = {}
         self._hits = self._misses = 0
@@ -119,7 +122,12 @@ class BlockManager:
         self._hits += len(found)
         self._misses += self._shareable(tokens, limit) - len(found)
         blocks = [self._use(entry.block) for entry in found]
-        blocks += [self._use(self._take()) for _ in range(fresh)]
+        while len(self._free) < fresh:
+            self._drop_oldest()
+        after = blocks[-1] if blocks and fresh and blocks[-1] + 1 in self._free else self._before_gap(fresh)
+        for _ in range(fresh):
+            after = self._use(self._take(after))
+            blocks.append(after)
         entry = None if shared == 0 else (found[-1] if found else self._root)
         self._tables[sequence] = _Table(blocks, entry, len(found), limit)
         return len(found) * self.block_tokens
@@ -131,7 +139,7 @@ class BlockManager:
             return True
         if not self.available:
             return False
-        blocks.append(self._use(self._take()))
+        blocks.append(self._use(self._take(blocks[-1])))
         return True
 
     def computed(self, sequence: str, tokens: Sequence[int], count: int) -> None:
@@ -216,19 +224,40 @@ class BlockManager:
         self._users[block] += 1
         return block
 
-    def _take(self) -> int:
-        """A block for new content: a free one, else the one that was cached first."""
+    def _take(self, after: int) -> int:
+        """A block for new content: the one after `after` if it is free, else another free one, else what was cached
+        first."""
         if not self._free:
-            entry = self._entries[next(iter(self._cached))]
-            assert entry is not None
-            self._drop(entry)
-        return self._free.pop()
+            self._drop_oldest()
+        block = after + 1
+        if block not in self._free:
+            block = self._before_gap(1) + 1
+        if block not in self._free:
+            block = next(iter(self._free))
+        self._free.remove(block)
+        return block
+
+    def _before_gap(self, size: int) -> int:
+        """The block before so many free ones in a row; of those that are looked at, if there are."""
+        start, length = self._next % self.blocks, 0
+        for block in range(start, min(start + LOOK_MAX, self.blocks)):
+            length = length + 1 if block in self._free else 0
+            if length == size:
+                self._next = block + 1
+                return block - size
+        self._next = 0 if start + LOOK_MAX >= self.blocks else start + LOOK_MAX
+        return start - 1
+
+    def _drop_oldest(self) -> None:
+        entry = self._entries[next(iter(self._cached))]
+        assert entry is not None
+        self._drop(entry)
 
     def _release(self, block: int) -> None:
         self._users[block] -= 1
         if self._users[block] == 0:
             if self._entries[block] is None:
-                self._free.append(block)
+                self._free.add(block)
             else:
                 self._cached[block] = None
 
@@ -245,7 +274,7 @@ class BlockManager:
             self._entries[entry.block] = None
             if entry.block in self._cached:
                 del self._cached[entry.block]
-                self._free.append(entry.block)
+                self._free.add(entry.block)
 
 
 def _root(salt: bytes) -> _Entry:
