@@ -73,6 +73,7 @@ class FakeRuntime:
     adopted: list[object] = field(default_factory=list)
     pieces: int = 0  # of making weights ready
     piece_s: float = 0.1
+    pieces_made: int = 0
     linears: LinearFacts = UNPACKED
     embedded: list[int] = field(default_factory=list)  # texts of each embed() call
     takes_s: float = 0.0
@@ -103,6 +104,7 @@ class FakeRuntime:
 
     def preparing(self, weights: object) -> Generator[None, None, object]:
         for _ in range(self.pieces):
+            self.pieces_made += 1
             self.takes_s += self.piece_s
             yield
         if isinstance(weights, ModelError):

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import linears_x86
+from model import linears_int4, linears_x86
 from model.errors import BadModel
 from model.lengths import LENGTHS
 from model.linears import (
@@ -191,6 +191,15 @@ def test_numbers_that_are_not_finite_come_out_so(kind: str) -> None:
 
 
 @every_kind
+def test_a_row_or_a_weight_of_zeros_gives_zeros(kind: str) -> None:
+    x, bias = rows(3, 64), rows(1, 32)[0]
+    x[1] = 0.0
+    assert torch.equal(LAYERS[kind](weights(64, 32), None)(x)[1], torch.zeros(32))
+    made = LAYERS[kind](torch.zeros(32, 64), bias)(x)
+    assert torch.allclose(made, bias.expand(3, -1), rtol=2**-8)
+
+
+@every_kind
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "gemma"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_packed_model_is_near_the_plain_one_and_adopts_weights(kind: str, name: str, tied: bool) -> None:
@@ -306,6 +315,10 @@ def test_int8_sums_that_could_overflow_are_refused() -> None:
         pack(nn.ModuleList([nn.Linear(INPUTS_MAX + 1, 1)]), "int8")
     weight, x = torch.ones(1, INPUTS_MAX), torch.ones(1, INPUTS_MAX)
     assert LAYERS["int8"](weight, None)(x).item() == pytest.approx(INPUTS_MAX)
+
+
+def test_int4_is_here_where_torch_has_vectors() -> None:
+    assert linears_int4.is_here() == (torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"))
 
 
 @pytest.mark.skipif("int4" not in HERE, reason="no int4 by vectors")
