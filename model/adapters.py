@@ -23,6 +23,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from crypto.digest import Digest
 from model.errors import FOREIGN, BadInput, BadModel, first_line
@@ -94,17 +95,26 @@ def start_of(name: str, shape: tuple[int, ...], run: Digest) -> torch.Tensor:
 
 
 def merged(model: Any, named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of the layers that have adapters, with adapters of these values merged into them, by the names that they
-    have in the model without: what serves then needs no adapters. fp32, on the CPU; the model is only read."""
+    """Weights of the layers that have adapters, with adapters of these values merged into them, and of the linear
+    layers beside them as they are, for these may serve as one (model/linears_joined.py). By the names that they have in
+    the model without: what serves then needs no adapters. fp32, on the CPU; the model is only read."""
     found: dict[str, torch.Tensor] = {}
+    own = {name for name, _ in model.named_parameters()}  # a shared parameter comes once
+    adapted = {name.rpartition(".")[0] for name, layer in model.named_modules() if _has_adapter(layer)}
     for name, layer in model.named_modules():
-        if ADAPTER not in getattr(layer, "lora_A", ()):
+        if not _has_adapter(layer):
+            if type(layer) is nn.Linear and name.rpartition(".")[0] in adapted and f"{name}.weight" in own:
+                found[f"{name}.weight"] = layer.weight.detach().float().cpu()
             continue
         first_RI, second_OR = (named[f"{name}{part}{ADAPTER}.weight"] for part in (_FIRST, _SECOND))
         change_OI = (second_OR @ first_RI) * layer.scaling[ADAPTER]
         base = layer.base_layer.weight.detach().float().cpu()
         found[f"{name}.weight"] = base + (change_OI.T if layer.fan_in_fan_out else change_OI)
     return found
+
+
+def _has_adapter(layer: Any) -> bool:
+    return ADAPTER in getattr(layer, "lora_A", ())
 
 
 def save_adapters(folder: Path, model: Any, named: Mapping[str, torch.Tensor], base: str) -> None:
@@ -115,7 +125,7 @@ def save_adapters(folder: Path, model: Any, named: Mapping[str, torch.Tensor], b
     """
     config = copy.copy(model.peft_config[ADAPTER])
     config.base_model_name_or_path, config.task_type, config.inference_mode = base, "CAUSAL_LM", True
-    config.target_modules = {name for name, layer in model.named_modules() if ADAPTER in getattr(layer, "lora_A", ())}
+    config.target_modules = {name for name, layer in model.named_modules() if _has_adapter(layer)}
     config.save_pretrained(str(folder))
     held = {
         f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": value.contiguous() for name, value in named.items()

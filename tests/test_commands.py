@@ -272,6 +272,16 @@ def test_doctor_tells_readiness(readiness: dict[str, Any], verdict: Verdict) -> 
     assert found(list(doctor.status_checks({**GOOD, "readiness": readiness})), "readiness").verdict is verdict
 
 
+def test_doctor_tells_how_linear_layers_are_computed() -> None:
+    linears = {"kind": "int8", "told": "int8; not measured", "problem": ""}
+    line = found(list(doctor.status_checks({**GOOD, "model": {"linears": linears}})), "linear layers")
+    assert (line.verdict, line.found) == (Verdict.OK, "int8; not measured")
+    linears = {"kind": "plain", "told": "plain: it failed", "problem": "it failed"}
+    line = found(list(doctor.status_checks({**GOOD, "model": {"linears": linears}})), "linear layers")
+    assert (line.verdict, line.found) == (Verdict.LOOK, "plain: it failed")
+    assert "--dtype" in line.advice
+
+
 @pytest.mark.parametrize(
     ("verdict", "advice", "expected"),
     [

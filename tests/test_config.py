@@ -34,6 +34,7 @@ def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) ->
         ({"http": "nonsense"}, "HOST:PORT"),
         ({"network": "UPPER CASE"}, "network"),
         ({"device": "tpu"}, "device"),
+        ({"quantize": "int3"}, "quantize"),
         ({"bootstrap": ["/ip4/1.2.3.4/tcp/1"]}, "/p2p/"),
         ([1, 2], "wanted an object"),
         ({"data_dir": "~nobody-of-this-name/x"}, "no user of that name"),
@@ -106,6 +107,14 @@ def test_a_bind_beyond_loopback_needs_open() -> None:
     with pytest.raises(ConfigError, match="--open"):
         load_config({"http": "0.0.0.0:8765"}, environment={})
     assert load_config({"http": "0.0.0.0:8765", "open": True}, environment={}).open
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_only_a_cpu_is_quantized(device: str) -> None:
+    with pytest.raises(ConfigError, match="--quantize int8 is for models on a CPU: leave it out, or choose --device"):
+        load_config({"quantize": "int8", "device": device}, environment={})
+    assert load_config({"quantize": "none", "device": device}, environment={}).device == device
+    assert load_config({"quantize": "int4"}, environment={}).quantize == "int4"
 
 
 def test_http_forms() -> None:

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from crypto.digest import Digest
+from model.adapters import AdapterConfig, add_adapters, merged, trainable
 from model.config import QUANTIZATIONS, RuntimeConfig
 from model.errors import BadInput, BadModel
 from model.linears import PackedLinear, kinds_here, pack
@@ -189,3 +191,17 @@ def test_a_runtime_goes_on_under_other_weights(tmp_path: Path, path: Path, quant
     assert (tokens(one), one.embed(["a text"]).vectors) == (tokens(other), other.embed(["a text"]).vectors) != before
     with pytest.raises(BadModel, match="has no"):
         ready(one, {"nobody": torch.ones(1)})
+
+
+def test_merged_adapters_of_some_layers_serve_where_these_are_joined_with_others(path: Path) -> None:
+    pytest.importorskip("peft", reason="pip install -e '.[adapters]'")
+    served, model = packed(loaded(path), "none"), loaded(path).model
+    before = trial(served)
+    add_adapters(model, AdapterConfig(rank=2, targets=("q_proj", "v_proj", "up_proj")), Digest(bytes(32)))
+    for tensor in trainable(model).values():
+        tensor.data = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)) * 0.3
+    assert served.packed is not None
+    served.packed.adopt(merged(model, trainable(model)))
+    wanted = trial(replace(loaded(path), model=model))
+    assert not torch.allclose(trial(served), before, atol=1e-3)
+    assert torch.allclose(trial(served), wanted, atol=1e-3)

@@ -92,7 +92,15 @@ def test_what_is_not_there_is_said(causal: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"device": "tpu"}, {"dtype": "int3"}, {"threads": -1}, {"kv_cache_mb": 0}, {"kv_tokens": -1}]
+    "fields",
+    [
+        {"device": "tpu"},
+        {"dtype": "int3"},
+        {"quantize": "int3"},
+        {"threads": -1},
+        {"kv_cache_mb": 0},
+        {"kv_tokens": -1},
+    ],
 )
 def test_bad_configuration(fields: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from trio.testing import MockClock
 
+from model.config import LinearFacts
 from node.front import RouteHint
 from node.state import EMBED_SLOTS
 from node.work import EmbedWork
@@ -60,6 +61,16 @@ async def test_status_and_peers_are_json(swarm: Swarm, autojump_clock: MockClock
     assert row["connected"]
     assert row["models"][0]["name"] == "tale"
     assert row["observed"]["proven"]
+
+
+async def test_quantized_weights_are_told_as_such(swarm: Swarm, autojump_clock: MockClock) -> None:
+    linears = LinearFacts(kind="int8", told="int8; not measured")
+    peer = await swarm.start(FakeRuntime(facts=facts().quantized("int8"), linears=linears))
+    [offer] = peer.state.capacity().models
+    assert (offer.dtype, offer.revision) == ("int8", "r1-int8")
+    told = json.loads(json.dumps(peer.state.status()))["model"]
+    assert told["models"][0]["quantization"] == "int8"
+    assert told["linears"] == {"kind": "int8", "told": "int8; not measured", "problem": ""}
 
 
 async def test_readiness_and_capacity_follow_the_phase(swarm: Swarm, autojump_clock: MockClock) -> None:
