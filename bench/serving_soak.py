@@ -30,7 +30,7 @@ from model.step import Priority
 KV_TOKENS: Final = 4_096  # less than 16 of the longest need, so that memory runs short too
 QUEUE_MAX: Final = 32
 BURST_EVERY: Final = 100  # steps
-CANCEL: Final = 0.01  # of the requests that are there, at each step
+CANCEL: Final = 0.004  # of the requests that are there, at each step
 LONG, PROMPT_MAX, PROMPT_LONG_MAX, NEW_MAX = 0.05, 128, 1_024, 96
 SHARED, SHARED_PREFIXES, PREFIX_TOKENS = 0.3, 4, 192
 WRONG: Final = 0.02
