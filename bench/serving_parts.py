@@ -48,7 +48,7 @@ class Pace:
     lag_s: float
 
 
-FULL: Final = Pace(turns=9, part_s=300.0, served_asks=32, users_each=6, alone_each=16, lag_s=15.0)
+FULL: Final = Pace(turns=5, part_s=200.0, served_asks=32, users_each=6, alone_each=16, lag_s=15.0)
 QUICK: Final = Pace(turns=2, part_s=18.0, served_asks=32, users_each=3, alone_each=6, lag_s=2.0)
 TINY: Final = Pace(turns=1, part_s=1.0, served_asks=8, users_each=2, alone_each=2, lag_s=0.3)
 

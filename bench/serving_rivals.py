@@ -30,11 +30,8 @@ SILENCE_S_MAX: Final = 300.0  # to import and make a model, or for a load that t
 THREADS: Final = "1"
 TOLD_CHARS_MAX: Final = 400  # of what a rival said before it died
 DEFAULT: Final = "transformers"
-GENERATE, CONTINUOUS, LLAMACPP = (
-    "generate bf16",
-    "continuous bf16",
-    {"bf16": "llama.cpp bf16", "q8_0": "llama.cpp q8_0"},
-)
+GENERATE, CONTINUOUS = "generate bf16", "continuous bf16"  # transformers'
+LLAMACPP: Final = {"bf16": "llama.cpp bf16", "q8_0": "llama.cpp q8_0"}
 PATHS: Final = {  # name beside a figure -> its path
     "transformers": {GENERATE: "generate", CONTINUOUS: "continuous"},
     "llamacpp": {name: precision for precision, name in LLAMACPP.items()},

@@ -1,10 +1,10 @@
 """`python -m bench.serving --soak SECONDS`: one engine under mixed load, cancels and overload; what it keeps of it.
 
-Rules: requests of random lengths, some with the same beginning, greedy and sampled, with stop strings, logprobs, and
-delivered tokens; some are wrong on purpose. Mostly a few more are asked than run at a time; every BURST_EVERY steps so
-many that the engine refuses them. CANCEL of those that are there is cancelled at a step, wherever it stands. Every
-request that was taken in has to end in exactly one way. At the end half of what is there is cancelled, the rest runs
-out, and nothing may be left. Memory: as bench.soak judges it, from runs of JUDGED_S on.
+Rules: requests of random lengths, of several requesters and classes, some with the same beginning, greedy and sampled,
+with stop strings, logprobs, delivered tokens; some are wrong on purpose. Mostly a few more are asked than run;
+every BURST_EVERY steps so many that the engine refuses them. CANCEL of those that are there is cancelled at a step,
+wherever it stands. Every request that was taken in has to end in exactly one way. At the end half of what is there is
+cancelled, the rest runs out, and nothing may be left. Memory: as bench.soak judges it, from runs of JUDGED_S on.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from bench.soak import FLAT, MIB, theil_sen
 from model.engine import Engine
 from model.errors import BadInput, EngineFull
 from model.requests import GenerationRequest, Output, SamplingParameters
+from model.step import Priority
 
 KV_TOKENS: Final = 4_096  # less than 16 of the longest need, so that memory runs short too
 QUEUE_MAX: Final = 32
 BURST_EVERY: Final = 100  # steps
-CANCEL: Final = 0.01  # of the requests that are there, at each step
+CANCEL: Final = 0.004  # of the requests that are there, at each step
 LONG, PROMPT_MAX, PROMPT_LONG_MAX, NEW_MAX = 0.05, 128, 1_024, 96
 SHARED, SHARED_PREFIXES, PREFIX_TOKENS = 0.3, 4, 192
 WRONG: Final = 0.02
+REQUESTERS: Final = ("", "a", "b", "c")
+PRIVATE: Final = 0.1
 SAMPLES: Final = 60  # of memory in a run, one a minute at most
 SETTLED: Final = 0.25  # of a run: until then caches fill
 JUDGED_S: Final = 1_200.0
@@ -69,7 +72,15 @@ class Traffic:
         )
         if rng.random() < WRONG:
             prompt = rng.choice(((), (self.shape.vocabulary,), prompt * (1 + self.shape.context // len(prompt))))
-        return GenerationRequest(request_id=str(self.made), prompt=prompt, delivered=delivered, sampling=sampling)
+        return GenerationRequest(
+            request_id=str(self.made),
+            prompt=prompt,
+            delivered=delivered,
+            sampling=sampling,
+            requester=rng.choice(REQUESTERS),
+            priority=rng.choice(tuple(Priority)),
+            private=rng.random() < PRIVATE,
+        )
 
 
 class Soak:
@@ -89,7 +100,7 @@ class Soak:
         every_s = min(60.0, seconds / SAMPLES)
         while (now := self._clock() - began) < seconds:
             if now >= due:
-                due += every_s
+                due = now + every_s
                 self.rss_mb.append((now / 3600, process.memory_info().rss / MIB))
                 print(f"{now:7.0f} s  {self.rss_mb[-1][1]:7.1f} MiB  {dict(self.counts)}", flush=True)
             self._ask()
@@ -158,6 +169,11 @@ class Soak:
             self.faults.append(f"finished, failed, cancelled: {ours} were seen, the engine counts {theirs}")
         if counts["accepted"] != sum(ours):
             self.faults.append(f"{counts['accepted']} were taken in, {sum(ours)} ended")
+
+
+def judged(seconds: float) -> str:
+    """Whether a run of so long says something of memory."""
+    return "does not grow" if seconds >= JUDGED_S else f"is judged in runs of {JUDGED_S:.0f} s and more"
 
 
 def soaked(served: Served, shape: Shape, seconds: float, seed: int) -> tuple[list[Row], list[str]]:

@@ -73,7 +73,8 @@ class BlockManager:
             raise ValueError(f"blocks = {blocks}, block_tokens = {block_tokens} came, wanted at least 1 of each")
         self.blocks, self.block_tokens = blocks, block_tokens
         self._digest = digest
-        self._root = _root(salt)
+        self._salt = salt
+        self._roots: dict[int, _Entry] = {}  # by circle
         self._users = [0] * blocks  # how many tables hold the block
         self._entries: list[_Entry | None] = [None] * blocks
         self._free = set(range(blocks))
@@ -105,16 +106,20 @@ class BlockManager:
             misses=self._misses,
         )
 
-    def allocate(self, sequence: str, tokens: Sequence[int], shared: int | None = None, spare: int = 0) -> int | None:
+    def allocate(
+        self, sequence: str, tokens: Sequence[int], shared: int | None = None, spare: int = 0, circle: int = 0
+    ) -> int | None:
         """A table for all these tokens; how many of the first have their KV already. At least the last has not: its
         forward pass gives the next token. shared: no more than its first so many are shared; None: all may be.
+        circle: among those of this one only.
 
         None, and nothing has changed, unless `spare` blocks would still be available after.
         """
         assert tokens
         assert sequence not in self._tables, sequence
         limit = NO_LIMIT if shared is None else shared
-        found = list(self._found(self._root, tokens, 0, limit))
+        root = self._roots.setdefault(circle, _root(self._salt))
+        found = list(self._found(root, tokens, 0, limit))
         fresh = self.blocks_for(len(tokens)) - len(found)
         idle = sum(self._users[entry.block] == 0 for entry in found)
         if fresh + idle + spare > self.available:
@@ -128,7 +133,7 @@ class BlockManager:
         for _ in range(fresh):
             after = self._use(self._take(after))
             blocks.append(after)
-        entry = None if shared == 0 else (found[-1] if found else self._root)
+        entry = None if shared == 0 else (found[-1] if found else root)
         self._tables[sequence] = _Table(blocks, entry, len(found), limit)
         return len(found) * self.block_tokens
 
@@ -191,11 +196,13 @@ class BlockManager:
     def forget(self, salt: bytes) -> None:
         """The weights have changed: nothing computed so far, nor later by a sequence that has a table now, is used by
         another."""
-        for entry in list(self._root.children.values()):
-            self._drop(entry)
+        for root in self._roots.values():
+            for entry in list(root.children.values()):
+                self._drop(entry)
         for table in self._tables.values():
             table.entry = None
-        self._root = _root(salt)
+        self._salt = salt
+        self._roots.clear()
 
     def _shareable(self, tokens: Sequence[int], limit: int) -> int:
         """Blocks of these that can be used from the tree: full, and without the last token."""

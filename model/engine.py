@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -59,7 +60,7 @@ class Engine:
         self._clock = clock
         schedule = self._config.scheduler()
         self._executor = executor_for(loaded, schedule.blocks, schedule.block_tokens)
-        self._scheduler = Scheduler(schedule, loaded.facts.revision.encode())
+        self._scheduler = Scheduler(replace(schedule, blocks=self._executor.blocks), loaded.facts.revision.encode())
         self._requests: dict[str, GenerationRequest] = {}
         self._answers: dict[str, Answer] = {}  # of those that were admitted
         self._whole: set[str] = set()  # delivered whole: only replayed, and not scheduled

@@ -54,6 +54,10 @@ class Executor(Protocol):
     @property
     def shares_answers(self) -> bool: ...
 
+    @property
+    def blocks(self) -> int:
+        """How many it has: fewer than asked for if they are larger than the model's configuration says."""
+
     def run(self, tasks: Sequence[Task]) -> dict[str, torch.Tensor]:
         """fp32 logits_V of each request that samples. Raises what torch and transformers raise; if blocks are shared
         the same may then be run again, task by task."""
@@ -66,7 +70,7 @@ def executor_for(loaded: Loaded, blocks: int, block_tokens: int) -> Executor:
     """The best one that gives this model's numbers. Runs a few tokens through it."""
     model = Blockwise(loaded)
     why = model.fault()
-    return Single(loaded, why) if why else model.with_pool(blocks, block_tokens)
+    return Single(loaded, blocks, why) if why else model.with_pool(blocks, block_tokens)
 
 
 class Blockwise:
@@ -77,6 +81,7 @@ class Blockwise:
 
     def __init__(self, loaded: Loaded) -> None:
         self._model, self._device = loaded.model, loaded.device
+        self._kv_token_bytes = loaded.facts.kv_token_bytes
         self._compiles = lengths.compiles(loaded.device.type, loaded.facts.dtype)
         self._parameters = inspect.signature(loaded.model.forward).parameters
         self._keeps = "logits_to_keep" in self._parameters
@@ -84,9 +89,14 @@ class Blockwise:
         self._pool = Pool(4, TRIAL_BLOCK, loaded.device)
 
     def with_pool(self, blocks: int, block_tokens: int) -> Blockwise:
-        """Itself, with so many blocks."""
-        self._pool = self._pool.like(blocks, block_tokens)
+        """Itself, with so many blocks, or as many as take the memory that these would by the model's configuration."""
+        real, stated = self._pool.token_bytes, self._kv_token_bytes
+        self._pool = self._pool.like(max(1, blocks * stated // real) if 0 < stated < real else blocks, block_tokens)
         return self
+
+    @property
+    def blocks(self) -> int:
+        return self._pool.blocks
 
     def drop(self, request_id: str) -> None:
         del request_id  # its blocks are the scheduler's
@@ -188,7 +198,8 @@ class Single:
 
     shares = shares_answers = False
 
-    def __init__(self, loaded: Loaded, why: str) -> None:
+    def __init__(self, loaded: Loaded, blocks: int, why: str) -> None:
+        self.blocks = blocks
         self._forward = Forward(loaded)
         self._caches: dict[str, KV] = {}
         self.why = why

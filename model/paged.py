@@ -61,6 +61,13 @@ class Pool:
         self.rows_fewest = 1 << 30  # query heads to a key head, over all layers
         self.seen: dict[int, dict[str, Any]] = {}  # by layer, what its module asked for: for who checks a model
 
+    @property
+    def token_bytes(self) -> int:
+        """What one token takes, in all the layers that there are so far."""
+        each = [store[0, :, 0].numel() * store.element_size() for layer in self._layers.values()
+                for store in (layer.keys, layer.values)]  # fmt: skip
+        return sum(each)
+
     def like(self, blocks: int, block_tokens: int) -> Pool:
         """Another, with layers of the same shapes."""
         pool = Pool(blocks, block_tokens, self._device)

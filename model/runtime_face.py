@@ -12,8 +12,8 @@ from model.config import LinearFacts, ModelFacts
 from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress
 
 
-class Runtime(Protocol):
-    """Generation and vectors from this machine's models. Sync; one thread at a time."""
+class Served(Protocol):
+    """What is served, in facts, here or by a server behind the node."""
 
     @property
     def facts(self) -> ModelFacts:
@@ -21,11 +21,25 @@ class Runtime(Protocol):
 
     @property
     def embedding_facts(self) -> ModelFacts:
-        """The model that embed() uses."""
+        """The model that makes vectors."""
 
     @property
     def device(self) -> str:
-        """Where the model is: cpu, cuda:0, mps."""
+        """Where the model is: cpu, cuda:0, mps, or the kind of server."""
+
+    @property
+    def linears(self) -> LinearFacts | None:
+        """How the main model's linear layers are computed; None: not here."""
+
+    def all_facts(self) -> tuple[ModelFacts, ...]:
+        """Every model here."""
+
+    def device_free_bytes(self) -> int:
+        """Memory that is free there; 0: not known."""
+
+
+class Runtime(Served, Protocol):
+    """Generation and vectors from this machine's models. Sync; one thread at a time."""
 
     @property
     def linears(self) -> LinearFacts:
@@ -34,9 +48,6 @@ class Runtime(Protocol):
     @property
     def has_work(self) -> bool:
         """Whether step() would do anything."""
-
-    def all_facts(self) -> tuple[ModelFacts, ...]:
-        """Every model here."""
 
     def render(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
         """(role, content) pairs -> prompt ids. Raises BadInput."""
@@ -61,9 +72,6 @@ class Runtime(Protocol):
 
     def statistics(self) -> EngineStatistics:
         """The engine's numbers."""
-
-    def device_free_bytes(self) -> int:
-        """Memory that is free on the model's device."""
 
     def preparing(self, weights: object) -> Generator[None, None, object]:
         """Make other weights of the main model, by name, ready for `adopt`, a piece at each step; requests may run

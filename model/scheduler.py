@@ -90,7 +90,7 @@ class Scheduler:
     ) -> None:
         """Takes a request in; it runs when there is room. Of an answer that is taken over, what is delivered already
         belongs to `prompt` and not to `max_tokens`. shared: the KV of no more than its first so many tokens is used by
-        another, or another's by it; None: of all, 0: of none.
+        another of its class, or another's by it; None: of all, 0: of none.
 
         Raises BadInput (its fault: empty, can never fit, id in use), EngineFull; and then holds nothing of it.
         """
@@ -222,8 +222,9 @@ class Scheduler:
         admitted = []
         while self._waiting and len(self._running) < self._config.slots:
             sequence = self._in_turn(self._waiting.values())[0]
+            running, account = len(self._running), sequence.account
             reused = self.blocks.allocate(
-                sequence.request_id, sequence.tokens, sequence.shared, spare=len(self._running)
+                sequence.request_id, sequence.tokens, sequence.shared, running, circle=account.priority
             )
             if reused is None:
                 break

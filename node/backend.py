@@ -10,37 +10,12 @@ from typing import Any, Protocol
 
 import trio
 
-from model.config import LinearFacts, ModelFacts
+from model.config import ModelFacts
 from model.requests import EngineStatistics
+from model.runtime_face import Served
 from node.errors import RequestError
 from node.requester import OWN, Requester
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
-
-
-class Served(Protocol):
-    """What is served, in facts. model/runtime_face.py has more."""
-
-    @property
-    def facts(self) -> ModelFacts:
-        """The main model."""
-
-    @property
-    def embedding_facts(self) -> ModelFacts:
-        """The model that makes vectors."""
-
-    @property
-    def device(self) -> str:
-        """Where the models are."""
-
-    @property
-    def linears(self) -> LinearFacts | None:
-        """How the main model's linear layers are computed; None: not here."""
-
-    def all_facts(self) -> tuple[ModelFacts, ...]:
-        """Every model here."""
-
-    def device_free_bytes(self) -> int:
-        """Memory that is free there; 0: not known."""
 
 
 class Backend(Protocol):

@@ -16,6 +16,7 @@ from tests.tiny_models import save_causal
 
 CANCELS = 1_000
 ALONE = 8
+STEPS_MAX = 5_000  # 429 were needed
 
 
 @pytest.mark.slow
@@ -27,7 +28,7 @@ def test_a_thousand_cancels_leave_nothing(tmp_path: Path) -> None:
     live: dict[str, GenerationRequest] = {}
     made: dict[str, tuple[int, ...]] = {}
     ended: list[GenerationRequest] = []
-    count = cancelled = full = 0
+    count = cancelled = full = steps = 0
     while engine.has_work or cancelled < CANCELS:
         while cancelled < CANCELS:
             count += 1
@@ -38,6 +39,8 @@ def test_a_thousand_cancels_leave_nothing(tmp_path: Path) -> None:
                 full += 1
                 break
             live[request.request_id], made[request.request_id] = request, ()
+        steps += 1
+        assert steps < STEPS_MAX, "the engine does not get on: room is lost"
         for output in engine.step():
             assert output.request_id in live, "an output of a request that had ended"
             assert output.error is None

@@ -329,6 +329,18 @@ def test_a_long_chunk_is_cut_so_that_its_scores_stay_small() -> None:
         assert group.longest * BLOCK * group.rows_padded * 64 <= SCORES_MAX
 
 
+@pytest.mark.parametrize(("stated", "blocks"), [(0, 12), (10**6, 12), (None, 12), (64, 3)])
+def test_blocks_take_no_more_memory_than_was_stated(tmp_path: Path, stated: int | None, blocks: int) -> None:
+    """Two layers, two key heads of eight numbers, keys and values, in fp32: 256 bytes a token."""
+    save_causal(tmp_path)
+    loaded = load_path(tmp_path)
+    assert loaded.facts.kv_token_bytes == 256
+    if stated is not None:
+        loaded = replace(loaded, facts=replace(loaded.facts, kv_token_bytes=stated))
+    engine = Engine(loaded, EngineConfig(kv_tokens=12 * BLOCK, block_tokens=BLOCK))
+    assert engine.statistics().kv_tokens_total == blocks * BLOCK
+
+
 def test_the_trial_takes_no_part_of_the_blocks(tmp_path: Path) -> None:
     save_causal(tmp_path)
     executor = executor_for(load_path(tmp_path), 5, BLOCK)

@@ -416,7 +416,7 @@ def test_a_system_prompt_is_computed_once() -> None:
     assert figures.prefilled <= 320 + 8 * 2 + 4
     assert figures.reused == 7 * 320
     assert figures.blocks.hits == 7 * 20
-    world.ask([*system, 5], 1)
+    world.ask([*system, 5], 1, priority=STRANGER)
     step = world.step()
     assert step.admitted[0].reused == 320
 
@@ -427,6 +427,18 @@ def test_the_next_turn_of_a_conversation_finds_its_first() -> None:
     world.run(100)
     world.ask([*first.prompt, *first.said, 6], 1)
     assert world.step().admitted[0].reused == 20  # 21 tokens had their KV
+
+
+def test_only_those_of_one_class_share() -> None:
+    """How soon a stranger's first token comes says nothing of what this node's users ask."""
+    world = World(SchedulerConfig(slots=1, block_tokens=4))
+    reused = []
+    for priority in (OWN, STRANGER, PEER, OWN, STRANGER):
+        before = world.scheduler.statistics().reused
+        world.ask([1] * 20, 2, priority=priority)
+        world.run(100)
+        reused.append(world.scheduler.statistics().reused - before)
+    assert reused == [0, 0, 0, 16, 16]
 
 
 def test_private_requests_share_nothing() -> None:

@@ -86,7 +86,7 @@ class ToyKV:
 
     def check_tree(self) -> None:
         """Each block that says it is in the tree can be reached; free ones are not in it, cached ones are."""
-        reached, going = set(), [self.blocks._root]
+        reached, going = set(), [*self.blocks._roots.values()]
         while going:
             entry = going.pop()
             for child in entry.children.values():
