@@ -567,17 +567,29 @@ def test_weights_that_do_not_fit_change_nothing(name: str, shape: tuple[int, ...
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def prepared(runtime: Runtime, weights: object) -> object:
+    """What `adopt` takes."""
+    preparing = runtime.preparing(weights)
+    try:
+        while True:
+            next(preparing)
+    except StopIteration as end:
+        return end.value
+
+
 def test_a_runtime_goes_on_under_other_weights_and_their_name(tmp_path: Path) -> None:
     for seed, name in enumerate(("one", "other")):
         save_causal(tmp_path / name, seed=seed)
     one, other = (Runtime.load(str(tmp_path / name), RuntimeConfig(threads=1)) for name in ("one", "other"))
     text = "Once upon a time"
     assert one.embed([text]).vectors != other.embed([text]).vectors
-    one.adopt({name: p.clone() for name, p in other.loaded.model.named_parameters()}, "tale-r1-abc")
+    path = tmp_path / "other"
+    plain = load(Found("other", path, path), device="cpu", dtype="float32").model
+    one.adopt(prepared(one, dict(plain.named_parameters())), "tale-r1-abc")
     assert one.embed([text]).vectors == other.embed([text]).vectors
     assert one.facts.revision == one.embedding_facts.revision == "tale-r1-abc"
     assert [facts.revision for facts in one.all_facts()] == ["tale-r1-abc"]
     assert one.embed([text]).facts.revision == "tale-r1-abc"
     with pytest.raises(BadModel):
-        one.adopt({"nothing": torch.zeros(1)}, "tale-r2-abc")
+        prepared(one, {"nothing": torch.zeros(1)})
     assert one.facts.revision == "tale-r1-abc"
