@@ -28,7 +28,7 @@ from model.errors import BadInput
 from model.linears import kinds_here
 from model.requests import GenerationRequest
 
-STEPS = 150  # of a soak
+STEPS = 101  # of a soak, with one burst
 SHAPE = replace(SHAPES["tiny"], layers=1, context=1_536)
 ECHO = """
 from bench.serving_asks import Told, answer_lines
@@ -271,6 +271,6 @@ def test_a_soak_finds_nothing_in_our_engine_and_what_a_bad_one_keeps(
     assert soak.live == {}
     assert "MiB" in capsys.readouterr().out
     bad = Soak(Forgets(tiny.loaded, EngineConfig(slots=16)), SHAPE, seed=1, clock=itertools.count().__next__)
-    bad.run(STEPS)
+    bad.run(STEPS // 2)
     assert any("had ended" in fault for fault in bad.faults)
     assert any("the engine counts" in fault for fault in bad.faults)
