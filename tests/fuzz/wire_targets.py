@@ -39,6 +39,7 @@ from p2p.direct_frames import Agreement, Opener, Sealer
 from p2p.errors import BadAddress, RemoteProtocolError
 from p2p.frame import FrameReader, encode_frame
 from p2p.mdns import read_txt
+from p2p.transport import FRAME_BYTES_MAX
 from tests.fuzz.target import Target, packed
 
 IDENTITY: Final = Identity(bytes(range(32)))
@@ -161,7 +162,7 @@ def rpc_stream() -> Target:
 
     def pack(values: Any) -> bytes:
         rows = values if isinstance(values, list) else [values]
-        return b"\x01" + b"".join(encode_frame(packed(row)) for row in rows)
+        return b"\x01" + b"".join(encode_frame(packed(row)[:FRAME_BYTES_MAX]) for row in rows)
 
     to_callee = [["call", 1, "a", None], ["credit", 1, 1], ["call", 2, "b", None], ["cancel", 1], ["cancel", 1]]
     to_caller = [["item", 1, "x"], ["end", 1, None], ["error", 2, "busy", "", True], ["item", 3, b"y" * 2000]]
