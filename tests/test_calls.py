@@ -856,7 +856,8 @@ async def test_under_faults_every_call_ends_and_nothing_is_left(seed: int, clock
         await trio.sleep(60)
 
         assert len(outcomes) == 9 * 25
-        assert len(set(outcomes)) == 3, "the faults were too mild or too hard to show anything"
+        assert set(outcomes) <= {"result", "out of time", "unreachable"}
+        assert {"result"} < set(outcomes), "the faults were too mild or too hard to show anything"
         assert_idle(*peers)
         for here in peers:
             assert here.calls.statistics().drops.keys() <= {"streams_over_bound", "answered_full"}
