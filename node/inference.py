@@ -7,6 +7,7 @@ there are no loops.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -192,7 +193,10 @@ class Inference:
             if pursuit.started is not None:
                 self.counts["takeovers"] += 1
             try:
-                return await self._serve_at(target, pursuit, send)
+                with trio.move_on_after(pursuit.hurry_s(target)) as hurry:
+                    return await self._serve_at(target, pursuit, send, hurry)
+                self.counts["passed_over"] += 1
+                pursuit.hurried(target)
             except RequestError as exc:
                 pursuit.failed(target, exc)
 
@@ -201,8 +205,12 @@ class Inference:
         target: Backend | Candidate,
         pursuit: Pursuit[Backend],
         send: trio.MemorySendChannel[AnswerItem | RequestError],
+        hurry: trio.CancelScope,
     ) -> None:
-        """Forward one server's items to the client until Finished. Raises RequestError when that server fails."""
+        """Forward one server's items to the client until Finished. Raises RequestError when that server fails.
+
+        hurry: what cancels this if no item comes in time.
+        """
         work, account = pursuit.continued(trio.current_time()), pursuit.route.account
         source = (
             self._remote.generate(target, sent_on(work, account))
@@ -211,6 +219,7 @@ class Inference:
         )
         async with source as items:
             async for item in items:
+                hurry.deadline = math.inf
                 if isinstance(item, RequestError):
                     raise item
                 if pursuit.take(item):

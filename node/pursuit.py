@@ -3,13 +3,15 @@
 Rules: core. Whoever carries it out asks for the next `step`, does it, and tells what came of it. A server that failed
 is not asked again for this request, unless all it said was that it is full. What the client has is sent along, so that
 the next server goes on where the last one stopped, under the same revision; in a run of training, whose members go on
-round by round, under a later one when nobody has it any more. A request ends once: answered in full, or by a
-RequestError.
+round by round, under a later one when nobody has it any more. A next server that says nothing at once is passed over
+while there is another: the network to it may be cut, which is found out much later. A request ends once: answered in
+full, or by a RequestError.
 Source: SERVING.md "Routing"; docs/ARCHITECTURE.md "A request".
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -48,6 +50,7 @@ DEADLINE_GRACE_MS = 100
 TRAINED = re.compile(  # as node.training_plan.Plan.revision_at names them, and model.config.ModelFacts.at
     r"(.+)-r\d+-[0-9a-f]{12}(-int[48])?"
 )
+HURRY_S = 1.0  # for the first word of a takeover: its client waits in mid-answer; on a lame machine it takes 0.3
 FULL_WAIT_S = 0.5  # between looks for room, for an answer that has begun
 
 
@@ -110,6 +113,7 @@ class Pursuit(Generic[H]):
     around: Surroundings[H]
     deadline: float  # on the clock of `now`, in seconds
     tried: set[PeerId] = field(default_factory=set)  # ours when the local engine failed
+    passed_over: set[PeerId] = field(default_factory=set)  # silent in a hurry: asked again when nobody else is left
     tokens: list[int] = field(default_factory=list)
     chars: int = 0
     texts: list[str] = field(default_factory=list)  # the answer so far, where its tokens' ids are not told
@@ -125,6 +129,9 @@ class Pursuit(Generic[H]):
         if self.tries >= ATTEMPTS_MAX:
             raise self.last_error or PeerFailed("no attempt was made")
         target = self._choose()
+        if isinstance(target, WhyNot) and self.passed_over:
+            self.passed_over.clear()
+            target = self._choose()
         if isinstance(target, WhyNot) and target.why is Why.NONE_SERVES and self._lineage() and not self.goes_on_later:
             self.goes_on_later = True
             target = self._choose()
@@ -137,6 +144,18 @@ class Pursuit(Generic[H]):
             return Wait(FULL_WAIT_S)  # half an answer is worth a wait
         self.tries += 1
         return target
+
+    def hurry_s(self, target: H | Candidate) -> float:
+        """How long to wait for this server's first word while there is another to ask."""
+        if self.started is None or not isinstance(target, Candidate):
+            return math.inf
+        ranking = self._related(self.around.rank(self._need()))
+        return math.inf if isinstance(ranking, WhyNot) or len(ranking) < 2 else HURRY_S
+
+    def hurried(self, target: H | Candidate) -> None:
+        """The server of the last step said nothing in its hurry_s: others first."""
+        assert isinstance(target, Candidate), "the engine here is not hurried"
+        self.passed_over.add(target.peer)
 
     def failed(self, target: H | Candidate, error: RequestError) -> None:
         """The server of the last step failed. Raises the error, when it is the request's own fault."""
@@ -243,7 +262,7 @@ class Pursuit(Generic[H]):
             revision=self._revision(),
             kind=self._kind(),
             tokens=work.sampling.max_tokens + len(work.tokens or ()) if isinstance(work, GenerateWork) else 0,
-            exclude=frozenset(self.tried),
+            exclude=frozenset(self.tried | self.passed_over),
             only=None if self.route.peer is None else PeerId(self.route.peer),
         )
 

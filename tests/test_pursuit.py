@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,7 +14,7 @@ from gossip.offer import Offer
 from gossip.routing import Candidate, Need, Why, WhyNot
 from node.errors import NoRoom, PeerFailed, UnknownModel
 from node.front import Route, RouteHint
-from node.pursuit import Pursuit, Seek, lineage_of, pursue
+from node.pursuit import HURRY_S, Pursuit, Seek, lineage_of, pursue
 from node.work import GenerateWork, Sampling, Started
 
 TALE = ModelOffer(name="tale", revision="r1", kind=ModelKind.CAUSAL, context_tokens=100, dtype="bf16")
@@ -156,3 +157,37 @@ def test_the_same_revision_comes_before_a_later_one() -> None:
     around.known = ["far"]
     assert isinstance(one.step(), Candidate)
     assert one.continued(0.0).revision == "tales-r7-0123456789ab"
+
+
+def test_only_a_takeover_with_a_choice_is_in_a_hurry() -> None:
+    around = Around(["near", "far"])
+    one = pursuit(around)
+    target = one.step()
+    assert one.hurry_s(target) == math.inf  # the client has nothing yet
+    one.take(Started(served_by="near", model="tale", revision="r1", prompt_tokens=1))
+    one.failed(target, PeerFailed("gone"))
+    around.known.append("farther")
+    assert one.hurry_s(one.step()) == HURRY_S
+    around.known.remove("farther")
+    assert one.hurry_s(candidate("far")) == math.inf  # nobody else
+
+
+def test_who_was_passed_over_is_asked_again_when_nobody_else_is_left() -> None:
+    around = Around(["near", "far", "farther"])
+    one = pursuit(around)
+    target = one.step()
+    one.take(Started(served_by="near", model="tale", revision="r1", prompt_tokens=1))
+    one.failed(target, PeerFailed("gone"))
+    far = one.step()
+    one.hurried(far)
+    farther = one.step()
+    assert [each.peer for each in (far, farther) if isinstance(each, Candidate)] == ["far", "farther"]
+    one.failed(farther, PeerFailed("gone"))
+    again = one.step()
+    assert isinstance(again, Candidate)
+    assert again.peer == "far"
+    assert one.hurry_s(again) == math.inf
+    one.failed(again, PeerFailed("gone"))
+    assert one.step() == Seek("tale")
+    with pytest.raises(PeerFailed):
+        one.step()
