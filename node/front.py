@@ -124,7 +124,8 @@ class Front(Protocol):
         """Whether requests are accepted now."""
 
     def status(self) -> dict[str, Any]:
-        """JSON for GET /api/v1/status: keys node, peering, gossip, inference, model, backend, readiness, disk."""
+        """JSON for GET /api/v1/status: keys node, peering, gossip, inference, model, backend, readiness, disk, latency,
+        throughput (the last two: see node.tallies.Tallies)."""
 
     def peers(self) -> list[dict[str, Any]]:
         """JSON for GET /api/v1/peers: per peer what it advertises and what was observed."""

@@ -21,6 +21,7 @@ from node.front import FrontStatistics, RouteHint
 from node.pursuit import Pursuit, Seek, Wait, pursue
 from node.remote import Network, Remote
 from node.requester import Requester, of_client, of_peer
+from node.tallies import Passage, Tallies
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, sent_on
 
 INFER_PROTOCOL = "/openagi/infer/1"
@@ -54,6 +55,7 @@ class Inference:
         self.hosting: Backend | None = None
         self.draining = False
         self.counts: Counter[str] = Counter()  # requests; finished, cancelled, error:CODE; takeovers, ...
+        self.tallies = Tallies(trio.current_time())
         self._remote = Remote(network, self.counts)
         self._running = 0
         self._ended = trio.lowlevel.ParkingLot()
@@ -73,11 +75,12 @@ class Inference:
 
     async def embed(self, work: EmbedWork, route: RouteHint) -> Embedded:
         """Embed texts here or at a peer. Raises RequestError. If cancelled, the work is given up wherever it runs."""
-        with self._counted(), self._outcome():
-            began = trio.current_time()
+        began = trio.current_time()
+        with self._counted(), self._outcome(self.tallies.enter(work.model, began)) as passage:
             pursuit = pursue(work, route, self, began)
             with trio.move_on_at(pursuit.deadline):
                 embedded = await self._embedded(pursuit)
+                self.tallies.embedded(passage, embedded)
                 self._answered(began, embedded.prompt_tokens, 0)
                 return embedded
             raise pursuit.too_late()
@@ -142,17 +145,18 @@ class Inference:
             self._ended.unpark_all()
 
     @contextmanager
-    def _outcome(self) -> Iterator[None]:
+    def _outcome(self, passage: Passage) -> Iterator[Passage]:
         """Count the one way in which a request ends."""
-        outcome = "cancelled"
+        outcome, error = "cancelled", ""
         try:
-            yield
+            yield passage
             outcome = "finished"
         except RequestError as exc:
-            outcome = f"error:{exc.code}"
+            outcome, error = f"error:{exc.code}", exc.code
             raise
         finally:
             self.counts[outcome] += 1
+            self.tallies.end(passage, error, is_whole=outcome == "finished", now=trio.current_time())
 
     def _answered(self, began: float, prompt_tokens: int, completion_tokens: int) -> None:
         self.counts["prompt_tokens"] += prompt_tokens
@@ -167,9 +171,9 @@ class Inference:
         pursuit = pursue(work, route, self, began)
         with send:
             try:
-                with self._outcome():
+                with self._outcome(self.tallies.enter(work.model, began)) as passage:
                     with trio.move_on_at(pursuit.deadline) as scope:
-                        await self._pursued(pursuit, send)
+                        await self._pursued(pursuit, passage, send)
                     if scope.cancelled_caught:
                         raise pursuit.too_late()
             except RequestError as exc:
@@ -178,7 +182,7 @@ class Inference:
                 self._answered(began, pursuit.prompt_tokens, len(pursuit.tokens))
 
     async def _pursued(
-        self, pursuit: Pursuit[Backend], send: trio.MemorySendChannel[AnswerItem | RequestError]
+        self, pursuit: Pursuit[Backend], passage: Passage, send: trio.MemorySendChannel[AnswerItem | RequestError]
     ) -> None:
         """Ask one server after the other until the client has the whole answer. Raises RequestError."""
         while True:
@@ -192,7 +196,7 @@ class Inference:
             if pursuit.started is not None:
                 self.counts["takeovers"] += 1
             try:
-                return await self._serve_at(target, pursuit, send)
+                return await self._serve_at(target, pursuit, passage, send)
             except RequestError as exc:
                 pursuit.failed(target, exc)
 
@@ -200,6 +204,7 @@ class Inference:
         self,
         target: Backend | Candidate,
         pursuit: Pursuit[Backend],
+        passage: Passage,
         send: trio.MemorySendChannel[AnswerItem | RequestError],
     ) -> None:
         """Forward one server's items to the client until Finished. Raises RequestError when that server fails."""
@@ -214,6 +219,7 @@ class Inference:
                 if isinstance(item, RequestError):
                     raise item
                 if pursuit.take(item):
+                    self.tallies.take(passage, item, trio.current_time())
                     await send.send(item)
                 if isinstance(item, Finished):
                     return

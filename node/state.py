@@ -199,6 +199,8 @@ class NodeState:
             "log": {"left_out": dict(self.log_left_out)},
             "disk": _disk(self._files()),
             "inference": {**asdict(statistics), "counts": dict(inference.counts)},
+            "latency": inference.tallies.latency(),
+            "throughput": inference.tallies.throughput(trio.current_time()),
             "model": self._model(inference.hosting),
             "backend": None if self.backend is None else self.backend.told(),
             "training": _short(self.training.status()),
