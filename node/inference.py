@@ -114,6 +114,11 @@ class Inference:
         """Requests of this node's own clients that have not ended."""
         return self._running
 
+    @property
+    def busiest_peers(self) -> dict[str, dict[str, int]]:
+        """How requests to the peers that are asked most ended."""
+        return self._remote.tallies.busiest()
+
     async def wait_idle(self) -> None:
         """Wait until no client's request is running."""
         await trio.lowlevel.checkpoint()
@@ -195,10 +200,22 @@ class Inference:
                 continue
             if pursuit.started is not None:
                 self.counts["takeovers"] += 1
-            try:
+            with self._attempted(target, pursuit):
                 return await self._serve_at(target, pursuit, passage, send)
-            except RequestError as exc:
-                pursuit.failed(target, exc)
+
+    @contextmanager
+    def _attempted(self, target: Backend | Candidate, pursuit: Pursuit[Backend]) -> Iterator[None]:
+        """Count one attempt by where and how it ended, and tell the pursuit of its failure, which goes no further."""
+        if pursuit.tries > 1:
+            self.counts["failover:mid_stream" if pursuit.tokens else "failover:before_first_token"] += 1
+        is_here = not isinstance(target, Candidate)
+        try:
+            yield
+            self.counts["route:local" if is_here else "route:peer"] += 1
+        except RequestError as exc:
+            if is_here:
+                self.counts[f"local_failed:{exc.code}"] += 1
+            pursuit.failed(target, exc)
 
     async def _serve_at(
         self,
@@ -234,12 +251,10 @@ class Inference:
                 await self._seek(target)
                 continue
             work, account = pursuit.continued(trio.current_time()), pursuit.route.account
-            try:
+            with self._attempted(target, pursuit):
                 if isinstance(target, Candidate):
                     return await self._remote.embed(target, sent_on(work, account))
                 return await target.embed(work, of_client(account))
-            except RequestError as exc:
-                pursuit.failed(target, exc)
 
     async def _seek(self, seek: Seek) -> None:
         self.counts["searches"] += 1

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from model.histogram import FIRST_TOKEN_S, REQUEST_S, TOKEN_S, Distribution, Histogram, merged
-from node.pursuit import lineage_of
+from node.lineage import lineage_of
 from node.work import TEXTS_MAX, TOKENS_MAX, AnswerItem, Embedded, Finished, Piece, Started
 
 ROWS_MAX = 32
