@@ -79,7 +79,7 @@ class Inference:
         with self._counted(), self._outcome(self.tallies.enter(work.model, began)) as passage:
             pursuit = pursue(work, route, self, began)
             with trio.move_on_at(pursuit.deadline):
-                embedded = await self._embedded(pursuit)
+                embedded = await self._embedded(pursuit, passage)
                 self.tallies.embedded(passage, embedded)
                 self._answered(began, embedded.prompt_tokens, 0)
                 return embedded
@@ -200,12 +200,13 @@ class Inference:
                 continue
             if pursuit.started is not None:
                 self.counts["takeovers"] += 1
-            with self._attempted(target, pursuit):
+            with self._attempted(target, pursuit, passage):
                 return await self._serve_at(target, pursuit, passage, send)
 
     @contextmanager
-    def _attempted(self, target: Backend | Candidate, pursuit: Pursuit[Backend]) -> Iterator[None]:
+    def _attempted(self, target: Backend | Candidate, pursuit: Pursuit[Backend], passage: Passage) -> Iterator[None]:
         """Count one attempt by where and how it ended, and tell the pursuit of its failure, which goes no further."""
+        passage.model = target.model.name if isinstance(target, Candidate) else self._own_model(target, pursuit)
         if pursuit.tries > 1:
             self.counts["failover:mid_stream" if pursuit.tokens else "failover:before_first_token"] += 1
         is_here = not isinstance(target, Candidate)
@@ -216,6 +217,14 @@ class Inference:
             if is_here:
                 self.counts[f"local_failed:{exc.code}"] += 1
             pursuit.failed(target, exc)
+
+    def _own_model(self, target: Backend, pursuit: Pursuit[Backend]) -> str | None:
+        """The name of the model here that answers such a request; from then on it is known to the tallies."""
+        facts = target.facts("encoder" if isinstance(pursuit.work, EmbedWork) else "causal")
+        if facts is None:
+            return None
+        self.tallies.know(facts.name, facts.revision)
+        return facts.name
 
     async def _serve_at(
         self,
@@ -242,7 +251,7 @@ class Inference:
                     return
         raise PeerFailed("the answer ended without its last record")
 
-    async def _embedded(self, pursuit: Pursuit[Backend]) -> Embedded:
+    async def _embedded(self, pursuit: Pursuit[Backend], passage: Passage) -> Embedded:
         """Ask one server after the other. Raises RequestError."""
         while True:
             target = pursuit.step()
@@ -251,7 +260,7 @@ class Inference:
                 await self._seek(target)
                 continue
             work, account = pursuit.continued(trio.current_time()), pursuit.route.account
-            with self._attempted(target, pursuit):
+            with self._attempted(target, pursuit, passage):
                 if isinstance(target, Candidate):
                     return await self._remote.embed(target, sent_on(work, account))
                 return await target.embed(work, of_client(account))

@@ -92,9 +92,7 @@ NETWORK: Final = (
         counts("before_first_token", "mid_stream", prefix="failover:"),
         "phase",
     ),
-    count(
-        "route_searches_total", "Questions to the network who serves a model.", _ROUTES, _searches
-    ),
+    count("route_searches_total", "Questions to the network who serves a model.", _ROUTES, _searches),
     count(
         "gossip_adverts_total",
         "Adverts heard, by what became of them.",

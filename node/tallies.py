@@ -64,7 +64,7 @@ class RowStatistics:
 class Passage:
     """One request, from its arrival to its end. Make it with Tallies.enter."""
 
-    model: str | None  # that was asked for
+    model: str | None  # that was asked for, or is asked now
     began: float
     row: Row | None = None  # once it is known who answers
     is_cached: bool = False
