@@ -9,22 +9,23 @@ import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import trio
 
 from crypto.disk import FileStatus, told_time
 from gossip.blobs import Blobs
 from gossip.directory import SKEW_MS
 from gossip.messages import Capacity, ModelKind, ModelOffer
+from model.requests import EngineStatistics
 from node.backend import Backend
 from node.config import NodeConfig
 from node.errors import NO_ROOM_RETRY_S, NotReady
-from node.front import FrontStatistics, ModelRow, Readiness, RouteHint, Trains
+from node.front import FrontStatistics, Measured, ModelRow, Readiness, RouteHint, Trains
 from node.inference import Inference
+from node.process import Process
 from node.remote import Network
 from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
@@ -84,7 +85,7 @@ class NodeState:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._started_s = time.time()
-        self._process = psutil.Process()
+        self.process = Process()
         self.phase = "starting"  # starting | loading | running | stopping; run.py moves it on
         self.http: str | None = None
         self.control: Calls | None = None  # hello, ping, peers
@@ -183,7 +184,7 @@ class NodeState:
                 "listen": list(network.transport.addresses()),
                 "pid": os.getpid(),
                 "uptime_s": round(time.time() - self._started_s, 1),
-                "rss_bytes": self._process.memory_info().rss,
+                **self.process.told(),
                 "tasks": trio.lowlevel.current_statistics().tasks_living,
                 "data_dir": str(Path(config.data_dir).absolute()),
             },
@@ -198,11 +199,30 @@ class NodeState:
             "control": None if self.control is None else asdict(self.control.statistics()),
             "log": {"left_out": dict(self.log_left_out)},
             "disk": _disk(self._files()),
-            "inference": {**asdict(statistics), "counts": dict(inference.counts)},
+            "inference": {
+                **asdict(statistics),
+                "counts": dict(inference.counts),
+                "busiest_peers": inference.busiest_peers,
+            },
+            "latency": inference.tallies.latency(),
+            "throughput": inference.tallies.throughput(trio.current_time()),
             "model": self._model(inference.hosting),
             "backend": None if self.backend is None else self.backend.told(),
             "training": _short(self.training.status()),
         }
+
+    def measured(self) -> Measured:
+        """See node.front.Front."""
+        hosting, tallies = self._parts.inference.hosting, self._parts.inference.tallies
+        if hosting is not None:
+            for facts in hosting.runtime.all_facts():
+                tallies.know(facts.name, facts.revision)
+        return Measured(
+            models=tallies.statistics(),
+            engine=None if hosting is None else hosting.statistics().timings,
+            loop_lag_s=self.process.lag_s.read(),
+            training=self.training.status(),
+        )
 
     def peers(self) -> list[dict[str, Any]]:
         """JSON for GET /api/v1/peers: every connected or advertised peer."""
@@ -281,10 +301,15 @@ class NodeState:
             "models": [asdict(facts) for facts in hosting.runtime.all_facts()],
             "linears": None if (linears := hosting.runtime.linears) is None else asdict(linears),
             "device": hosting.runtime.device,
-            "engine": asdict(hosting.statistics()),
+            "engine": _engine(hosting.statistics()),
             **hosting.details(),
             "running": hosting.requests_running,
         }
+
+
+def _engine(figures: EngineStatistics) -> dict[str, Any]:
+    """Without the timings, which are for the metrics."""
+    return {name: told for name, told in asdict(replace(figures, timings=None)).items() if name != "timings"}
 
 
 def _short(training: dict[str, Any]) -> dict[str, Any]:

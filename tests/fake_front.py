@@ -10,7 +10,7 @@ from typing import Any
 import trio
 
 from node.errors import RequestError, UnknownModel
-from node.front import FrontStatistics, ModelRow, Readiness, RouteHint
+from node.front import FrontStatistics, Measured, ModelRow, Readiness, RouteHint
 from node.state import NoTraining
 from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Piece, Started, TokenLogprob
@@ -188,6 +188,9 @@ class FakeFront:
             "model": {"name": "fairy"},
             "readiness": {"ready": self.ready.ready, "reason": self.ready.reason, "loading": self.ready.loading},
         }
+
+    def measured(self) -> Measured:
+        return Measured(training=self.trains.status())
 
     def peers(self) -> list[dict[str, Any]]:
         return [{"peer_id": PEER, "rtt_ms": 1.25, "models": [{"name": "fairy", "revision": "sha256-0123456789ab"}]}]
