@@ -62,7 +62,7 @@ class Inference:
     @asynccontextmanager
     async def answer(self, work: GenerateWork, route: RouteHint) -> AsyncIterator[Answer]:
         """Answer a request wherever it is best answered. Leaving the block cancels it there within one step."""
-        with self._counted(), _single():
+        with self._counted(), single():
             send, receive = trio.open_memory_channel[AnswerItem | RequestError](PIECES_BUFFERED)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._drive, work, route, send)
@@ -105,6 +105,16 @@ class Inference:
     def requester(self, peer: PeerId) -> Requester:
         """On whose account a peer's request is served."""
         return of_peer(peer, is_good=self._network.gossip.is_in_good_standing(peer))
+
+    def _asker(self, route: RouteHint) -> Requester:
+        return of_client(route.account) if route.guest is None else self.requester(route.guest)
+
+    @contextmanager
+    def relaying(self) -> Iterator[None]:
+        """Count a sealed request that goes through this node. Raises NotReady. It is waited for at the end."""
+        with self._counted(), self._outcome():
+            self.counts["sealed_relayed"] += 1
+            yield
 
     @property
     def running(self) -> int:
@@ -207,7 +217,7 @@ class Inference:
         source = (
             self._remote.generate(target, sent_on(work, account))
             if isinstance(target, Candidate)
-            else target.generate(work, of_client(account))
+            else target.generate(work, self._asker(pursuit.route))
         )
         async with source as items:
             async for item in items:
@@ -231,7 +241,7 @@ class Inference:
             try:
                 if isinstance(target, Candidate):
                     return await self._remote.embed(target, sent_on(work, account))
-                return await target.embed(work, of_client(account))
+                return await target.embed(work, self._asker(pursuit.route))
             except RequestError as exc:
                 pursuit.failed(target, exc)
 
@@ -241,7 +251,7 @@ class Inference:
 
 
 @contextmanager
-def _single() -> Iterator[None]:
+def single() -> Iterator[None]:
     """A nursery wraps what is raised in its block into a group; a caller waits for the one error itself."""
     try:
         yield
