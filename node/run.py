@@ -142,7 +142,6 @@ class Node:
         network = Network(transport=transport, peering=self._peering, calls=infer, gossip=self._gossip)
         self._inference = serving.inference = Inference(network)
         self._infer = infer
-        self._sealed = SealedRelay(network, self._inference, sealed)
         peering.keep_while(lambda peer: infer.is_busy(peer) or self.blobs.is_busy(peer) or self._door.is_member(peer))
         parts = Parts(
             config=config,
@@ -150,7 +149,7 @@ class Node:
             inference=self._inference,
             blobs=self.blobs,
             direct=self._direct,
-            relay=self._sealed,
+            relay=SealedRelay(network, self._inference, sealed),
             reaching=self._reaching,
         )
         self.state = NodeState(parts)
@@ -198,7 +197,7 @@ class Node:
             if self._inference.draining:  # told to stop meanwhile
                 return
             self._inference.hosting = backend
-            self._sealed.begin(self.state, self._rng)
+            self.state.relay.begin(self.state, self._rng)
             if isinstance(backend, Hosting):
                 self._train(nursery)
         self.state.phase = "running"
@@ -258,7 +257,7 @@ class Node:
         clock_is_wrong = False
         while True:
             await trio.sleep(MEASURE_EVERY_S)
-            self._sealed.serving.tick()
+            self.state.relay.serving.tick()
             problem = self.state.clock_problem()
             if problem and not clock_is_wrong:
                 _log.warning("%s", problem)

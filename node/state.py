@@ -105,14 +105,15 @@ class NodeState:
 
     def sealed(self, call: SealedCall, peer: str, account: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """See node.front.Front."""
-        return self._relay.frames(call, peer, account)
+        return self.relay.frames(call, peer, account)
 
     async def sealing_key(self, peer: str) -> bytes:
         """See node.front.Front."""
-        return await self._relay.key_of(peer)
+        return await self.relay.key_of(peer)
 
     @property
-    def _relay(self) -> SealedRelay:
+    def relay(self) -> SealedRelay:
+        """Where sealed requests go through, or are opened."""
         assert self._parts.relay is not None, "every whole node has one"
         return self._parts.relay
 
