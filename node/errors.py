@@ -8,6 +8,10 @@ RequestError(code, message, retryable)
 |  `- TooMany        the caller has as many waiting as one may: wait for one to end       429 + Retry-After
 |- NotReady          starting, loading or draining                                        503 + Retry-After
 |- DeadlinePassed    the request's own time is over                                       408
+|- UnknownPeer       neither connected nor heard of                                      404
+|- SealBroken        the serving peer cannot open a sealed request                       400
+|- SealReplayed      it opened it before                                                 409
+|- WrongSealingKey   it is sealed to another key; carries the present one                409
 |- PeerFailed        the serving peer died or broke the protocol; another may do          503
 `- InternalError     a bug                                                                500
 
@@ -76,6 +80,38 @@ class DeadlinePassed(RequestError):
     """The request's time ran out."""
 
     code = "deadline"
+
+
+class UnknownPeer(RequestError):
+    """The peer asked for is neither connected nor heard of."""
+
+    code = "unknown_peer"
+
+
+class SealBroken(RequestError):
+    """What came sealed does not open at its peer."""
+
+    code = "bad_seal"
+
+
+class SealReplayed(RequestError):
+    """The peer has opened this very request before; sealed anew it would be another."""
+
+    code = "replayed"
+
+
+class WrongSealingKey(RequestError):
+    """A sealed request is for a key that its peer does not have (any more). statement: its present key, signed."""
+
+    code = "sealing_key"
+    retryable = True
+
+    def __init__(self, peer: str, statement: bytes) -> None:
+        super().__init__(
+            f"it is sealed to a key that {peer} does not have, or not any more: seal it anew to the one in sealing_key",
+            param="key",
+        )
+        self.statement = statement
 
 
 class PeerFailed(RequestError):

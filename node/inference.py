@@ -65,7 +65,7 @@ class Inference:
     @asynccontextmanager
     async def answer(self, work: GenerateWork, route: RouteHint) -> AsyncIterator[Answer]:
         """Answer a request wherever it is best answered. Leaving the block cancels it there within one step."""
-        with self._counted(), _single():
+        with self._counted(), single():
             send, receive = trio.open_memory_channel[AnswerItem | RequestError](PIECES_BUFFERED)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._drive, work, route, send)
@@ -110,6 +110,16 @@ class Inference:
         """On whose account a peer's request is served."""
         return of_peer(peer, is_good=self._network.gossip.is_in_good_standing(peer))
 
+    def _asker(self, route: RouteHint) -> Requester:
+        return of_client(route.account) if route.guest is None else self.requester(route.guest)
+
+    @contextmanager
+    def relaying(self) -> Iterator[None]:
+        """Count a sealed request that goes through this node. Raises NotReady. It is waited for at the end."""
+        with self._counted(), self._ended_as():
+            self.counts["sealed_relayed"] += 1
+            yield
+
     @property
     def running(self) -> int:
         """Requests of this node's own clients that have not ended."""
@@ -152,17 +162,30 @@ class Inference:
 
     @contextmanager
     def _outcome(self, passage: Passage) -> Iterator[Passage]:
-        """Count the one way in which a request ends."""
-        outcome, error = "cancelled", ""
+        """Count the one way in which a request ends, also for its model."""
+        error, is_whole = "", False
         try:
-            yield passage
+            with self._ended_as():
+                yield passage
+            is_whole = True
+        except RequestError as exc:
+            error = exc.code
+            raise
+        finally:
+            self.tallies.end(passage, error, is_whole=is_whole, now=trio.current_time())
+
+    @contextmanager
+    def _ended_as(self) -> Iterator[None]:
+        """Count the one way in which a request ends."""
+        outcome = "cancelled"
+        try:
+            yield
             outcome = "finished"
         except RequestError as exc:
-            outcome, error = f"error:{exc.code}", exc.code
+            outcome = f"error:{exc.code}"
             raise
         finally:
             self.counts[outcome] += 1
-            self.tallies.end(passage, error, is_whole=outcome == "finished", now=trio.current_time())
 
     def _answered(self, began: float, prompt_tokens: int, completion_tokens: int) -> None:
         self.counts["prompt_tokens"] += prompt_tokens
@@ -247,7 +270,7 @@ class Inference:
         source = (
             self._remote.generate(target, sent_on(work, account))
             if isinstance(target, Candidate)
-            else target.generate(work, of_client(account))
+            else target.generate(work, self._asker(pursuit.route))
         )
         async with source as items:
             async for item in items:
@@ -273,7 +296,7 @@ class Inference:
             with self._attempted(target, pursuit, passage):
                 if isinstance(target, Candidate):
                     return await self._remote.embed(target, sent_on(work, account))
-                return await target.embed(work, of_client(account))
+                return await target.embed(work, self._asker(pursuit.route))
 
     async def _seek(self, seek: Seek) -> None:
         self.counts["searches"] += 1
@@ -281,7 +304,7 @@ class Inference:
 
 
 @contextmanager
-def _single() -> Iterator[None]:
+def single() -> Iterator[None]:
     """A nursery wraps what is raised in its block into a group; a caller waits for the one error itself."""
     try:
         yield

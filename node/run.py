@@ -39,6 +39,8 @@ from node.errors import ConfigError
 from node.hosting import Hosting
 from node.inference import INFER_PROTOCOL, Inference
 from node.remote import Network
+from node.sealed_relay import SealedRelay
+from node.sealed_serving import SealedServing
 from node.serving import Serving
 from node.state import AGENT, NodeState, Parts
 from node.training_pause import PausePolicy, hours_of
@@ -134,7 +136,9 @@ class Node:
         self.blobs = Blobs(transport, self._direct, blobs_config, on_fault=self._bad_donor)  # training's, for bulk
         self._door = RoundDoor(transport, config.network, self._gossip.blame, lambda: time.time_ns() // 1_000_000)
         serving = Serving()
-        infer = Calls(transport, INFER_PROTOCOL, serving.handlers(), self._breach, WORK_LIMITS)
+        sealed = SealedServing(identity, config.network)
+        handlers = {**serving.handlers(), **sealed.handlers()}
+        infer = Calls(transport, INFER_PROTOCOL, handlers, self._breach, WORK_LIMITS)
         network = Network(transport=transport, peering=self._peering, calls=infer, gossip=self._gossip)
         self._inference = serving.inference = Inference(network)
         self._infer = infer
@@ -145,6 +149,7 @@ class Node:
             inference=self._inference,
             blobs=self.blobs,
             direct=self._direct,
+            relay=SealedRelay(network, self._inference, sealed),
             reaching=self._reaching,
         )
         self.state = NodeState(parts)
@@ -193,6 +198,7 @@ class Node:
             if self._inference.draining:  # told to stop meanwhile
                 return
             self._inference.hosting = backend
+            self.state.relay.begin(self.state, self._rng)
             if isinstance(backend, Hosting):
                 self._train(nursery)
         self.state.phase = "running"
@@ -252,6 +258,7 @@ class Node:
         clock_is_wrong = False
         while True:
             await trio.sleep(MEASURE_EVERY_S)
+            self.state.relay.serving.tick()
             problem = self.state.clock_problem()
             if problem and not clock_is_wrong:
                 _log.warning("%s", problem)

@@ -27,6 +27,8 @@ from node.front import FrontStatistics, Measured, ModelRow, Readiness, RouteHint
 from node.inference import Inference
 from node.process import Process
 from node.remote import Network
+from node.sealed import SealedCall
+from node.sealed_relay import SealedRelay
 from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
 from p2p.address import is_relayed
@@ -49,6 +51,7 @@ class Parts:
     inference: Inference
     blobs: Blobs | None = None
     direct: Direct | None = None
+    relay: SealedRelay | None = None
     reaching: Reaching | None = None  # None: a network where everybody reaches everybody
 
 
@@ -100,6 +103,20 @@ class NodeState:
     async def embed(self, work: EmbedWork, route: RouteHint) -> Embedded:
         """See node.front.Front."""
         return await self._parts.inference.embed(work, route)
+
+    def sealed(self, call: SealedCall, peer: str, account: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """See node.front.Front."""
+        return self.relay.frames(call, peer, account)
+
+    async def sealing_key(self, peer: str) -> bytes:
+        """See node.front.Front."""
+        return await self.relay.key_of(peer)
+
+    @property
+    def relay(self) -> SealedRelay:
+        """Where sealed requests go through, or are opened."""
+        assert self._parts.relay is not None, "every whole node has one"
+        return self._parts.relay
 
     @property
     def training(self) -> Trains:
@@ -196,6 +213,7 @@ class NodeState:
             "calls": asdict(network.calls.statistics()),
             "blobs": None if self._parts.blobs is None else asdict(self._parts.blobs.statistics()),
             "direct": None if self._parts.direct is None else asdict(self._parts.direct.statistics()),
+            "sealed": None if self._parts.relay is None else asdict(self._parts.relay.serving.statistics()),
             "control": None if self.control is None else asdict(self.control.statistics()),
             "log": {"left_out": dict(self.log_left_out)},
             "disk": _disk(self._files()),

@@ -61,6 +61,7 @@ SILENT = {
     "node/upstream_look.py:_optional": "the server has no such route, and then it tells less",
     "node/web/door.py:host_allowed": "the caller counts foreign_host",
     "node/web/door.py:origin_allowed": "the caller counts foreign_origin",
+    "node/web/sealed.py:_pass_on": "the caller tells the client",
     "node/web/serve.py:run": "the client is gone: node/web/door.py counts that",
     "node/web/sse.py:_receive_ready": "nothing more is ready",
 }

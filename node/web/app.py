@@ -31,6 +31,7 @@ from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, DoorConfig
 from node.web.embeddings import Embeddings
 from node.web.errors import MethodNotAllowed, NotFound, error_answer
 from node.web.generation import Generations
+from node.web.sealed import Sealed
 from node.web.training import Training
 
 log = logging.getLogger("node.web")
@@ -40,22 +41,13 @@ Endpoint = Callable[[Request], Awaitable[ASGIApp]]  # a Response is an ASGI appl
 
 def build_app(front: Front, rng: Random, config: DoorConfig | None = None) -> Door:
     """The application of a node. `rng` draws the seeds of requests that name none."""
-    embeddings = Embeddings(front)
-    generations = Generations(front, rng, embeddings)
     facts = Facts(front)
     training = Training(front)
-
-    def get(path: str, endpoint: Endpoint) -> Route:
-        return Route(path, endpoint, methods=["GET"])
-
-    def post(path: str, endpoint: Endpoint) -> Route:
-        return Route(path, endpoint, methods=["POST"])
-
+    sealed = Sealed(front)
     routes = [
-        post("/v1/chat/completions", generations.chat),
-        post("/v1/completions", generations.completions),
-        post("/v1/embeddings", embeddings.embeddings),
-        post("/api/v1/model/inference", generations.inference),
+        *work_routes(front, rng),
+        post("/api/v1/sealed", sealed.sealed),
+        get("/api/v1/peers/{peer}/sealing-key", sealed.key),
         get("/v1/models", facts.models),
         get("/v1/models/{model:path}", facts.model),
         get("/healthz", facts.healthz),
@@ -71,6 +63,33 @@ def build_app(front: Front, rng: Random, config: DoorConfig | None = None) -> Do
         post("/api/v1/training/resume", training.resume),
         post("/api/v1/training/leave", training.leave),
     ]
+    return Door(application(routes), config or DoorConfig())
+
+
+def get(path: str, endpoint: Endpoint) -> Route:
+    """A route that tells."""
+    return Route(path, endpoint, methods=["GET"])
+
+
+def post(path: str, endpoint: Endpoint) -> Route:
+    """A route that does."""
+    return Route(path, endpoint, methods=["POST"])
+
+
+def work_routes(front: Front, rng: Random) -> list[Route]:
+    """What models are asked for: over HTTP, and inside of sealed requests."""
+    embeddings = Embeddings(front)
+    generations = Generations(front, rng, embeddings)
+    return [
+        post("/v1/chat/completions", generations.chat),
+        post("/v1/completions", generations.completions),
+        post("/v1/embeddings", embeddings.embeddings),
+        post("/api/v1/model/inference", generations.inference),
+    ]
+
+
+def application(routes: list[Route]) -> Starlette:
+    """These routes, with the table of errors."""
     handlers: Any = {
         RequestError: _on_request_error,
         ClientGone: _on_client_gone,
@@ -79,7 +98,7 @@ def build_app(front: Front, rng: Random, config: DoorConfig | None = None) -> Do
     }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
-    return Door(app, config or DoorConfig())
+    return app
 
 
 class Facts:

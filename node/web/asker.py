@@ -25,6 +25,7 @@ PROXY_HEADERS = frozenset({
     "cf-ray", "fastly-client-ip", "fly-client-ip", "proxy-connection", "tailscale-user-login",
 })  # fmt: skip
 PROXY_PREFIX = "x-forwarded"
+SEALED_KEY = "openagi.sealed"  # in the scope of a request that was opened here: its RouteHint
 UNCACHED = frozenset({"no-store", "no-cache"})
 TRUTH = {"true": True, "false": False}
 
@@ -45,6 +46,9 @@ def asker_of(scope: Scope) -> Asker:
     headers = headers_of(scope)
     client = scope.get("client")
     private = private_of(headers)
+    sealed: RouteHint | None = scope.get(SEALED_KEY)
+    if sealed is not None:  # who sealed it is not known: nothing is kept, and nobody else answers
+        return Asker(hint=sealed, deadline_s=deadline_s_of(headers), private=private, keeps=False)
     wants = {word.strip().lower() for word in headers.get("cache-control", "").split(",")}
     return Asker(
         hint=replace(route_of(headers), account=account_of(client[0] if client else None)),

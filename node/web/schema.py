@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from crypto.identity import PEER_ID_CHARS_MAX
 from node import work
 from node.errors import BadRequest, TooLarge
 from node.front import Route, RouteHint
@@ -55,7 +56,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
-Asked = TypeVar("Asked", bound="Request")
+Asked = TypeVar("Asked", bound=BaseModel)
 
 
 class Request(BaseModel):
@@ -164,6 +165,17 @@ class InferenceRequest(Generation):
     """POST /api/v1/model/inference: text in, text or embeddings out, by the kind of the model."""
 
     text: Any
+
+
+class SealedRequest(BaseModel):
+    """POST /api/v1/sealed. All but peer are base64."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    peer: str = Field(min_length=1, max_length=PEER_ID_CHARS_MAX)
+    key: str = Field(max_length=64)
+    request_id: str = Field(max_length=64)
+    sealed: str
 
 
 def parse(body: bytes, kind: type[Asked]) -> Asked:
