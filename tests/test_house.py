@@ -33,6 +33,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "zeroconf": ("p2p/mdns.py",),
     "httpx": ("node/upstream_http.py", "node/commands/", "bench/"),
     "pydantic": ("node/web/schema", "node/config.py"),
+    "coincurve": ("crypto/wallet.py",),
+    "Crypto": ("crypto/wallet.py",),
     "typer": ("node/__main__.py", "node/commands/"),
 }
 NOWHERE = {"asyncio", "multiprocessing", "pickle", "yaml", "msgpack_numpy", "cloudpickle", "dill", "marshal", "shelve"}
@@ -108,6 +110,12 @@ CORES = (
     "p2p/relay_places.py",
     "node/work.py",
     "node/requester.py",
+    "node/api_keys.py",
+    "node/web/caller.py",
+    "node/web/meter.py",
+    "node/web/signed.py",
+    "node/web/wallets.py",
+    "crypto/wallet.py",
     "node/room.py",
     "node/cache.py",
     "node/kept_answers.py",
