@@ -27,8 +27,8 @@ FILE_BYTES_MAX = 1 << 20
 TEXT_CHARS_MAX = 100  # of a key that a client sends; ours have 59
 EXPIRES_S_MAX = 10 * 366 * 86_400
 _TEXT = re.compile(r"oa_([0-9a-f]{12})\.[A-Za-z0-9_-]{43}")
-_RATE = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)/(s|m|h)")
-_SPAN = re.compile(r"(\d{1,6})(m|h|d)")
+_RATE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)/(s|m|h)")
+_SPAN = re.compile(r"([0-9]{1,6})(m|h|d)")
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _NOBODY = "0" * 64  # compared with when there is no such id, so that this takes as long
 

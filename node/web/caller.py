@@ -19,7 +19,7 @@ PUBLIC_PREFIX = "/static/"
 SESSION_PREFIX = "/api/v1/session"
 # the clients' own APIs: OpenAI's and Anthropic's, this node's, Ollama's
 INFER_PREFIXES = ("/v1/", "/api/v1/model/")
-INFER_PATHS = frozenset(
+INFER_PATHS = frozenset({"/api/v1/sealed"}) | frozenset(
     f"/api/{name}" for name in ("chat", "generate", "embed", "embeddings", "tags", "show", "ps", "version")
 )
 
@@ -42,7 +42,7 @@ def need_of(method: str, path: str) -> Need:
         return Need.NOTHING
     if path == SESSION_PREFIX or path.startswith(f"{SESSION_PREFIX}/"):
         return Need.SESSION
-    if path.startswith(INFER_PREFIXES) or path in INFER_PATHS:
+    if path.startswith(INFER_PREFIXES) or path in INFER_PATHS or path.endswith("/sealing-key"):
         return Need.INFER
     if path == "/metrics" or (reads and path.startswith("/api/v1/")):
         return Need.METRICS

@@ -32,7 +32,7 @@ HEADER_CHARS_MAX = 1024
 NONCE_CHARS_MIN = 16
 _NONCE = re.compile(r"[A-Za-z0-9_-]{16,64}")
 _KEYID = re.compile(r"[0-9a-f]{64}")
-_SECONDS = re.compile(r"[1-9]\d{0,11}")
+_SECONDS = re.compile(r"[1-9][0-9]{0,11}")
 _PARAMETER = r';[a-z]{1,16}=(?:[0-9]{1,12}|"[A-Za-z0-9_-]{1,128}")'
 _INPUT = re.compile(rf"([a-z][a-z0-9_-]{{0,31}})=(\(([^()]*)\)((?:{_PARAMETER}){{1,8}}))")
 _SPLIT = re.compile(r';([a-z]+)=("?)([^;"]*)"?')
@@ -141,13 +141,14 @@ def check_body(signed: Signed, body: bytes) -> None:
 class Nonces:
     """Nonces that were used, for as long as their signatures could be tried again. Times are unix seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, nonces_max: int = NONCES_MAX) -> None:
+        self._nonces_max = nonces_max
         self._until: dict[tuple[str, str], float] = {}  # in the order of their end, since all live equally long
 
     def wait_s(self, now: float) -> float:
         """Seconds until there is room for one more; 0 when there is."""
         self._forget(now)
-        if len(self._until) < NONCES_MAX:
+        if len(self._until) < self._nonces_max:
             return 0.0
         return max(0.0, next(iter(self._until.values())) - now)
 
@@ -158,7 +159,7 @@ class Nonces:
             raise SignatureRefused(
                 SignatureFault.REPLAYED, "this signed request came before: sign each one anew, with a fresh nonce"
             )
-        assert len(self._until) < NONCES_MAX, "the caller asked wait_s"
+        assert len(self._until) < self._nonces_max, "the caller asked wait_s"
         self._until[signed.key, signed.nonce] = now + REMEMBERED_S
 
     def _forget(self, now: float) -> None:
