@@ -68,13 +68,18 @@ def run(
     train_epsilon: Annotated[float | None, typer.Option(help="Train privately, spending at most this.")] = None,
     ready_file: Annotated[Path | None, typer.Option(help="JSON written when ready, removed on exit.")] = None,
     open: Annotated[bool | None, typer.Option("--open", help="Answer anybody on a bind beyond loopback.")] = None,
+    api_keys: Annotated[bool | None, typer.Option("--api-keys", help="Answer only who has a key or signs.")] = None,
+    strangers: Annotated[bool | None, typer.Option(help="Answer signed requests of keys nobody vouched for.")] = None,
+    wallets: Annotated[list[str] | None, typer.Option(help="Address that may sign in, or file of such.")] = None,
+    hosts: Annotated[list[str] | None, typer.Option(help="Name of this node, as node.example; repeatable.")] = None,
+    origins: Annotated[list[str] | None, typer.Option(help="Page that may ask, as https://chat.example.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     log_json: Annotated[bool | None, typer.Option("--log-json", help="Log lines as JSON.")] = None,
 ) -> None:
     """Start a node and serve until SIGTERM. Each flag is also a key of --config and OPENAGI_... in the environment."""
     given: dict[str, Any] = {key: value for key, value in locals().items() if value not in (None, [])}
     file = given.pop("config", None)
-    for key in ("listen", "bootstrap", "data"):
+    for key in ("listen", "bootstrap", "data", "wallets", "hosts", "origins"):
         if key in given:
             given[key] = tuple(given[key])
     with importing():

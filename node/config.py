@@ -23,10 +23,11 @@ from p2p.host_config import PSK_BYTES
 
 KEY_FILE = "identity.key"  # in the data directory
 ENVIRONMENT_PREFIX = "OPENAGI_"
+CLIENT_KEY = "OPENAGI_API_KEY"  # the API key that the commands send; no setting of a node
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
-_LISTS = frozenset({"listen", "bootstrap", "data"})
+_LISTS = frozenset({"listen", "bootstrap", "data", "hosts", "origins", "wallets"})
 _NUMBERS = frozenset({"threads", "max_batch", "kv_cache_mb", "cache_mb", "direct_port", "upload_mb_s"})
-_FLAGS = frozenset({"mdns", "relay", "log_json", "train_on_battery"})
+_FLAGS = frozenset({"mdns", "relay", "log_json", "train_on_battery", "api_keys", "strangers"})
 _shown = reprlib.Repr()  # a setting's value in an error: cut, and no deeper than it can be printed
 _shown.maxstring = _shown.maxother = 200
 
@@ -87,10 +88,15 @@ class NodeConfig(BaseModel):
     train_epsilon: float | None = Field(default=None, gt=0.0, le=1000.0)  # train privately, within this epsilon
     ready_file: FilePath | None = None
     open: bool = False  # answer anybody on a bind that is not loopback
+    api_keys: bool = False  # answer only who has an API key, or signs
+    strangers: bool = True  # answer signed requests of keys that nobody vouched for
+    wallets: tuple[str, ...] = ()  # that may sign in: addresses, or files of them; empty: any
+    hosts: tuple[str, ...] = ()  # names of this node beside its addresses
+    origins: tuple[str, ...] = ()  # of pages that may ask
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = False
 
-    @field_validator("listen", "bootstrap", "data", mode="before")
+    @field_validator("listen", "bootstrap", "data", "wallets", "hosts", "origins", mode="before")
     @classmethod
     def _as_tuple(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
@@ -215,6 +221,11 @@ def load_config(
     return config
 
 
+def client_key() -> str | None:
+    """The API key that commands send to a node, of the environment; None: none."""
+    return os.environ.get(CLIENT_KEY) or None
+
+
 def _from_file(path: Path) -> dict[str, object]:
     try:
         settings = json.loads(path.read_bytes())
@@ -230,7 +241,7 @@ def _from_file(path: Path) -> dict[str, object]:
 def _from_environment(environment: Mapping[str, str]) -> dict[str, object]:
     settings: dict[str, object] = {}
     for variable, text in environment.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX):
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == CLIENT_KEY:
             continue
         key = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         if key not in NodeConfig.model_fields and key != "config":
@@ -268,10 +279,10 @@ def _sentence(problem: Any, origin: Mapping[str, str]) -> str:
 
 def _check_exposure(config: NodeConfig) -> None:
     address = config.http_address()
-    if address is not None and address.host not in LOOPBACK_HOSTS and not config.open:
+    if address is not None and address.host not in LOOPBACK_HOSTS and not (config.open or config.api_keys):
         raise ConfigError(
             f"http = {config.http!r} would let anybody who reaches this machine use the node: "
-            "add --open if that is meant, or bind 127.0.0.1"
+            "add --api-keys to answer only who has a key or signs, --open if anybody is meant, or bind 127.0.0.1"
         )
 
 

@@ -28,7 +28,7 @@ NO_ROOM_RETRY_S = 1.0  # what a client is told to wait, when nothing better is k
 class RequestError(Exception):
     """A request's clear end without an answer. `code` is stable, `param` names the field at fault."""
 
-    code: ClassVar[str] = "error"
+    code: str = "error"
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:

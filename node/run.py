@@ -283,11 +283,13 @@ class Node:
         with importing():
             from node.web.app import build_app
             from node.web.serve import ServeLimits, serve
+            from node.web.settings import door_config, gate_config
 
         address = self._config.http_address()
         assert address is not None
         async with trio.open_nursery() as nursery:
-            app = build_app(self.state, self._rng)
+            doors = door_config(self._config), gate_config(self._config, self._transport.peer_id)
+            app = build_app(self.state, self._rng, *doors)
             limits = ServeLimits(drain_s_max=WEB_DRAIN_S)
             port = await nursery.start(partial(serve, app, address.host, address.port, limits=limits, stop=stop))
             host = f"[{address.host}]" if ":" in address.host else address.host

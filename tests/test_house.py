@@ -34,6 +34,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "prometheus_client": ("node/metrics.py",),
     "httpx": ("node/upstream_http.py", "node/commands/", "bench/"),
     "pydantic": ("node/web/schema", "node/config.py"),
+    "coincurve": ("crypto/wallet.py",),
+    "Crypto": ("crypto/wallet.py",),
     "typer": ("node/__main__.py", "node/commands/"),
 }
 NOWHERE = {"asyncio", "multiprocessing", "pickle", "yaml", "msgpack_numpy", "cloudpickle", "dill", "marshal", "shelve"}
@@ -113,6 +115,12 @@ CORES = (
     "p2p/relay_places.py",
     "node/work.py",
     "node/requester.py",
+    "node/api_keys.py",
+    "node/web/caller.py",
+    "node/web/meter.py",
+    "node/web/signed.py",
+    "node/web/wallets.py",
+    "crypto/wallet.py",
     "node/room.py",
     "node/sealed.py",
     "node/cache.py",

@@ -1,4 +1,5 @@
-"""A running node as the commands see it: HTTP requests, events of a stream, and failures as one sentence.
+"""A running node as the commands see it: HTTP requests, events of a stream, and failures as one sentence. A key that
+the node wants is taken from OPENAGI_API_KEY.
 
 Rules: httpx is imported on first use, so that `--help` and a wrong flag cost nothing; torch and libp2p never. Every
 failure is a CommandFailed with its exit code; `plainly` turns it into a line on stderr.
@@ -61,6 +62,8 @@ class NodeClient:
         """Raises CommandFailed when the address is none."""
         import httpx  # only a command that talks to a node pays for it
 
+        from node.config import client_key
+
         text = url if "://" in url else f"http://{url}"
         try:
             parts = urlsplit(text)
@@ -70,9 +73,15 @@ class NodeClient:
         if not good:
             raise CommandFailed(f"--node {url!r} is not an address like {NODE_URL}", EXIT_USAGE)
         self.url = text.rstrip("/")
+        key = client_key()
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise CommandFailed("OPENAGI_API_KEY holds characters that no API key has", EXIT_USAGE)
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
         timeout = httpx.Timeout(READ_S_MAX, connect=CONNECT_S_MAX)
         # a proxy of the environment cannot reach this machine's own loopback
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=parts.hostname not in LOOPBACK)
+        self._http = httpx.Client(
+            base_url=self.url, timeout=timeout, trust_env=parts.hostname not in LOOPBACK, headers=headers
+        )
 
     def __enter__(self) -> NodeClient:
         return self

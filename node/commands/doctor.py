@@ -16,7 +16,7 @@ import typer
 
 from node.commands.checks import Check, Verdict, bad, local_checks, look, ok
 from node.commands.client import EXIT_UNREACHABLE, CommandFailed, NodeClient, plainly
-from node.commands.keys import settings
+from node.commands.node_settings import settings
 from node.commands.tables import print_table
 from p2p.reach import FORWARD
 

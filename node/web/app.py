@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from starlette.applications import Starlette
@@ -27,20 +27,29 @@ from node.front import Front, ModelRow
 from node.metrics import CONTENT_TYPE, OPENMETRICS_TYPE, openmetrics_text, prometheus_text, wants_openmetrics
 from node.tallies import model_rows
 from node.web.answers import ClientGone
-from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, DoorConfig
+from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, DoorConfig, WebCounts
 from node.web.embeddings import Embeddings
 from node.web.errors import MethodNotAllowed, NotFound, error_answer
+from node.web.gate import Gate, GateConfig
 from node.web.generation import Generations
+from node.web.meter import Meter
+from node.web.metered import MeteredFront
 from node.web.sealed import Sealed
+from node.web.session import SessionRoutes
 from node.web.training import Training
+from node.web.wallets import SignIns
 
 log = logging.getLogger("node.web")
 
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]  # a Response is an ASGI application too
 
 
-def build_app(front: Front, rng: Random, config: DoorConfig | None = None) -> Door:
+def build_app(front: Front, rng: Random, config: DoorConfig | None = None, gate: GateConfig | None = None) -> Door:
     """The application of a node. `rng` draws the seeds of requests that name none."""
+    gate, meter, counts = gate or GateConfig(), Meter(), WebCounts()
+    front = cast(Front, MeteredFront(front, meter, counts.drops))  # what it does not meter it hands on
+    sign_ins = SignIns(gate.audience, gate.wallets)
+    session = SessionRoutes(sign_ins)
     facts = Facts(front)
     training = Training(front)
     sealed = Sealed(front)
@@ -56,6 +65,8 @@ def build_app(front: Front, rng: Random, config: DoorConfig | None = None) -> Do
         get("/api/v1/metrics/model", facts.metrics_model),
         get("/api/v1/status", facts.status),
         get("/api/v1/peers", facts.peers),
+        post("/api/v1/session/challenge", session.challenge),
+        post("/api/v1/session", session.session),
         get("/api/v1/training", training.status),
         post("/api/v1/training/start", training.start),
         post("/api/v1/training/join", training.join),
@@ -63,7 +74,7 @@ def build_app(front: Front, rng: Random, config: DoorConfig | None = None) -> Do
         post("/api/v1/training/resume", training.resume),
         post("/api/v1/training/leave", training.leave),
     ]
-    return Door(application(routes), config or DoorConfig())
+    return Door(Gate(application(routes), gate, meter, sign_ins), config or DoorConfig(), counts)
 
 
 def get(path: str, endpoint: Endpoint) -> Route:

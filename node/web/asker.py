@@ -1,6 +1,7 @@
 """Who asks over HTTP, and what the headers say of how to answer: route, time, privacy.
 
-Rules: core. Clients on this machine are one account, others one by their address. What a proxy hands on may be
+Rules: core. Who showed a key or a signature is the account of that (node/web/gate.py); else clients on this machine
+are one account, others one by their address. What a proxy hands on may be
 anybody's, so nothing is kept for it: that one of its clients is answered at once would tell what another asked.
 Source: RFC 7239 (Forwarded); RFC 9110 section 7.6.3 (Via); RFC 9111 section 5.2.1 (no-store, no-cache).
 """
@@ -15,7 +16,8 @@ from starlette.types import Scope
 from node.errors import BadRequest
 from node.front import RouteHint
 from node.requester import account_of
-from node.web.door import headers_of
+from node.web.caller import Caller
+from node.web.door import CALLER_KEY, headers_of
 from node.web.schema import deadline_s_of, route_of
 
 # what proxies add; of X-Forwarded-For, -Host, -Proto and their kin the beginning is enough
@@ -44,18 +46,24 @@ class Asker:
 def asker_of(scope: Scope) -> Asker:
     """Of one request. Raises BadRequest, naming the header."""
     headers = headers_of(scope)
-    client = scope.get("client")
     private = private_of(headers)
     sealed: RouteHint | None = scope.get(SEALED_KEY)
     if sealed is not None:  # who sealed it is not known: nothing is kept, and nobody else answers
         return Asker(hint=sealed, deadline_s=deadline_s_of(headers), private=private, keeps=False)
     wants = {word.strip().lower() for word in headers.get("cache-control", "").split(",")}
     return Asker(
-        hint=replace(route_of(headers), account=account_of(client[0] if client else None)),
+        hint=replace(route_of(headers), account=account_of_scope(scope)),
         deadline_s=deadline_s_of(headers),
         private=private,
         keeps=not (private or wants & UNCACHED or proxy_header(headers)),
     )
+
+
+def account_of_scope(scope: Scope) -> str:
+    """On whose account: the one that the gate found, else that of the address."""
+    caller: Caller | None = scope.get(CALLER_KEY)
+    client = scope.get("client")
+    return caller.account if caller is not None else account_of(client[0] if client else None)
 
 
 def private_of(headers: Mapping[str, str]) -> bool:

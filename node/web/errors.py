@@ -17,12 +17,27 @@ from node import errors
 
 RETRY_AFTER_S_DEFAULT = 1.0  # a slot frees within about an answer; clients back off from here
 RETRY_AFTER_S_MAX = 600.0
+AUTHENTICATE = 'Bearer realm="openagi"'  # signatures have no scheme of their own (RFC 9421)
 
 
 class Forbidden(errors.RequestError):
-    """The request comes from where requests are not taken: a foreign Host or Origin."""
+    """The request comes from where requests are not taken, or from who may not ask this. `code` says more."""
 
     code = "forbidden"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = code) -> None:
+        super().__init__(message, param=param)
+        self.code = code
+
+
+class Unauthorized(errors.RequestError):
+    """Who asks is not known, or not as they say. `code` says why."""
+
+    code = "unauthorized"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = code) -> None:
+        super().__init__(message, param=param)
+        self.code = code
 
 
 class NotFound(errors.RequestError):
@@ -50,10 +65,12 @@ class Row:
     status: int
     type: str
     retry_after: bool = False
+    authenticate: bool = False
 
 
 TABLE: dict[type[errors.RequestError], Row] = {
     errors.BadRequest: Row(status=400, type="invalid_request_error"),
+    Unauthorized: Row(status=401, type="authentication_error", authenticate=True),
     Forbidden: Row(status=403, type="permission_error"),
     NotFound: Row(status=404, type="invalid_request_error"),
     errors.UnknownModel: Row(status=404, type="invalid_request_error"),
@@ -109,4 +126,6 @@ def error_answer(error: errors.RequestError, request_id: str) -> tuple[int, dict
     wait_s = retry_after_s(error)
     if wait_s is not None:
         headers["retry-after"] = str(wait_s)
+    if row_of(error).authenticate:
+        headers["www-authenticate"] = AUTHENTICATE
     return row_of(error).status, headers, msgspec.json.encode(error_object(error, request_id))
