@@ -126,7 +126,7 @@ class Facts:
         if readiness.ready:
             return json_response(told)
         error = NotReady(readiness.reason, retry_after_s=readiness.retry_after_s)
-        status, headers, body = error_answer(error, request.scope[REQUEST_ID_KEY])
+        status, headers, body = error_answer(error, request.scope[REQUEST_ID_KEY], request.scope["path"])
         return json_response({**told, **msgspec.json.decode(body)}, status=status, headers=headers)
 
     async def status(self, request: Request) -> Response:
@@ -165,7 +165,7 @@ class _NoResponse(Response):
 
 
 def _refused(request: Request, error: RequestError, **more: str) -> Response:
-    status, headers, body = error_answer(error, request.scope[REQUEST_ID_KEY])
+    status, headers, body = error_answer(error, request.scope[REQUEST_ID_KEY], request.scope["path"])
     return Response(body, status, {**headers, **more})
 
 

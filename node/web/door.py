@@ -135,7 +135,7 @@ class Door:
         exchange = _Exchange(scope, receive, send)
         refusal = self._refusal(headers_of(scope))
         if refusal is not None:
-            status, headers, body = error_answer(refusal, scope[REQUEST_ID_KEY])
+            status, headers, body = error_answer(refusal, scope[REQUEST_ID_KEY], scope["path"])
             headers["content-length"] = str(len(body))
             pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
             await exchange.send({"type": "http.response.start", "status": status, "headers": pairs})

@@ -23,24 +23,29 @@ Json = dict[str, Any]
 
 @dataclass(slots=True, kw_only=True)
 class Answer:
-    """One answer as it grows. Owned by the task that collects it."""
+    """One answer as it grows. Owned by the task that collects it. Times are monotonic seconds, as this door saw it."""
 
     index: int
+    asked_s: float
+    first_s: float | None = None  # its first token
+    finished_s: float | None = None
     started: Started | None = None
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finished: Finished | None = None
 
-    def take(self, item: AnswerItem) -> None:
+    def take(self, item: AnswerItem, now: float) -> None:
         """Note one item."""
         match item:
             case Started():
                 self.started = self.started or item
             case Piece():
+                self.first_s = now if self.first_s is None else self.first_s
                 self.text.append(item.text)
                 self.logprobs.extend(item.logprobs)
             case Finished():
                 self.finished = item
+                self.finished_s = now
             case Progress():
                 pass
 
