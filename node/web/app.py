@@ -26,10 +26,13 @@ from node.errors import InternalError, NotReady, RequestError, UnknownModel
 from node.front import Front, ModelRow
 from node.metrics import CONTENT_TYPE, prometheus_text
 from node.web.answers import ClientGone
+from node.web.anthropic import Anthropic
 from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, DoorConfig
 from node.web.embeddings import Embeddings
 from node.web.errors import MethodNotAllowed, NotFound, error_answer
 from node.web.generation import Generations
+from node.web.ollama import Ollama
+from node.web.responses import Responses
 from node.web.training import Training
 
 log = logging.getLogger("node.web")
@@ -68,6 +71,9 @@ def build_app(front: Front, rng: Random, config: DoorConfig | None = None) -> Do
         post("/api/v1/training/pause", training.pause),
         post("/api/v1/training/resume", training.resume),
         post("/api/v1/training/leave", training.leave),
+        *Anthropic(front, generations).routes(),
+        *Responses(generations).routes(),
+        *Ollama(front, generations, embeddings).routes(),
     ]
     handlers: Any = {
         RequestError: _on_request_error,

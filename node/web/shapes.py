@@ -138,7 +138,7 @@ class ChatShape:
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
         if not self.logprobs:
             return None
-        return {"content": [_chat_token(one) for one in logprobs], "refusal": None}
+        return {"content": [chat_token(one) for one in logprobs], "refusal": None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +179,8 @@ def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else LOGPROB_MIN
 
 
-def _chat_token(one: TokenLogprob) -> Json:
+def chat_token(one: TokenLogprob) -> Json:
+    """A token's logprob as OpenAI's chats and responses have it."""
     top = [{"token": text, "logprob": _finite(value), "bytes": list(text.encode())} for text, value in one.top]
     own = {"token": one.text, "logprob": _finite(one.logprob), "bytes": list(one.text.encode())}
     return {**own, "top_logprobs": top}
