@@ -148,6 +148,13 @@ CORES = (
     "node/training_choice.py",
     "node/training_pause.py",
     "node/training_away.py",
+    "node/web/writer.py",
+    "node/web/messages_writer.py",
+    "node/web/responses_writer.py",
+    "node/web/schema_parts.py",
+    "node/web/schema_anthropic.py",
+    "node/web/schema_responses.py",
+    "node/web/schema_ollama.py",
 )
 WAITING = {"trio", "socket", "time", "threading", "select", "subprocess", "os", "queue", "sched", "datetime"}
 FILE_LINES_MAX = 400

@@ -315,7 +315,7 @@ def test_retry_after_is_whole_bounded_seconds() -> None:
 
 
 def test_the_error_shape_is_openais() -> None:
-    status, headers, body = error_answer(NoRoom("full", retry_after_s=2), "req-1")
+    status, headers, body = error_answer(NoRoom("full", retry_after_s=2), "req-1", "/v1/models")
     assert (status, headers["retry-after"]) == (503, "2")
     assert json.loads(body) == {
         "error": {

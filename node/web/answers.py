@@ -78,14 +78,15 @@ def out_of_time(deadline_s: float) -> DeadlinePassed:
 
 async def gather(front: Front, works: Sequence[GenerateWork], hint: RouteHint) -> list[Answer]:
     """All answers, whole. Raises the first RequestError; the others are then cancelled."""
-    answers = [Answer(index=index) for index in range(len(works))]
+    now = trio.current_time()
+    answers = [Answer(index=index, asked_s=now) for index in range(len(works))]
     failed: list[RequestError] = []
 
     async def collect(answer: Answer, work: GenerateWork, scope: trio.CancelScope) -> None:
         try:
             async with front.answer(work, hint) as items:
                 async for item in items:
-                    answer.take(item)
+                    answer.take(item, trio.current_time())
             if answer.finished is None:
                 raise unfinished(work)
         except RequestError as exc:

@@ -27,6 +27,7 @@ from node.front import Front, ModelRow
 from node.metrics import CONTENT_TYPE, OPENMETRICS_TYPE, openmetrics_text, prometheus_text, wants_openmetrics
 from node.tallies import model_rows
 from node.web.answers import ClientGone
+from node.web.anthropic import Anthropic
 from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, DoorConfig, WebCounts
 from node.web.embeddings import Embeddings
 from node.web.errors import MethodNotAllowed, NotFound, error_answer
@@ -34,6 +35,8 @@ from node.web.gate import Gate, GateConfig
 from node.web.generation import Generations
 from node.web.meter import Meter
 from node.web.metered import MeteredFront
+from node.web.ollama import Ollama
+from node.web.responses import Responses
 from node.web.sealed import Sealed
 from node.web.session import SessionRoutes
 from node.web.training import Training
@@ -50,11 +53,13 @@ def build_app(front: Front, rng: Random, config: DoorConfig | None = None, gate:
     front = cast(Front, MeteredFront(front, meter, counts.drops))  # what it does not meter it hands on
     sign_ins = SignIns(gate.audience, gate.wallets)
     session = SessionRoutes(sign_ins)
+    embeddings = Embeddings(front)
+    generations = Generations(front, rng, embeddings)
     facts = Facts(front)
     training = Training(front)
     sealed = Sealed(front)
     routes = [
-        *work_routes(front, rng),
+        *work_routes(generations, embeddings),
         post("/api/v1/sealed", sealed.sealed),
         get("/api/v1/peers/{peer}/sealing-key", sealed.key),
         get("/v1/models", facts.models),
@@ -73,6 +78,9 @@ def build_app(front: Front, rng: Random, config: DoorConfig | None = None, gate:
         post("/api/v1/training/pause", training.pause),
         post("/api/v1/training/resume", training.resume),
         post("/api/v1/training/leave", training.leave),
+        *Anthropic(front, generations).routes(),
+        *Responses(generations).routes(),
+        *Ollama(front, generations, embeddings).routes(),
     ]
     return Door(Gate(application(routes), gate, meter, sign_ins), config or DoorConfig(), counts)
 
@@ -87,10 +95,8 @@ def post(path: str, endpoint: Endpoint) -> Route:
     return Route(path, endpoint, methods=["POST"])
 
 
-def work_routes(front: Front, rng: Random) -> list[Route]:
+def work_routes(generations: Generations, embeddings: Embeddings) -> list[Route]:
     """What models are asked for: over HTTP, and inside of sealed requests."""
-    embeddings = Embeddings(front)
-    generations = Generations(front, rng, embeddings)
     return [
         post("/v1/chat/completions", generations.chat),
         post("/v1/completions", generations.completions),
@@ -158,7 +164,7 @@ class Facts:
         if readiness.ready:
             return json_response(told)
         error = NotReady(readiness.reason, retry_after_s=readiness.retry_after_s)
-        status, headers, body = error_answer(error, request.scope[REQUEST_ID_KEY])
+        status, headers, body = error_answer(error, request.scope[REQUEST_ID_KEY], request.scope["path"])
         return json_response({**told, **msgspec.json.decode(body)}, status=status, headers=headers)
 
     async def status(self, request: Request) -> Response:
@@ -203,7 +209,7 @@ class _NoResponse(Response):
 
 
 def _refused(request: Request, error: RequestError, **more: str) -> Response:
-    status, headers, body = error_answer(error, request.scope[REQUEST_ID_KEY])
+    status, headers, body = error_answer(error, request.scope[REQUEST_ID_KEY], request.scope["path"])
     return Response(body, status, {**headers, **more})
 
 

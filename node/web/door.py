@@ -127,7 +127,7 @@ def too_large(scope: Scope) -> TooLarge:
 
 async def refuse(scope: Scope, send: Send, error: RequestError) -> None:
     """Answer with an error, whatever of the body is unread."""
-    status, headers, body = error_answer(error, scope[REQUEST_ID_KEY])
+    status, headers, body = error_answer(error, scope[REQUEST_ID_KEY], scope["path"])
     headers["content-length"] = str(len(body))
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": status, "headers": pairs})

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -56,20 +56,37 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
-Asked = TypeVar("Asked", bound=BaseModel)
+Asked = TypeVar("Asked", bound="Strict")
 
 
-class Request(BaseModel):
-    """Strict: a wrong type is an error and never a guess."""
+class Strict(BaseModel):
+    """A JSON body. A wrong type is an error and never a guess.
+
+    neutral: fields that are taken only with a value that asks for nothing. refusals: what is said of those whose other
+    values deserve more than a standing sentence.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    refusals: ClassVar[Mapping[str, str]] = {}
+
+
+class Body(Strict):
+    """A body that names a model."""
+
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = NEUTRAL
 
     model: ModelName | None = None
-    user: str | None = Field(default=None, max_length=USER_CHARS_MAX)
 
     def model_asked(self) -> str | None:
         """The model by name, None for the default one."""
         return None if self.model == DEFAULT_MODEL_ALIAS else self.model
+
+
+class Request(Body):
+    """What all of OpenAI's routes share."""
+
+    user: str | None = Field(default=None, max_length=USER_CHARS_MAX)
 
 
 class StreamOptions(BaseModel):
@@ -167,7 +184,7 @@ class InferenceRequest(Generation):
     text: Any
 
 
-class SealedRequest(BaseModel):
+class SealedRequest(Strict):
     """POST /api/v1/sealed. All but peer are base64."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -187,9 +204,10 @@ def parse(body: bytes, kind: type[Asked]) -> Asked:
     if not isinstance(raw, dict):
         raise BadRequest(f"the body is {_shown(raw)}, wanted a JSON object with {_fields(kind)}")
     given = {key: value for key, value in raw.items() if value is not None}
-    for key in given.keys() & NEUTRAL.keys() - kind.model_fields.keys():
-        if not any(given[key] == value and type(given[key]) is type(value) for value in NEUTRAL[key]):
-            raise BadRequest(f"the field {key!r} is not supported by this node: leave it out", param=key)
+    for key in given.keys() & kind.neutral.keys() - kind.model_fields.keys():
+        if not any(given[key] == value and type(given[key]) is type(value) for value in kind.neutral[key]):
+            standing = f"the field {key!r} is not supported by this node: leave it out"
+            raise BadRequest(kind.refusals.get(key, standing), param=key)
         del given[key]
     try:
         return kind.model_validate(given)

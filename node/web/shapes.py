@@ -23,24 +23,29 @@ Json = dict[str, Any]
 
 @dataclass(slots=True, kw_only=True)
 class Answer:
-    """One answer as it grows. Owned by the task that collects it."""
+    """One answer as it grows. Owned by the task that collects it. Times are monotonic seconds, as this door saw it."""
 
     index: int
+    asked_s: float
+    first_s: float | None = None  # its first token
+    finished_s: float | None = None
     started: Started | None = None
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finished: Finished | None = None
 
-    def take(self, item: AnswerItem) -> None:
+    def take(self, item: AnswerItem, now: float) -> None:
         """Note one item."""
         match item:
             case Started():
                 self.started = self.started or item
             case Piece():
+                self.first_s = now if self.first_s is None else self.first_s
                 self.text.append(item.text)
                 self.logprobs.extend(item.logprobs)
             case Finished():
                 self.finished = item
+                self.finished_s = now
             case Progress():
                 pass
 
@@ -133,7 +138,7 @@ class ChatShape:
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
         if not self.logprobs:
             return None
-        return {"content": [_chat_token(one) for one in logprobs], "refusal": None}
+        return {"content": [chat_token(one) for one in logprobs], "refusal": None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +179,8 @@ def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else LOGPROB_MIN
 
 
-def _chat_token(one: TokenLogprob) -> Json:
+def chat_token(one: TokenLogprob) -> Json:
+    """A token's logprob as OpenAI's chats and responses have it."""
     top = [{"token": text, "logprob": _finite(value), "bytes": list(text.encode())} for text, value in one.top]
     own = {"token": one.text, "logprob": _finite(one.logprob), "bytes": list(one.text.encode())}
     return {**own, "top_logprobs": top}
