@@ -84,6 +84,8 @@ CORES = (
     "model/padding.py",
     "model/requests.py",
     "model/config.py",
+    "model/settings.py",
+    "model/jobs.py",
     "model/text.py",
     "model/batches.py",
     "model/layout.py",

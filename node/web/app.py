@@ -30,6 +30,7 @@ from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, DoorConfig
 from node.web.embeddings import Embeddings
 from node.web.errors import MethodNotAllowed, NotFound, error_answer
 from node.web.generation import Generations
+from node.web.schema import Defaults
 from node.web.training import Training
 
 log = logging.getLogger("node.web")
@@ -37,10 +38,10 @@ log = logging.getLogger("node.web")
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]  # a Response is an ASGI application too
 
 
-def build_app(front: Front, rng: Random, config: DoorConfig | None = None) -> Door:
-    """The application of a node. `rng` draws the seeds of requests that name none."""
+def build_app(front: Front, rng: Random, config: DoorConfig | None = None, *, defaults: Defaults | None = None) -> Door:
+    """The application of a node. `rng` draws the seeds of requests that name none; `defaults`: what else they get."""
     embeddings = Embeddings(front)
-    generations = Generations(front, rng, embeddings)
+    generations = Generations(front, rng, embeddings, defaults or Defaults())
     facts = Facts(front)
     training = Training(front)
 
