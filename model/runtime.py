@@ -17,7 +17,7 @@ import torch
 from model.config import LinearFacts, ModelFacts, RuntimeConfig
 from model.embed import Embedder
 from model.engine import Engine
-from model.errors import BadInput
+from model.errors import BadInput, BadSetting
 from model.linears import PackedModel, Ready
 from model.load import Loaded, device_free_bytes, load, resolve
 from model.packing import packed
@@ -41,7 +41,8 @@ class Runtime:
     def load(cls, name: str, config: RuntimeConfig | None = None) -> Runtime:
         """Loads the model, and the embedding model if one is named. Seconds of work: use a worker thread.
 
-        Raises NotFound, BadModel, OutOfMemory, BadInput (quantize on a GPU); nothing stays allocated then.
+        Raises NotFound, BadModel, OutOfMemory, BadInput (quantize on a GPU), BadSetting (model_type, max_length);
+        nothing stays allocated then.
         """
         config = config or RuntimeConfig()
         if config.threads:
@@ -52,6 +53,8 @@ class Runtime:
         loaded, *encoder = (
             packed(load(resolve(each), device=config.device, dtype=config.dtype), config.quantize) for each in names
         )
+        _check(loaded.facts, config)
+        loaded, *encoder = (_within(each, config.max_length) for each in (loaded, *encoder))
         return cls(loaded, encoder[0] if encoder else None, config)
 
     @property
@@ -156,3 +159,27 @@ class Runtime:
         if self._engine is None:
             raise BadInput(f"{self.facts.name} is an encoder: it makes vectors, not text; ask another model")
         return self._engine
+
+
+def _check(facts: ModelFacts, config: RuntimeConfig) -> None:
+    """Whether the main model is what the settings say. Raises BadSetting."""
+    if config.model_type not in ("auto", facts.kind):
+        raise BadSetting(
+            f"model_type is {config.model_type!r}, and {facts.name} is of the type {facts.kind}: "
+            "mend one of the two, or leave model_type out",
+            param="model_type",
+        )
+    if config.max_length > facts.context_tokens:
+        raise BadSetting(
+            f"max_length is {config.max_length:,}, and {facts.name} reads at most {facts.context_tokens:,} tokens: "
+            "give that or less, or leave max_length out",
+            param="max_length",
+        )
+
+
+def _within(loaded: Loaded, max_length: int) -> Loaded:
+    """The same model, which is asked for so many tokens at most; 0: for what it reads."""
+    facts = loaded.facts
+    if not 0 < max_length < facts.context_tokens:
+        return loaded
+    return replace(loaded, facts=replace(facts, context_tokens=max_length))

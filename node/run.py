@@ -33,6 +33,7 @@ from gossip.rounds import round_topic
 from gossip.service import GossipConfig, GossipService
 from gossip.standing import Fault
 from node.backend import Backend
+from node.banner import print_banner
 from node.collector import importing
 from node.config import KEY_FILE, NodeConfig
 from node.errors import ConfigError
@@ -199,13 +200,13 @@ class Node:
                 return
             self._inference.hosting = backend
             self.state.relay.begin(self.state, self._rng)
-            if isinstance(backend, Hosting):
+            if isinstance(backend, Hosting) and self._config.training:
                 self._train(nursery)
         self.state.phase = "running"
         self._offer()
         ready = self._ready()
         with _announced(self._config.ready_file, ready):
-            _print_banner(ready, self._config, len(self._peering.peers()))
+            print_banner(ready, self._config, len(self._peering.peers()))
             await trio.sleep_forever()
 
     async def _backend(self) -> Backend:
@@ -282,6 +283,7 @@ class Node:
     async def _web(self, stop: trio.Event, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         with importing():
             from node.web.app import build_app
+            from node.web.schema import Defaults
             from node.web.serve import ServeLimits, serve
             from node.web.settings import door_config, gate_config
 
@@ -289,7 +291,8 @@ class Node:
         assert address is not None
         async with trio.open_nursery() as nursery:
             doors = door_config(self._config), gate_config(self._config, self._transport.peer_id)
-            app = build_app(self.state, self._rng, *doors)
+            defaults = Defaults(max_tokens=self._config.max_tokens, temperature=self._config.temperature)
+            app = build_app(self.state, self._rng, *doors, defaults=defaults)
             limits = ServeLimits(drain_s_max=WEB_DRAIN_S)
             port = await nursery.start(partial(serve, app, address.host, address.port, limits=limits, stop=stop))
             host = f"[{address.host}]" if ":" in address.host else address.host
@@ -351,6 +354,8 @@ def _load(config: NodeConfig) -> Runtime:
             embedding_name=config.embedding_model or "",
             slots=config.max_batch,
             kv_cache_mb=config.kv_cache_mb,
+            model_type=config.model_type,
+            max_length=config.max_length or 0,
         ),
     )
 
@@ -381,16 +386,3 @@ def _announced(path: Path | None, ready: dict[str, object]) -> Iterator[None]:
     finally:
         with suppress(OSError):  # a disk that is read-only by now keeps a file, and no more
             path.unlink(missing_ok=True)
-
-
-def _print_banner(ready: dict[str, object], config: NodeConfig, peers: int) -> None:
-    lines = [f"peer id   {ready['peer_id']}"]
-    lines += [f"listening {address}" for address in ready["listen"]]  # type: ignore[attr-defined]  # a list of str
-    lines.append(f"http      http://{ready['http']}" if ready["http"] else "http      off")
-    lines.append(f"model     {ready['model']} {ready['revision']}" if ready["model"] else "model     none")
-    lines.append(f"network   {config.network}, {peers} peers connected")
-    lines.append("ready; Ctrl-C stops")
-    try:
-        print("\n".join(lines), flush=True)
-    except OSError as exc:  # a log on a full disk, a pipe that was closed: nobody reads, and the node serves
-        _log.warning("the banner cannot be printed: %s", exc.strerror)

@@ -125,6 +125,8 @@ class NodeState:
             return self.trains
         if self._parts.config.model == "none":
             return NoTraining("this node hosts no model to train: start it with --model")
+        if not self._parts.config.training:
+            return NoTraining("training is switched off at this node (--no-training, app.enable.training)")
         if self._parts.config.upstream_url() is not None:
             return NoTraining(
                 "a server behind this node answers (--backend), and its weights are not here to train: "

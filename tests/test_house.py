@@ -89,6 +89,8 @@ CORES = (
     "model/padding.py",
     "model/requests.py",
     "model/config.py",
+    "model/settings.py",
+    "model/jobs.py",
     "model/text.py",
     "model/histogram.py",
     "model/timings.py",

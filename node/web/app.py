@@ -37,6 +37,7 @@ from node.web.meter import Meter
 from node.web.metered import MeteredFront
 from node.web.ollama import Ollama
 from node.web.responses import Responses
+from node.web.schema import Defaults
 from node.web.sealed import Sealed
 from node.web.session import SessionRoutes
 from node.web.training import Training
@@ -47,14 +48,21 @@ log = logging.getLogger("node.web")
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]  # a Response is an ASGI application too
 
 
-def build_app(front: Front, rng: Random, config: DoorConfig | None = None, gate: GateConfig | None = None) -> Door:
-    """The application of a node. `rng` draws the seeds of requests that name none."""
+def build_app(
+    front: Front,
+    rng: Random,
+    config: DoorConfig | None = None,
+    gate: GateConfig | None = None,
+    *,
+    defaults: Defaults | None = None,
+) -> Door:
+    """The application of a node. `rng` draws the seeds of requests that name none; `defaults`: what else they get."""
     gate, meter, counts = gate or GateConfig(), Meter(), WebCounts()
     front = cast(Front, MeteredFront(front, meter, counts.drops))  # what it does not meter it hands on
     sign_ins = SignIns(gate.audience, gate.wallets)
     session = SessionRoutes(sign_ins)
     embeddings = Embeddings(front)
-    generations = Generations(front, rng, embeddings)
+    generations = Generations(front, rng, embeddings, defaults or Defaults())
     facts = Facts(front)
     training = Training(front)
     sealed = Sealed(front)

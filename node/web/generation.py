@@ -8,7 +8,7 @@ the model's context, so that a small model does not refuse what nobody asked for
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 from typing import Any
 
@@ -29,6 +29,7 @@ from node.web.schema import (
     COMPLETION_TOKENS_DEFAULT,
     ChatRequest,
     CompletionRequest,
+    Defaults,
     Generation,
     InferenceRequest,
     Prompt,
@@ -46,8 +47,9 @@ from node.work import TEXTS_MAX, GenerateWork
 class Generations:
     """See the module."""
 
-    def __init__(self, front: Front, rng: Random, embeddings: Embeddings) -> None:
+    def __init__(self, front: Front, rng: Random, embeddings: Embeddings, defaults: Defaults | None = None) -> None:
         self._front = front
+        self._defaults = defaults or Defaults()
         self._rng = rng
         self._embeddings = embeddings
 
@@ -70,6 +72,8 @@ class Generations:
         """Text or embeddings, by the kind of the model."""
         began_s = time.monotonic()
         asked = parse(await read_body(request.scope, request.receive), InferenceRequest)
+        if asked.n > 1:
+            raise BadRequest("n is not offered here; send the text several times", param="n")
         several = isinstance(asked.text, list)
         texts = prompts_of(asked.text, "text", count_max=TEXTS_MAX)
         if self._kind(asked.model_asked()) == "encoder":
@@ -82,24 +86,21 @@ class Generations:
     async def _inference_text(
         self, request: Request, asked: InferenceRequest, texts: Sequence[Prompt], *, several: bool
     ) -> tuple[dict[str, Any], dict[str, str]]:
-        if asked.n > 1:
-            raise BadRequest("n is not offered here; send the text several times", param="n")
         works = self.works(
             request, asked, [_prompt_field(text) for text in texts], tokens_default=CHAT_TOKENS_DEFAULT, logprobs=None
         )
         answers = await self._gather(request, works)
-        started = answers[0].started
         made = ["".join(answer.text) for answer in answers]
         reasons = [answer.finished.reason if answer.finished else None for answer in answers]
         told = {
-            "model": started.model if started else None,
-            "revision": started.revision if started else None,
+            "model": _each(one.started.model for one in answers if one.started),
+            "revision": _each(one.started.revision for one in answers if one.started),
             "model_type": "causal",
             "text": made if several else made[0],
             "finish_reason": reasons if several else reasons[0],
             "truncated": [False] * len(answers) if several else False,  # a prompt that does not fit is an error
             "usage": usage_of(answers),
-            "served_by": ", ".join(dict.fromkeys(one.started.served_by for one in answers if one.started)),
+            "served_by": _each(one.started.served_by for one in answers if one.started),
         }
         return told, served_headers(answers)
 
@@ -149,9 +150,10 @@ class Generations:
                 param="n",
             )
         asker = asker_of(request.scope)  # a bad header is found before any work is made
+        asked = self._defaults.applied(asked)
         is_repeatable = asked.temperature == 0 or asked.seed is not None
         request_id, seed = request.scope[REQUEST_ID_KEY], self._rng.getrandbits(62)
-        tokens = self._tokens_default(asked.model_asked(), tokens_default)
+        tokens = self._tokens_default(asked.model_asked(), self._defaults.max_tokens or tokens_default)
         return [
             GenerateWork(
                 request_id=request_id if count == 1 else f"{request_id}-{index}",
@@ -175,6 +177,11 @@ class Generations:
         if model is None:
             return "encoder" if self._front.default_model("causal") is None else "causal"
         return next((row.kind for row in self._front.models() if row.id == model), "causal")
+
+
+def _each(names: Iterable[str]) -> str:
+    """Each name once: several texts may be answered by several peers, under several revisions of one model."""
+    return ", ".join(dict.fromkeys(names))
 
 
 def _prompt_field(prompt: Prompt) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import pydantic_core
@@ -132,6 +133,20 @@ class Generation(Request):
     def tokens_max(self) -> int | None:
         """The most tokens that the client wants, None when it did not say."""
         return self.max_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What the operator gives to a request that names none; None: as each route has it."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+
+    def applied(self, asked: Generation) -> Generation:
+        """The request, at the operator's temperature if it names none."""
+        if self.temperature is None or "temperature" in asked.model_fields_set:
+            return asked
+        return asked.model_copy(update={"temperature": self.temperature})
 
 
 class Streamed(Generation):
