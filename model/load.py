@@ -129,6 +129,7 @@ def load(found: Found, *, device: str = "auto", dtype: str = "auto") -> Loaded:
         parameters=parameters,
         kv_token_bytes=kv_token_bytes(config, kv_dtype(place, number_type)) if kind == "causal" else 0,
         vocabulary=int(model.get_input_embeddings().num_embeddings),
+        calls=tokens.calls if kind == "causal" else None,
     )
     return Loaded(
         facts=facts,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its OpenMP spins at barriers otherwise
 
@@ -23,6 +24,7 @@ from model.load import Loaded, device_free_bytes, load, resolve
 from model.packing import packed
 from model.participant import load_named
 from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress
+from model.template import TakesNoTools, Turn
 
 
 class Runtime:
@@ -73,9 +75,14 @@ class Runtime:
         """Whether step() would do anything."""
         return self._engine is not None and self._engine.has_work
 
-    def render(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
-        """(role, content) pairs -> prompt ids by the model's chat template. Raises BadInput."""
-        return self._loaded.tokens.render(messages)
+    def render(self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] | None = None) -> tuple[int, ...]:
+        """(role, content) pairs, or messages as templates take them -> prompt ids. Raises BadInput."""
+        try:
+            return self._loaded.tokens.render(messages, tools)
+        except TakesNoTools as exc:
+            raise BadInput(
+                f"{self.facts.name} takes no tools: {exc}; leave them out, or ask another model", param="tools"
+            ) from exc
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Plain text -> prompt ids. Raises BadInput."""

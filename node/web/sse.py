@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from node.errors import RequestError
 from node.front import Front, RouteHint
+from node.tools import ToolCall
 from node.web.answers import GRACE_S as GRACE_S
 from node.web.answers import ITEMS_QUEUED_MAX, Told, feed, out_of_time, wait_gone
 from node.web.errors import error_answer, error_object
@@ -119,8 +120,11 @@ class EventStream:
             self._answers[index].take(item)
             if isinstance(item, Started) and fresh:
                 self._open(index, item)
+            elif isinstance(item, ToolCall):
+                number = len(self._answers[index].calls) - 1
+                self._event(self._request.shape.call(self._opened(), index, item, number))
             elif isinstance(item, Finished):
-                self._event(self._request.shape.ending(self._opened(), index, item.reason))
+                self._event(self._request.shape.ending(self._opened(), index, self._answers[index].reason or ""))
         self._flush(text)
         return None
 
