@@ -21,6 +21,7 @@ from model.engine import Engine
 from model.errors import BadInput
 from model.linears import PackedModel, Ready
 from model.load import Loaded, device_free_bytes, load, resolve
+from model.load_progress import OnProgress
 from model.packing import packed
 from model.participant import load_named
 from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress
@@ -40,8 +41,10 @@ class Runtime:
         self._embedder = Embedder(self._encoder)
 
     @classmethod
-    def load(cls, name: str, config: RuntimeConfig | None = None) -> Runtime:
+    def load(cls, name: str, config: RuntimeConfig | None = None, on_progress: OnProgress | None = None) -> Runtime:
         """Loads the model, and the embedding model if one is named. Seconds of work: use a worker thread.
+
+        on_progress: told how many tensors of the model under way are there, and of how many.
 
         Raises NotFound, BadModel, OutOfMemory, BadInput (quantize on a GPU); nothing stays allocated then.
         """
@@ -52,7 +55,10 @@ class Runtime:
         if config.embedding_name and config.embedding_name != name:
             names.append(config.embedding_name)
         loaded, *encoder = (
-            packed(load(resolve(each), device=config.device, dtype=config.dtype), config.quantize) for each in names
+            packed(
+                load(resolve(each), device=config.device, dtype=config.dtype, on_progress=on_progress), config.quantize
+            )
+            for each in names
         )
         return cls(loaded, encoder[0] if encoder else None, config)
 

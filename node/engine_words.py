@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from model.errors import BadInput, EngineFull, ModelError
+from model.errors import TooLong as ModelTooLong
 from model.requests import GenerationRequest, Output, SamplingParameters
 from model.runtime_face import Runtime
-from node.errors import NO_ROOM_RETRY_S, BadRequest, InternalError, NoRoom, RequestError
+from node.errors import NO_ROOM_RETRY_S, BadRequest, InternalError, NoRoom, RequestError, TooLong
 from node.requester import Requester
 from node.tools import functions_of, json_object
 from node.work import GENERATE, GenerateWork, Message, TokenLogprob
@@ -122,6 +123,8 @@ def request_error(error: ModelError) -> RequestError:
     """What a client is told of an error of model/."""
     if isinstance(error, EngineFull):
         return NoRoom(str(error), retry_after_s=NO_ROOM_RETRY_S)
+    if isinstance(error, ModelTooLong):
+        return TooLong(str(error), param=error.param)
     if isinstance(error, BadInput):
         return BadRequest(str(error), param=error.param)
     return InternalError(str(error))

@@ -105,6 +105,7 @@ class CallReader:
                 return False
             self._may_be_bare = False
             if is_bare:
+                self._blank += "" if self._has_called else self._buffer[: len(self._buffer) - len(rest)]
                 self._begin("", rest)
                 return True
             if self._has_called:
@@ -127,9 +128,12 @@ class CallReader:
         """Go on in a call; whether it has ended."""
         assert self._opened is not None
         if form.closing:
-            at = self._buffer.find(form.closing, max(0, self._looked - len(form.closing)))
-            end, after = at, at + len(form.closing)
-            self._looked = len(self._buffer)
+            end = self._buffer.find(form.closing, self._looked)
+            after = end + len(form.closing)
+            self._looked = after if end >= 0 else max(self._looked, len(self._buffer) - len(form.closing))
+            if end >= 0 and self._value.is_in_text(self._buffer, end):  # an argument has the mark in it
+                return True
+            self._value.is_none = self._buffer.lstrip()[:1] not in ("", "{")
         else:
             end = after = self._value.end(self._buffer)
         if end < 0 and len(self._buffer) <= CALL_CHARS_MAX and not self._value.is_none:
@@ -176,6 +180,12 @@ class _Value:
         self._at = self._depth = 0
         self._in_text = self._is_escaped = False
 
+    def is_in_text(self, text: str, place: int) -> bool:
+        """Whether this place, further on than any before, is inside one of its texts."""
+        while self._at < place and self.end(text[:place]) >= 0:
+            pass
+        return self._in_text
+
     def end(self, text: str) -> int:
         """Behind it, -1 while it goes on. text: all so far."""
         for at in range(self._at, len(text)):
@@ -191,7 +201,7 @@ class _Value:
                     self._at = at + 1
                     return at + 1
             elif not self._depth and not letter.isspace():
-                self.is_none = True
+                self.is_none, self._at = True, len(text)
                 return -1
             elif letter == '"':
                 self._in_text = True
@@ -242,7 +252,8 @@ def _arguments(said: _Said) -> str:
 
 def written(name: str, arguments: str) -> str:
     """A call as text in the format HERMES, from which the same is read."""
-    return f"<tool_call>{msgspec.json.encode({'name': name, 'arguments': arguments}).decode()}</tool_call>"
+    text = msgspec.json.encode({"name": name, "arguments": arguments}).decode().replace("</", "<\\/")
+    return f"<tool_call>{text}</tool_call>"
 
 
 class Reading:

@@ -16,7 +16,7 @@ from typing import Any
 import trio
 
 from model.config import UNPACKED, LinearFacts, ModelFacts
-from model.errors import BadInput, EngineFull, ModelError
+from model.errors import BadInput, EngineFull, ModelError, TooLong
 from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress, TokenLogprob
 
 VOCABULARY = 50_000
@@ -132,7 +132,7 @@ class FakeRuntime:
         if not request.prompt:
             raise BadInput("the prompt has no tokens; give at least one")
         if wanted > self.facts.context_tokens:
-            raise BadInput(f"{wanted} tokens are more than the {self.facts.context_tokens}", param="max_tokens")
+            raise TooLong(f"{wanted} tokens are more than the {self.facts.context_tokens}", param="max_tokens")
         if any(token >= VOCABULARY for token in request.delivered):
             raise BadInput("a token id is outside the vocabulary")
         if self.holds >= self.slots + self.queue_max:

@@ -141,6 +141,8 @@ class Process:
     def rank(self, need: Need) -> tuple[Candidate, ...] | WhyNot:
         return rank(need, self.directory.offers(self.now), self.observations, self.now, self.rng)
 
+    loading = None
+
     def served_names(self) -> set[str]:
         return {model.name for model in self.directory.models(self.now)}
 

@@ -108,6 +108,7 @@ CORES = (
     "p2p/relay.py",
     "p2p/relay_places.py",
     "node/work.py",
+    "node/loading.py",
     "node/tools.py",
     "node/tool_calls.py",
     "node/requester.py",

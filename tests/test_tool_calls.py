@@ -142,6 +142,12 @@ CASES: list[tuple[str | None, str, list[Any]]] = [
     ("hermes", '<tool_call>{"name": "a b"}</tool_call>', None),
     ("hermes", "<tool_call>" + "[" * 5_000 + "</tool_call>", None),
     ("hermes", '<tool_call>{"name": "put", "argum', None),
+    (
+        "hermes",
+        '<tool_call>{"name": "put", "arguments": {"a": "</tool_call>\\""}}</tool_call>',
+        [("put", '{"a": "</tool_call>\\""}')],
+    ),
+    ("hermes", "<tool_call> is what it writes </tool_call>", None),
     ("hermes", "1 <2 <tool_ca  ", None),
     ("hermes", " \n", None),
     ("llama", WRITTEN["llama"], [W]),
@@ -213,7 +219,7 @@ def test_a_call_without_end_is_text_at_its_bound(opening: str) -> None:
 
 
 def test_a_call_as_text_is_read_as_it_was() -> None:
-    for arguments in (ARGUMENTS, "{", '"</tool_call', ""):
+    for arguments in (ARGUMENTS, "{", '"</tool_call>', ""):
         assert read("hermes", written("put", arguments)) == [("put", arguments)]
 
 

@@ -296,6 +296,7 @@ def test_every_kind_of_error_has_its_row() -> None:
     statuses = {code: row_of(kind("x")).status for code, kind in REQUEST_ERRORS.items()}
     assert statuses == {
         "bad_request": 400,
+        "context_length_exceeded": 400,
         "too_large": 413,
         "unknown_model": 404,
         "no_room": 503,
