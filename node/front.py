@@ -70,6 +70,7 @@ class Readiness:
     loading: bool = False
     retry_after_s: float | None = None
     degraded: tuple[str, ...] = ()
+    progress: Mapping[str, object] | None = None  # of the loading, as node/loading.py tells it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,6 +54,7 @@ SILENT = {
     "node/api_key_file.py:_look": "no file, no keys: whoever sends one is refused and counted",
     "node/web/caller.py:subnet_of": "no IP address, no group",
     "node/web/gate.py:__call__": "the client is gone: node/web/door.py counts that",
+    "node/tool_calls.py:_calls": "what is no call is the answer's text, and the client gets it",
     "node/upstream.py:_answer": "its owner left",
     "node/upstream.py:_answered": "the caller sends it to the client and counts it",
     "node/upstream.py:_tell_progress": "the client has more to read than it reads, or left",

@@ -143,6 +143,7 @@ class Facts:
             raise UnknownModel(
                 f"no live peer serves the model {wanted[:200]!r}; served are: {', '.join(rows) or 'none'}",
                 param="model",
+                more={"is_possible": False, "models": sorted(rows)},
             )
         return json_response(self._model(rows[wanted]))
 
@@ -171,7 +172,8 @@ class Facts:
         told["degraded"] = list(readiness.degraded)
         if readiness.ready:
             return json_response(told)
-        error = NotReady(readiness.reason, retry_after_s=readiness.retry_after_s)
+        more = {"loading": readiness.progress} if readiness.progress is not None else None
+        error = NotReady(readiness.reason, retry_after_s=readiness.retry_after_s, more=more)
         status, headers, body = error_answer(error, request.scope[REQUEST_ID_KEY], request.scope["path"])
         return json_response({**told, **msgspec.json.decode(body)}, status=status, headers=headers)
 

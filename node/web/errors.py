@@ -124,6 +124,7 @@ def error_object(error: errors.RequestError, request_id: str) -> dict[str, objec
             "param": error.param,
             "request_id": request_id,
             "retryable": error.retryable,
+            **error.more,
         }
     }
 

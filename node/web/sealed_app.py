@@ -18,12 +18,11 @@ from node.front import Front
 from node.sealed import SealedHead, SealedText, read_text
 from node.sealed_serving import Reply, SealedAsk
 from node.web.app import application, work_routes
-from node.web.asker import SEALED_KEY
+from node.web.asker import DEADLINE_S_MAX, SEALED_KEY
 from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, WebCounts
 from node.web.embeddings import Embeddings
 from node.web.errors import error_answer
 from node.web.generation import Generations
-from node.web.schema import DEADLINE_S_MAX
 
 
 class SealedApp:
