@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
+from node.recent import Recent
 from node.requester import LOCAL
 from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
@@ -104,6 +105,10 @@ class Front(Protocol):
     def training(self) -> Trains:
         """Training at this node."""
 
+    @property
+    def recent(self) -> Recent:
+        """What came of the last minutes."""
+
     def answer(self, work: GenerateWork, route: RouteHint) -> AbstractAsyncContextManager[AsyncIterator[AnswerItem]]:
         """Answer a request: Started once (a takeover does not repeat it), then Progress and Piece, then Finished.
 
@@ -124,7 +129,7 @@ class Front(Protocol):
         """Whether requests are accepted now."""
 
     def status(self) -> dict[str, Any]:
-        """JSON for GET /api/v1/status: keys node, peering, gossip, inference, model, backend, readiness, disk."""
+        """JSON for GET /api/v1/status: node, peering, gossip, inference, recent, model, backend, readiness, disk."""
 
     def peers(self) -> list[dict[str, Any]]:
         """JSON for GET /api/v1/peers: per peer what it advertises and what was observed."""

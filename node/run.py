@@ -251,6 +251,7 @@ class Node:
         clock_is_wrong = False
         while True:
             await trio.sleep(MEASURE_EVERY_S)
+            self.state.sample()
             problem = self.state.clock_problem()
             if problem and not clock_is_wrong:
                 _log.warning("%s", problem)
@@ -279,7 +280,7 @@ class Node:
         address = self._config.http_address()
         assert address is not None
         async with trio.open_nursery() as nursery:
-            app = build_app(self.state, self._rng)
+            app = build_app(self.state, self._rng, stop=stop)
             limits = ServeLimits(drain_s_max=WEB_DRAIN_S)
             port = await nursery.start(partial(serve, app, address.host, address.port, limits=limits, stop=stop))
             host = f"[{address.host}]" if ":" in address.host else address.host

@@ -11,6 +11,7 @@ import trio
 
 from node.errors import RequestError, UnknownModel
 from node.front import FrontStatistics, ModelRow, Readiness, RouteHint
+from node.recent import Recent
 from node.state import NoTraining
 from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Piece, Started, TokenLogprob
@@ -104,6 +105,7 @@ class FakeFront:
         self.changed = trio.Event()
         self.embed_wait_s = 0.0
         self.trains = FakeTraining()
+        self.recent = Recent()
 
     def _change(self) -> None:
         self.changed.set()

@@ -108,6 +108,7 @@ CORES = (
     "p2p/relay_places.py",
     "node/work.py",
     "node/requester.py",
+    "node/recent.py",
     "node/room.py",
     "node/cache.py",
     "node/kept_answers.py",

@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 import msgspec
+import trio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -30,6 +31,7 @@ from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, DoorConfig
 from node.web.embeddings import Embeddings
 from node.web.errors import MethodNotAllowed, NotFound, error_answer
 from node.web.generation import Generations
+from node.web.pages import page_routes
 from node.web.training import Training
 
 log = logging.getLogger("node.web")
@@ -37,8 +39,8 @@ log = logging.getLogger("node.web")
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]  # a Response is an ASGI application too
 
 
-def build_app(front: Front, rng: Random, config: DoorConfig | None = None) -> Door:
-    """The application of a node. `rng` draws the seeds of requests that name none."""
+def build_app(front: Front, rng: Random, config: DoorConfig | None = None, *, stop: trio.Event | None = None) -> Door:
+    """The application of a node. `rng` draws the seeds of requests that name none; at `stop` live pages end."""
     embeddings = Embeddings(front)
     generations = Generations(front, rng, embeddings)
     facts = Facts(front)
@@ -69,6 +71,7 @@ def build_app(front: Front, rng: Random, config: DoorConfig | None = None) -> Do
         post("/api/v1/training/resume", training.resume),
         post("/api/v1/training/leave", training.leave),
     ]
+    routes += page_routes(front, trio.Event() if stop is None else stop, frozenset(route.path for route in routes))
     handlers: Any = {
         RequestError: _on_request_error,
         ClientGone: _on_client_gone,
