@@ -19,10 +19,9 @@ from node.backend import Backend
 from node.errors import NO_ROOM_RETRY_S, NotReady, PeerFailed, RequestError
 from node.front import FrontStatistics, RouteHint
 from node.pursuit import Pursuit, Seek, Wait, pursue
-from node.recent import Recent
 from node.remote import Network, Remote
 from node.requester import Requester, of_client, of_peer
-from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Piece, Started, sent_on
+from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, sent_on
 
 INFER_PROTOCOL = "/openagi/infer/1"
 PIECES_BUFFERED = 64  # a client that reads slower than the model writes holds this many pieces back
@@ -47,34 +46,6 @@ class Answer:
         return item
 
 
-class Timed:
-    """Where a client's items are put; notes when they came, as the client sees it (takeovers and waiting included)."""
-
-    def __init__(self, send: trio.MemorySendChannel[AnswerItem | RequestError], recent: Recent, began: float) -> None:
-        self._send, self._recent, self._began = send, recent, began
-        self._first = self._last = began
-        self._tokens = 0
-        self._cached = False
-
-    async def send(self, item: AnswerItem | RequestError) -> None:
-        """Cancelled: the item is not sent, and counted if it was a piece."""
-        if isinstance(item, Started):
-            self._cached = item.cached
-        elif isinstance(item, Piece) and item.tokens:
-            self._note(len(item.tokens), trio.current_time())
-        elif isinstance(item, Finished) and not self._cached and self._tokens > 1:
-            self._recent.token(self._last, (self._last - self._first) / (self._tokens - 1))
-        await self._send.send(item)
-
-    def _note(self, tokens: int, now: float) -> None:
-        self._recent.tokens_out += tokens
-        if not self._tokens:
-            self._first = now
-            if not self._cached:
-                self._recent.first_token(now, now - self._began)
-        self._tokens, self._last = self._tokens + tokens, now
-
-
 class Inference:
     """Implements node.front's answer and embed over the local engine and the network."""
 
@@ -83,8 +54,7 @@ class Inference:
         self.hosting: Backend | None = None
         self.draining = False
         self.counts: Counter[str] = Counter()  # requests; finished, cancelled, error:CODE; takeovers, ...
-        self.recent = Recent()
-        self._remote = Remote(network, self.counts, self.recent.flows)
+        self._remote = Remote(network, self.counts)
         self._running = 0
         self._ended = trio.lowlevel.ParkingLot()
         self._latency_s_sum = 0.0
@@ -199,7 +169,7 @@ class Inference:
             try:
                 with self._outcome():
                     with trio.move_on_at(pursuit.deadline) as scope:
-                        await self._pursued(pursuit, Timed(send, self.recent, began))
+                        await self._pursued(pursuit, send)
                     if scope.cancelled_caught:
                         raise pursuit.too_late()
             except RequestError as exc:
@@ -207,7 +177,9 @@ class Inference:
             else:
                 self._answered(began, pursuit.prompt_tokens, len(pursuit.tokens))
 
-    async def _pursued(self, pursuit: Pursuit[Backend], send: Timed) -> None:
+    async def _pursued(
+        self, pursuit: Pursuit[Backend], send: trio.MemorySendChannel[AnswerItem | RequestError]
+    ) -> None:
         """Ask one server after the other until the client has the whole answer. Raises RequestError."""
         while True:
             target = pursuit.step()
@@ -228,7 +200,7 @@ class Inference:
         self,
         target: Backend | Candidate,
         pursuit: Pursuit[Backend],
-        send: Timed,
+        send: trio.MemorySendChannel[AnswerItem | RequestError],
     ) -> None:
         """Forward one server's items to the client until Finished. Raises RequestError when that server fails."""
         work, account = pursuit.continued(trio.current_time()), pursuit.route.account

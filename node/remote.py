@@ -19,7 +19,6 @@ from gossip.routing import Candidate
 from gossip.service import GossipService
 from node.errors import PeerFailed
 from node.judge import Judge, judged
-from node.recent import Flows
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, from_wire, item_from_wire, to_wire
 from p2p.calls import Calls, Outgoing
 from p2p.errors import P2PError, Refused, RemoteProtocolError, Unreachable
@@ -83,10 +82,9 @@ class PeerItems:
 class Remote:
     """Attempts at peers, with their outcomes counted and observed."""
 
-    def __init__(self, network: Network, counts: Counter[str], flows: Flows) -> None:
+    def __init__(self, network: Network, counts: Counter[str]) -> None:
         self._network = network
         self._counts = counts
-        self._flows = flows
 
     @asynccontextmanager
     async def generate(self, candidate: Candidate, work: GenerateWork) -> AsyncIterator[AsyncIterator[AnswerItem]]:
@@ -131,8 +129,7 @@ class Remote:
         gossip = self._network.gossip
         gossip.observations.started(peer, trio.current_time())
         try:
-            with self._flows.to(peer):
-                yield
+            yield
         except (P2PError, PeerFailed) as exc:
             verdict = judged(exc, peer)
             if verdict.fault is not None:

@@ -7,7 +7,6 @@ cancelled (the caller left, its stream broke) frees the slot within one engine s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import trio
@@ -37,7 +36,7 @@ class Serving:
 
     async def _generate(self, incoming: Incoming) -> Any:
         work = _decoded(incoming, GenerateWork)
-        with trio.move_on_after(work.remaining_ms / 1000), self._counted(incoming):
+        with trio.move_on_after(work.remaining_ms / 1000):
             try:
                 return await self._generated(incoming, work)
             except RequestError as exc:
@@ -57,7 +56,7 @@ class Serving:
 
     async def _embed(self, incoming: Incoming) -> Any:
         work = _decoded(incoming, EmbedWork)
-        with trio.move_on_after(work.remaining_ms / 1000), self._counted(incoming):
+        with trio.move_on_after(work.remaining_ms / 1000):
             try:
                 embedded = await self._hosting().embed(work, self._requester(incoming))
             except RequestError as exc:
@@ -65,10 +64,6 @@ class Serving:
             self.served += 1
             return to_wire(embedded)
         raise _remote(DeadlinePassed(f"the {work.remaining_ms} ms that the request had left are over"))
-
-    def _counted(self, incoming: Incoming) -> AbstractContextManager[None]:
-        assert self.inference is not None
-        return self.inference.recent.flows.out_of(incoming.peer)
 
     def _requester(self, incoming: Incoming) -> Requester:
         assert self.inference is not None

@@ -25,7 +25,6 @@ from node.config import NodeConfig
 from node.errors import NO_ROOM_RETRY_S, NotReady
 from node.front import FrontStatistics, ModelRow, Readiness, RouteHint, Trains
 from node.inference import Inference
-from node.recent import Recent, Totals
 from node.remote import Network
 from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
@@ -119,26 +118,6 @@ class NodeState:
         """See node.front.Front."""
         return self._parts.inference.statistics()
 
-    @property
-    def recent(self) -> Recent:
-        """See node.front.Front."""
-        return self._parts.inference.recent
-
-    def sample(self) -> None:
-        """Note the counters; to be called every second."""
-        inference = self._parts.inference
-        ends = {name: n for name, n in inference.counts.items() if name.startswith("error:")}
-        hosting = inference.hosting
-        made = 0 if hosting is None else hosting.statistics().decoded_tokens
-        errors = sum(ends.values())
-        totals = Totals(
-            tokens_out=self.recent.tokens_out,
-            tokens_made=made,
-            ended=inference.counts["finished"] + errors,
-            errors=errors,
-        )
-        self.recent.sample(trio.current_time(), totals)
-
     def readiness(self) -> Readiness:
         """Ready when the model (if any) is loaded and the node is not stopping."""
         match self.phase:
@@ -220,7 +199,6 @@ class NodeState:
             "log": {"left_out": dict(self.log_left_out)},
             "disk": _disk(self._files()),
             "inference": {**asdict(statistics), "counts": dict(inference.counts)},
-            "recent": inference.recent.told(trio.current_time()),
             "model": self._model(inference.hosting),
             "backend": None if self.backend is None else self.backend.told(),
             "training": _short(self.training.status()),
@@ -245,7 +223,6 @@ class NodeState:
                     "rtt_ms": None if rtt_ms is None else round(rtt_ms, 2),
                     "score": round(network.gossip.standing.score(peer, now), 1),
                     "observed": asdict(network.gossip.observations.observed(peer, now)),
-                    "requests": asdict(self.recent.flows.of(peer)),
                     "advert_age_s": None if offer is None else round(now - offer.received_s, 1),
                     "agent": None if offer is None else offer.advert.agent,
                     "models": [] if capacity is None else [_offer_json(model) for model in capacity.models],

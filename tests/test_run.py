@@ -27,7 +27,6 @@ from model.requests import Output
 from node.config import NodeConfig
 from node.errors import ConfigError, PeerFailed
 from node.inference import INFER_PROTOCOL
-from node.recent import Flows
 from node.remote import Remote
 from node.run import Node, _bootstrap
 from node.start import leaves
@@ -334,7 +333,7 @@ async def test_one_breach_of_a_serving_peer_costs_once_however_many_calls_were_o
         offer = Offer(peer=peer.peer_id, sequence=1, advert=advert, received_s=0.0, expires_s=float("inf"))
         model = ModelOffer(name="m", revision="r", kind=ModelKind.CAUSAL, context_tokens=64, dtype="float32")
         candidate = Candidate(offer=offer, model=model, cost_s=1.0, in_doubt=False)
-        remote = Remote(here.node._inference._network, Counter(), Flows())
+        remote = Remote(here.node._inference._network, Counter())
 
         busy: list[bool] = []
 

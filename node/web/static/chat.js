@@ -39,7 +39,7 @@ function welcome(error) {
   const told = error
     ? [make("p", {}, error.message), make("p", {}, error.advice || "")]
     : model
-      ? [make("p", {}, `${shorten(model.id, 48)} answers, from ${model.local ? "this node" : plural(model.peers, "peer")}${
+      ? [make("p", {}, `The model ${shorten(model.id, 48)} answers, from ${model.local ? "this node" : plural(model.peers, "peer")}${
         model.context_tokens ? `; it reads ${count(model.context_tokens)} tokens` : ""}.`)]
       : [make("p", {}, "No node that this one knows serves a model. Start one with ", make("code", {}, "python -m node"),
         ", or join a network where one is served.")];
@@ -180,6 +180,7 @@ function closeSettings() {
   byId("settings").focus();
 }
 
+byId("options").addEventListener("submit", (event) => event.preventDefault());
 byId("composer").addEventListener("submit", (event) => { event.preventDefault(); send(); });
 prompt.addEventListener("input", grow);
 prompt.addEventListener("keydown", (event) => {

@@ -99,9 +99,9 @@ function listed(value, deep) {
 }
 
 function legend() {
-  const stroke = (kind) => draw("svg", { width: 26, height: 8, class: "chart", "aria-hidden": "true" },
+  const stroke = (kind) => draw("svg", { width: 26, height: 8, "aria-hidden": "true" },
     draw("line", { class: `line ${kind}`, x1: 2, x2: 24, y1: 4, y2: 4 }));
-  return [make("span", { class: "chart" }, stroke("first"), "to this node's clients"), make("span", { class: "chart" }, stroke("second"), "made here, for anybody")];
+  return [make("span", {}, stroke("first"), "to this node's clients"), make("span", {}, stroke("second"), "made here, for anybody")];
 }
 
 byId("join").addEventListener("click", () => {

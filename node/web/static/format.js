@@ -69,3 +69,5 @@ export const shortId = (id) => (id && id.length > 14 ? `${id.slice(0, 4)}…${id
 export function shorten(text, most) {
   return text.length > most ? `${text.slice(0, most - 1)}…` : text;
 }
+
+export const capital = (text) => (text || "").charAt(0).toUpperCase() + (text || "").slice(1);

@@ -73,7 +73,9 @@ export class Network {
       picture.append(draw("text", { class: "ring-label", x: centre.x, y: centre.y - high - 3, "text-anchor": "middle" }, `${ms} ms`));
     }
     const turn = (2 * Math.PI) / Math.max(1, rows.length);
-    const at = rows.map((row, n) => place(distance(row), -Math.PI / 2 + turn * (n + 0.5)));
+    // the words of the rings and of this node stand above and below the middle: nobody begins there
+    const first = rows.length % 2 === 0 ? (turn - Math.PI) / 2 : rows.length === 1 ? 0 : Math.PI;
+    const at = rows.map((row, n) => place(distance(row), first + turn * n));
     rows.forEach((row, n) => picture.append(...this.link(centre, at[n], row)));
     rows.forEach((row, n) => picture.append(this.peer(at[n], row, colour, { narrow, crowded: rows.length > 10 })));
     const size = 17;

@@ -1,7 +1,7 @@
 // The dashboard's panels: each takes what the node told and fills its place.
 
 import { byId, copyButton, make, peerId, say, show } from "./dom.js";
-import { bytes, count, isNumber, lasting, milliseconds, number, parts, percent, plural, shortId, shorten, time } from "./format.js";
+import { bytes, capital, count, isNumber, lasting, milliseconds, number, parts, percent, plural, shortId, shorten, time } from "./format.js";
 
 export function headline(state) {
   const { node, health, model, peers, load } = state;
@@ -17,8 +17,6 @@ export function headline(state) {
   show(byId("facts"), "Peer ", peerId(node.peer_id, shortId(node.peer_id)), ` in the network ${node.network}`,
     peers.count > health.connected ? `, which knows ${plural(peers.count, "peer")}` : "");
 }
-
-const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 export function joining(node, health) {
   const address = node.listen?.[0];
@@ -86,7 +84,7 @@ export function waits({ load }) {
     return;
   }
   show(byId("wait"), make("table", {},
-    make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), ...["half", "95 %", "99 %"].map((name) =>
+    make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), ...["50 %", "95 %", "99 %"].map((name) =>
       make("th", { scope: "col", class: "right" }, name)))),
     make("tbody", {}, ...rows.map(([name, told]) => make("tr", {}, make("th", { scope: "row" }, name),
       ...["p50", "p95", "p99"].map((key) => make("td", { class: "right" }, time(told?.[key]))))))),

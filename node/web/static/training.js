@@ -2,7 +2,7 @@
 
 import { Chart, ticks } from "./chart.js";
 import { byId, make, show } from "./dom.js";
-import { bytes, count, isNumber, number, plural, shortId, time } from "./format.js";
+import { bytes, capital, count, isNumber, number, plural, shortId, time } from "./format.js";
 
 const STATES = { idle: "plain", stopped: "bad", paused: "warn" };
 
@@ -19,7 +19,7 @@ export class TrainingPanel {
     const state = training.paused ? "paused" : training.state;
     show(byId("training-state"), make("span", { class: `pill ${training.run ? STATES[state] ?? "good" : ""}` }, state));
     if (!training.run) {
-      show(holder, make("p", { class: "empty" }, training.problem || training.why || [
+      show(holder, make("p", { class: "empty" }, capital(training.problem || training.why) || [
         "This node is in no run. Begin one on text of yours, which never leaves this machine: ",
         make("code", {}, "python -m node train start NAME --data FOLDER"), ", or join one: ",
         make("code", {}, "python -m node train join NAME --data FOLDER"), "."]));
