@@ -7,14 +7,17 @@ return them never wait.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
+from model.histogram import Distribution
+from model.timings import EngineTimings
 from node.recent import Recent
 from node.requester import LOCAL
+from node.tallies import RowStatistics
 from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
 
@@ -79,6 +82,17 @@ class FrontStatistics:
     latency_s_sum: float = 0.0  # of finished requests
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What is told to who measures, beside the status. models: requests of this node's own clients, by model; engine:
+    None where no engine of ours answers; training: as GET /api/v1/training has it."""
+
+    models: tuple[RowStatistics, ...] = ()
+    engine: EngineTimings | None = None
+    loop_lag_s: Distribution | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Trains(Protocol):
     """Training at this node, as seen from its front door. Bodies are JSON objects as node/training_wish.py has them."""
 
@@ -129,7 +143,11 @@ class Front(Protocol):
         """Whether requests are accepted now."""
 
     def status(self) -> dict[str, Any]:
-        """JSON for GET /api/v1/status: node, peering, gossip, inference, recent, model, backend, readiness, disk."""
+        """JSON for GET /api/v1/status: keys node, peering, gossip, inference, model, backend, readiness, disk, latency,
+        throughput (these two: see node.tallies.Tallies), recent (node.recent.Recent)."""
+
+    def measured(self) -> Measured:
+        """Histograms and counts for GET /metrics and /api/v1/metrics/model."""
 
     def peers(self) -> list[dict[str, Any]]:
         """JSON for GET /api/v1/peers: per peer what it advertises and what was observed."""

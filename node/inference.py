@@ -19,8 +19,10 @@ from node.backend import Backend
 from node.errors import NO_ROOM_RETRY_S, NotReady, PeerFailed, RequestError
 from node.front import FrontStatistics, RouteHint
 from node.pursuit import Pursuit, Seek, Wait, pursue
+from node.recent import Flows
 from node.remote import Network, Remote
 from node.requester import Requester, of_client, of_peer
+from node.tallies import Passage, Tallies
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, sent_on
 
 INFER_PROTOCOL = "/openagi/infer/1"
@@ -54,6 +56,7 @@ class Inference:
         self.hosting: Backend | None = None
         self.draining = False
         self.counts: Counter[str] = Counter()  # requests; finished, cancelled, error:CODE; takeovers, ...
+        self.tallies = Tallies(trio.current_time())
         self._remote = Remote(network, self.counts)
         self._running = 0
         self._ended = trio.lowlevel.ParkingLot()
@@ -73,11 +76,12 @@ class Inference:
 
     async def embed(self, work: EmbedWork, route: RouteHint) -> Embedded:
         """Embed texts here or at a peer. Raises RequestError. If cancelled, the work is given up wherever it runs."""
-        with self._counted(), self._outcome():
-            began = trio.current_time()
+        began = trio.current_time()
+        with self._counted(), self._outcome(self.tallies.enter(work.model, began)) as passage:
             pursuit = pursue(work, route, self, began)
             with trio.move_on_at(pursuit.deadline):
-                embedded = await self._embedded(pursuit)
+                embedded = await self._embedded(pursuit, passage)
+                self.tallies.embedded(passage, embedded)
                 self._answered(began, embedded.prompt_tokens, 0)
                 return embedded
             raise pursuit.too_late()
@@ -111,6 +115,16 @@ class Inference:
         """Requests of this node's own clients that have not ended."""
         return self._running
 
+    @property
+    def busiest_peers(self) -> dict[str, dict[str, int]]:
+        """How requests to the peers that are asked most ended."""
+        return self._remote.tallies.busiest()
+
+    @property
+    def flows(self) -> Flows:
+        """Requests between this node and each peer."""
+        return self._remote.flows
+
     async def wait_idle(self) -> None:
         """Wait until no client's request is running."""
         await trio.lowlevel.checkpoint()
@@ -142,17 +156,18 @@ class Inference:
             self._ended.unpark_all()
 
     @contextmanager
-    def _outcome(self) -> Iterator[None]:
+    def _outcome(self, passage: Passage) -> Iterator[Passage]:
         """Count the one way in which a request ends."""
-        outcome = "cancelled"
+        outcome, error = "cancelled", ""
         try:
-            yield
+            yield passage
             outcome = "finished"
         except RequestError as exc:
-            outcome = f"error:{exc.code}"
+            outcome, error = f"error:{exc.code}", exc.code
             raise
         finally:
             self.counts[outcome] += 1
+            self.tallies.end(passage, error, is_whole=outcome == "finished", now=trio.current_time())
 
     def _answered(self, began: float, prompt_tokens: int, completion_tokens: int) -> None:
         self.counts["prompt_tokens"] += prompt_tokens
@@ -167,9 +182,9 @@ class Inference:
         pursuit = pursue(work, route, self, began)
         with send:
             try:
-                with self._outcome():
+                with self._outcome(self.tallies.enter(work.model, began)) as passage:
                     with trio.move_on_at(pursuit.deadline) as scope:
-                        await self._pursued(pursuit, send)
+                        await self._pursued(pursuit, passage, send)
                     if scope.cancelled_caught:
                         raise pursuit.too_late()
             except RequestError as exc:
@@ -178,7 +193,7 @@ class Inference:
                 self._answered(began, pursuit.prompt_tokens, len(pursuit.tokens))
 
     async def _pursued(
-        self, pursuit: Pursuit[Backend], send: trio.MemorySendChannel[AnswerItem | RequestError]
+        self, pursuit: Pursuit[Backend], passage: Passage, send: trio.MemorySendChannel[AnswerItem | RequestError]
     ) -> None:
         """Ask one server after the other until the client has the whole answer. Raises RequestError."""
         while True:
@@ -191,15 +206,37 @@ class Inference:
                 continue
             if pursuit.started is not None:
                 self.counts["takeovers"] += 1
-            try:
-                return await self._serve_at(target, pursuit, send)
-            except RequestError as exc:
-                pursuit.failed(target, exc)
+            with self._attempted(target, pursuit, passage):
+                return await self._serve_at(target, pursuit, passage, send)
+
+    @contextmanager
+    def _attempted(self, target: Backend | Candidate, pursuit: Pursuit[Backend], passage: Passage) -> Iterator[None]:
+        """Count one attempt by where and how it ended, and tell the pursuit of its failure, which goes no further."""
+        passage.model = target.model.name if isinstance(target, Candidate) else self._own_model(target, pursuit)
+        if pursuit.tries > 1:
+            self.counts["failover:mid_stream" if pursuit.tokens else "failover:before_first_token"] += 1
+        is_here = not isinstance(target, Candidate)
+        try:
+            yield
+            self.counts["route:local" if is_here else "route:peer"] += 1
+        except RequestError as exc:
+            if is_here:
+                self.counts[f"local_failed:{exc.code}"] += 1
+            pursuit.failed(target, exc)
+
+    def _own_model(self, target: Backend, pursuit: Pursuit[Backend]) -> str | None:
+        """The name of the model here that answers such a request; from then on it is known to the tallies."""
+        facts = target.facts("encoder" if isinstance(pursuit.work, EmbedWork) else "causal")
+        if facts is None:
+            return None
+        self.tallies.know(facts.name, facts.revision)
+        return facts.name
 
     async def _serve_at(
         self,
         target: Backend | Candidate,
         pursuit: Pursuit[Backend],
+        passage: Passage,
         send: trio.MemorySendChannel[AnswerItem | RequestError],
     ) -> None:
         """Forward one server's items to the client until Finished. Raises RequestError when that server fails."""
@@ -214,12 +251,13 @@ class Inference:
                 if isinstance(item, RequestError):
                     raise item
                 if pursuit.take(item):
+                    self.tallies.take(passage, item, trio.current_time())
                     await send.send(item)
                 if isinstance(item, Finished):
                     return
         raise PeerFailed("the answer ended without its last record")
 
-    async def _embedded(self, pursuit: Pursuit[Backend]) -> Embedded:
+    async def _embedded(self, pursuit: Pursuit[Backend], passage: Passage) -> Embedded:
         """Ask one server after the other. Raises RequestError."""
         while True:
             target = pursuit.step()
@@ -228,12 +266,10 @@ class Inference:
                 await self._seek(target)
                 continue
             work, account = pursuit.continued(trio.current_time()), pursuit.route.account
-            try:
+            with self._attempted(target, pursuit, passage):
                 if isinstance(target, Candidate):
                     return await self._remote.embed(target, sent_on(work, account))
                 return await target.embed(work, of_client(account))
-            except RequestError as exc:
-                pursuit.failed(target, exc)
 
     async def _seek(self, seek: Seek) -> None:
         self.counts["searches"] += 1

@@ -10,7 +10,6 @@ Source: SERVING.md "Routing"; docs/ARCHITECTURE.md "A request".
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -31,6 +30,7 @@ from node.errors import (
     UnknownModel,
 )
 from node.front import Route, RouteHint
+from node.lineage import lineage_of
 from node.work import (
     PROMPT_CHARS_MAX,
     REMAINING_MS_MAX,
@@ -45,9 +45,6 @@ from node.work import (
 
 ATTEMPTS_MAX = 8
 DEADLINE_GRACE_MS = 100
-TRAINED = re.compile(  # as node.training_plan.Plan.revision_at names them, and model.config.ModelFacts.at
-    r"(.+)-r\d+-[0-9a-f]{12}(-int[48])?"
-)
 FULL_WAIT_S = 0.5  # between looks for room, for an answer that has begun
 
 
@@ -278,12 +275,6 @@ class Pursuit(Generic[H]):
                 return UnknownModel(
                     f"no live peer that was asked for serves {asked}; served now: {known}", param="model"
                 )
-
-
-def lineage_of(revision: str) -> str:
-    """The run of training that a revision is of, and how its weights are quantized; '' for weights that are of none."""
-    found = TRAINED.fullmatch(revision)
-    return found[1] + (found[2] or "") if found is not None else ""
 
 
 def pursue(work: GenerateWork | EmbedWork, route: RouteHint, around: Surroundings[H], now: float) -> Pursuit[H]:

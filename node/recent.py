@@ -1,13 +1,11 @@
-"""What came of the last five minutes: speeds, errors, waiting times, and between which peers requests go.
+"""What came of the last five minutes, sample by sample; and between which peers requests go.
 
-Rules: core. Speeds are differences of counters that only grow, over the time between two samples. Percentiles are of
-the measured times themselves (nearest rank), never of averages; an answer kept from an earlier one tells nothing of
-how fast the next is made, and is left out. What has not been measured is None, not 0.
+Rules: core. Speeds are differences of counters that only grow, over the time between two samples; what has not been
+measured is None, not 0. Waiting times are not its business (node/tallies.py).
 """
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,9 +16,7 @@ SAMPLE_S = 2.0  # a chart of five minutes is then as wide as it has dots on a te
 SAMPLES_MAX = 150
 WINDOW_S = SAMPLE_S * SAMPLES_MAX
 SPEED_SAMPLES = 5  # a speed "now" is the mean of so many: of ten seconds
-TIMES_MAX = 2048  # of each kind; a node that gives more answers in five minutes tells of the newest
 FLOWS_MAX = 1024  # peers whose requests are counted
-PERCENTILES = (50, 95, 99)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,20 +46,8 @@ class Recent:
     """See the module. Times are monotonic seconds."""
 
     def __init__(self) -> None:
-        self.tokens_out = 0
         self.samples: deque[Sample] = deque(maxlen=SAMPLES_MAX)
-        self.flows = Flows()
-        self._first: deque[tuple[float, float]] = deque(maxlen=TIMES_MAX)
-        self._token: deque[tuple[float, float]] = deque(maxlen=TIMES_MAX)
         self._before: tuple[float, Totals] | None = None
-
-    def first_token(self, now: float, seconds: float) -> None:
-        """A client got the first token of its answer so long after it asked."""
-        self._first.append((now, seconds))
-
-    def token(self, now: float, seconds: float) -> None:
-        """An answer has ended whose later tokens came so far apart, in the mean."""
-        self._token.append((now, seconds))
 
     def sample(self, now: float, totals: Totals) -> None:
         """Take a sample, if the last was SAMPLE_S ago. Called more often than that, it does nothing."""
@@ -88,8 +72,8 @@ class Recent:
         while sum(sample.seconds for sample in self.samples) > WINDOW_S:  # a machine with much to do samples late
             self.samples.popleft()
 
-    def told(self, now: float) -> dict[str, Any]:
-        """JSON: speeds of the last ten seconds, and counts and percentiles of the window."""
+    def told(self) -> dict[str, Any]:
+        """JSON: speeds of the last ten seconds, and counts of the window."""
         last = list(self.samples)[-SPEED_SAMPLES:]
         seconds = sum(sample.seconds for sample in last)
 
@@ -103,8 +87,6 @@ class Recent:
             "requests_per_s": speed(each.ended for each in last),
             "ended": sum(sample.ended for sample in self.samples),
             "errored": sum(sample.errors for sample in self.samples),
-            "first_token_s": _percentiles(self._first, now - WINDOW_S),
-            "token_s": _percentiles(self._token, now - WINDOW_S),
         }
 
 
@@ -162,12 +144,3 @@ class Flows:
 
 def _speed(amount: int, seconds: float) -> float:
     return round(max(0, amount) / seconds, 2)
-
-
-def _percentiles(times: deque[tuple[float, float]], since: float) -> dict[str, float | int | None]:
-    measured = sorted(seconds for at, seconds in times if at >= since)
-    told: dict[str, float | int | None] = {"n": len(measured)}
-    for percent in PERCENTILES:
-        place = math.ceil(percent / 100 * len(measured)) - 1
-        told[f"p{percent}"] = round(measured[place], 5) if measured else None
-    return told

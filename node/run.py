@@ -175,6 +175,7 @@ class Node:
                 if self._config.http_address() is not None:
                     self.state.http = await front.start(self._web, web_stop)
                 nursery.start_soon(self._measure)
+                nursery.start_soon(self.state.process.watch)
                 nursery.start_soon(self._host_model, nursery)
                 await stop.wait()
                 await self._drain()

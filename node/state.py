@@ -9,22 +9,24 @@ import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import trio
 
 from crypto.disk import FileStatus, told_time
 from gossip.blobs import Blobs
 from gossip.directory import SKEW_MS
 from gossip.messages import Capacity, ModelKind, ModelOffer
+from model.requests import EngineStatistics
 from node.backend import Backend
 from node.config import NodeConfig
 from node.errors import NO_ROOM_RETRY_S, NotReady
-from node.front import FrontStatistics, ModelRow, Readiness, RouteHint, Trains
+from node.front import FrontStatistics, Measured, ModelRow, Readiness, RouteHint, Trains
 from node.inference import Inference
+from node.process import Process
+from node.recent import Recent, Totals
 from node.remote import Network
 from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
@@ -84,7 +86,8 @@ class NodeState:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._started_s = time.time()
-        self._process = psutil.Process()
+        self.process = Process()
+        self.recent = Recent()
         self.phase = "starting"  # starting | loading | running | stopping; run.py moves it on
         self.http: str | None = None
         self.control: Calls | None = None  # hello, ping, peers
@@ -117,6 +120,19 @@ class NodeState:
     def statistics(self) -> FrontStatistics:
         """See node.front.Front."""
         return self._parts.inference.statistics()
+
+    def sample(self) -> None:
+        """Note the counters; to be called every second."""
+        inference = self._parts.inference
+        errors = sum(n for name, n in inference.counts.items() if name.startswith("error:"))
+        hosting = inference.hosting
+        totals = Totals(
+            tokens_out=inference.tallies.generation_tokens,
+            tokens_made=0 if hosting is None else hosting.statistics().decoded_tokens,
+            ended=inference.counts["finished"] + errors,
+            errors=errors,
+        )
+        self.recent.sample(trio.current_time(), totals)
 
     def readiness(self) -> Readiness:
         """Ready when the model (if any) is loaded and the node is not stopping."""
@@ -183,7 +199,7 @@ class NodeState:
                 "listen": list(network.transport.addresses()),
                 "pid": os.getpid(),
                 "uptime_s": round(time.time() - self._started_s, 1),
-                "rss_bytes": self._process.memory_info().rss,
+                **self.process.told(),
                 "tasks": trio.lowlevel.current_statistics().tasks_living,
                 "data_dir": str(Path(config.data_dir).absolute()),
             },
@@ -198,11 +214,31 @@ class NodeState:
             "control": None if self.control is None else asdict(self.control.statistics()),
             "log": {"left_out": dict(self.log_left_out)},
             "disk": _disk(self._files()),
-            "inference": {**asdict(statistics), "counts": dict(inference.counts)},
+            "inference": {
+                **asdict(statistics),
+                "counts": dict(inference.counts),
+                "busiest_peers": inference.busiest_peers,
+            },
+            "latency": inference.tallies.latency(),
+            "throughput": inference.tallies.throughput(trio.current_time()),
+            "recent": self.recent.told(),
             "model": self._model(inference.hosting),
             "backend": None if self.backend is None else self.backend.told(),
             "training": _short(self.training.status()),
         }
+
+    def measured(self) -> Measured:
+        """See node.front.Front."""
+        hosting, tallies = self._parts.inference.hosting, self._parts.inference.tallies
+        if hosting is not None:
+            for facts in hosting.runtime.all_facts():
+                tallies.know(facts.name, facts.revision)
+        return Measured(
+            models=tallies.statistics(),
+            engine=None if hosting is None else hosting.statistics().timings,
+            loop_lag_s=self.process.lag_s.read(),
+            training=self.training.status(),
+        )
 
     def peers(self) -> list[dict[str, Any]]:
         """JSON for GET /api/v1/peers: every connected or advertised peer."""
@@ -223,6 +259,7 @@ class NodeState:
                     "rtt_ms": None if rtt_ms is None else round(rtt_ms, 2),
                     "score": round(network.gossip.standing.score(peer, now), 1),
                     "observed": asdict(network.gossip.observations.observed(peer, now)),
+                    "requests": asdict(self._parts.inference.flows.of(peer)),
                     "advert_age_s": None if offer is None else round(now - offer.received_s, 1),
                     "agent": None if offer is None else offer.advert.agent,
                     "models": [] if capacity is None else [_offer_json(model) for model in capacity.models],
@@ -281,10 +318,15 @@ class NodeState:
             "models": [asdict(facts) for facts in hosting.runtime.all_facts()],
             "linears": None if (linears := hosting.runtime.linears) is None else asdict(linears),
             "device": hosting.runtime.device,
-            "engine": asdict(hosting.statistics()),
+            "engine": _engine(hosting.statistics()),
             **hosting.details(),
             "running": hosting.requests_running,
         }
+
+
+def _engine(figures: EngineStatistics) -> dict[str, Any]:
+    """Without the timings, which are for the metrics."""
+    return {name: told for name, told in asdict(replace(figures, timings=None)).items() if name != "timings"}
 
 
 def _short(training: dict[str, Any]) -> dict[str, Any]:

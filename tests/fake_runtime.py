@@ -16,6 +16,7 @@ import trio
 from model.config import UNPACKED, LinearFacts, ModelFacts
 from model.errors import BadInput, EngineFull, ModelError
 from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress, TokenLogprob
+from model.timings import Timings
 
 VOCABULARY = 50_000
 DIMENSIONS = 4
@@ -80,6 +81,7 @@ class FakeRuntime:
     _waiting: deque[_Run] = field(default_factory=deque)
     _running: list[_Run] = field(default_factory=list)
     _steps: int = 0
+    _timings: Timings = field(default_factory=Timings)
 
     @property
     def embedding_facts(self) -> ModelFacts:
@@ -134,12 +136,23 @@ class FakeRuntime:
             raise EngineFull(f"{self.queue_max} requests are queued here already")
         self.added.append(request)
         self._waiting.append(_Run(request))
+        self._timings.came(request.request_id, self._steps * self.step_s)
 
     def step(self) -> list[Output]:
+        outputs = self._stepped()
+        now = self._steps * self.step_s
+        self._timings.stepped(len(outputs), {output.request_id for output in outputs if output.tokens}, now)
+        for output in outputs:
+            if output.error is not None or output.finish is not None:
+                self._timings.ended(output.request_id, now, is_finished=output.error is None)
+        return outputs
+
+    def _stepped(self) -> list[Output]:
         self._steps += 1
         self.takes_s += self.step_s
         while self._waiting and len(self._running) < self.slots:
             self._running.append(self._waiting.popleft())
+            self._timings.runs([self._running[-1].request.request_id], (self._steps - 1) * self.step_s)
         outputs, room = [], self.prefill_chunk
         for run in list(self._running):
             if self.fails is not None:
@@ -180,6 +193,7 @@ class FakeRuntime:
         )
 
     def cancel(self, request_id: str) -> None:
+        self._timings.ended(request_id, 0.0, is_finished=False)
         self._waiting = deque(run for run in self._waiting if run.request.request_id != request_id)
         self._running = [run for run in self._running if run.request.request_id != request_id]
 
@@ -221,6 +235,7 @@ class FakeRuntime:
             steps=self._steps,
             decode_tok_s=10.0,
             prefill_tok_s=100.0,
+            timings=self._timings.read(),
         )
 
     def device_free_bytes(self) -> int:

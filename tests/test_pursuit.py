@@ -13,7 +13,8 @@ from gossip.offer import Offer
 from gossip.routing import Candidate, Need, Why, WhyNot
 from node.errors import NoRoom, PeerFailed, UnknownModel
 from node.front import Route, RouteHint
-from node.pursuit import Pursuit, Seek, lineage_of, pursue
+from node.lineage import lineage_of
+from node.pursuit import Pursuit, Seek, pursue
 from node.work import GenerateWork, Sampling, Started
 
 TALE = ModelOffer(name="tale", revision="r1", kind=ModelKind.CAUSAL, context_tokens=100, dtype="bf16")

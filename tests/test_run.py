@@ -56,6 +56,7 @@ TASKS = {
     "peering": "p2p.peering.Peering.run",
     "reaching": "p2p.reaching.Reaching.run",
     "measure": "node.run.Node._measure",
+    "watch": "node.process.Process.watch",
     "host the model": "node.run.Node._host_model",
     "hosting": "node.hosting.Hosting.run",
     "training": "node.training.Training.run",

@@ -25,7 +25,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from node.errors import InternalError, NotReady, RequestError, UnknownModel
 from node.front import Front, ModelRow
-from node.metrics import CONTENT_TYPE, prometheus_text
+from node.metrics import CONTENT_TYPE, OPENMETRICS_TYPE, openmetrics_text, prometheus_text, wants_openmetrics
+from node.tallies import model_rows
 from node.web.answers import ClientGone
 from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, DoorConfig
 from node.web.embeddings import Embeddings
@@ -62,6 +63,7 @@ def build_app(front: Front, rng: Random, config: DoorConfig | None = None, *, st
         get("/healthz", facts.healthz),
         get("/readyz", facts.readyz),
         get("/metrics", facts.metrics),
+        get("/api/v1/metrics/model", facts.metrics_model),
         get("/api/v1/status", facts.status),
         get("/api/v1/peers", facts.peers),
         get("/api/v1/training", training.status),
@@ -136,7 +138,13 @@ class Facts:
         return json_response(self._status(request))
 
     async def metrics(self, request: Request) -> Response:
-        return Response(prometheus_text(self._status(request)), media_type=CONTENT_TYPE)
+        status, measured = self._status(request), self._front.measured()
+        if wants_openmetrics(request.headers.get("accept", "")):
+            return Response(openmetrics_text(status, measured), media_type=OPENMETRICS_TYPE)
+        return Response(prometheus_text(status, measured), media_type=CONTENT_TYPE)
+
+    async def metrics_model(self, request: Request) -> Response:
+        return json_response({"models": model_rows(self._front.measured().models)})
 
     def _status(self, request: Request) -> dict[str, Any]:
         counts = request.scope[COUNTS_KEY]

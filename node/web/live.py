@@ -185,8 +185,10 @@ def _health(status: Mapping[str, Any]) -> dict[str, Any]:
 def _load(status: Mapping[str, Any]) -> dict[str, Any]:
     inference = status.get("inference", {})
     told = {name: inference.get(name) for name in ("requests", "errors", "cancelled", "running", "completion_tokens")}
+    for name in ("recent", "latency"):
+        told[name] = status.get(name)
     takeovers = inference.get("counts", {}).get("takeovers", 0)
-    return {**told, "takeovers": takeovers, "recent": status.get("recent"), "blobs": _blobs(status.get("blobs"))}
+    return {**told, "takeovers": takeovers, "blobs": _blobs(status.get("blobs"))}
 
 
 def _blobs(blobs: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def test_the_dashboard_tells_and_follows(nodes: dict[str, NodeProcess]) -> None:
     assert "None. Requests go to peers" in seen["model"]
     assert "train start" in seen["training"] or "no model to train" in seen["training"]
     assert "Nobody has asked" in seen["wait"]
-    assert "no request yet" in seen["before"]
+    assert "none lately" in seen["before"]
     assert "0 of 1 request" in seen["after"]
     assert f"--bootstrap {nodes['door'].address}" in seen["joining"]
 

@@ -96,7 +96,9 @@ def dashboard(visitor: Visitor) -> dict[str, Any]:
         live(page)
         page.wait_for_selector("#peers tbody tr")
         before = page.inner_text("#tiles")
-        seen = {name: page.inner_text(f"#{name}") for name in ("headline", "peers", "model", "training", "health", "wait")}
+        seen = {
+            name: page.inner_text(f"#{name}") for name in ("headline", "peers", "model", "training", "health", "wait")
+        }
         page.request.post(
             visitor.urls["door"] + "/v1/completions",
             data={"model": "default", "prompt": "Once upon a time", "max_tokens": 24},

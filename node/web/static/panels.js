@@ -49,8 +49,9 @@ export function alerts({ health, training }) {
 
 export function tiles({ load, model }) {
   const recent = load.recent || {};
-  const [wait, unit] = parts(recent.first_token_s?.p50);
-  const [pace, paceUnit] = parts(recent.token_s?.p50);
+  const { ttft_s: first, token_s: next } = load.latency || {};
+  const [wait, unit] = parts(first?.p50);
+  const [pace, paceUnit] = parts(next?.p50);
   const share = recent.ended ? recent.errored / recent.ended : null;
   const kinds = Object.entries(load.errors || {}).map(([code, n]) => `${n} ${code.replaceAll("_", " ")}`);
   show(byId("tiles"),
@@ -58,10 +59,10 @@ export function tiles({ load, model }) {
       model ? `to clients; ${number(recent.tokens_made_per_s)} made here` : "to clients, made by peers"),
     tile("Requests a second", number(recent.requests_per_s), "/s", `${plural(load.running || 0, "request")} running, ${count(load.requests || 0)} since start`),
     tile("Errors", isNumber(share) ? percent(share) : "–", "",
-      isNumber(share) ? `${count(recent.errored)} of ${plural(recent.ended, "request")} in ${span(recent)}` : "no request yet", {
+      isNumber(share) ? `${count(recent.errored)} of ${plural(recent.ended, "request")} in ${span(recent)}` : "none lately", {
         bad: share > 0.02, title: kinds.length ? `Since start: ${kinds.join(", ")}` : "" }),
-    tile("First token", wait, unit, isNumber(recent.first_token_s?.p95) ? `median; 95 % within ${time(recent.first_token_s.p95)}` : "no answer yet"),
-    tile("Each next token", pace, paceUnit, isNumber(recent.token_s?.p95) ? `median; 95 % within ${time(recent.token_s.p95)}` : "no answer yet"));
+    tile("First token", wait, unit, isNumber(first?.p95) ? `median; 95 % within ${time(first.p95)}` : "no answer yet"),
+    tile("Each next token", pace, paceUnit, isNumber(next?.p95) ? `median; 95 % within ${time(next.p95)}` : "no answer yet"));
 }
 
 const span = (recent) => (recent.window_s >= 60 ? lasting(recent.window_s) : `${recent.window_s || 0} s`);
@@ -74,12 +75,12 @@ function tile(name, value, unit, under, { bad = false, title = "" } = {}) {
 }
 
 export function waits({ load }) {
-  const recent = load.recent || {};
-  const rows = [["First token", recent.first_token_s], ["Each next token", recent.token_s]];
-  const asked = recent.first_token_s?.n || 0;
-  say(byId("wait-of"), asked ? `${plural(asked, "answer")} in ${span(recent)}` : "");
+  const { ttft_s: first, token_s: next, e2e_s: whole } = load.latency || {};
+  const rows = [["First token", first], ["Each next token", next], ["Whole answer", whole]];
+  const asked = first?.count || 0;
+  say(byId("wait-of"), asked ? `${plural(asked, "answer")} since start` : "");
   if (!asked) {
-    show(byId("wait"), make("p", { class: "empty" }, "Nobody has asked in the last minutes. ",
+    show(byId("wait"), make("p", { class: "empty" }, "Nobody has asked yet. ",
       make("a", { href: "/chat" }, "Ask something"), ", and what it took stands here."));
     return;
   }
@@ -88,7 +89,7 @@ export function waits({ load }) {
       make("th", { scope: "col", class: "right" }, name)))),
     make("tbody", {}, ...rows.map(([name, told]) => make("tr", {}, make("th", { scope: "row" }, name),
       ...["p50", "p95", "p99"].map((key) => make("td", { class: "right" }, time(told?.[key]))))))),
-  make("p", { class: "muted small" }, "Within this time, of answers to this node's own clients, as they saw it. Answers kept from before are left out."));
+  make("p", { class: "muted small" }, "Within this time, of answers to this node's own clients, as they saw it."));
 }
 
 export function model({ model: told, models, health }) {
