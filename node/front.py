@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from crypto.identity import PeerId
 from model.histogram import Distribution
 from model.timings import EngineTimings
+from node.recent import Recent
 from node.requester import LOCAL
 from node.sealed import SealedCall
 from node.tallies import RowStatistics
@@ -123,6 +124,10 @@ class Front(Protocol):
     def training(self) -> Trains:
         """Training at this node."""
 
+    @property
+    def recent(self) -> Recent:
+        """What came of the last minutes."""
+
     def answer(self, work: GenerateWork, route: RouteHint) -> AbstractAsyncContextManager[AsyncIterator[AnswerItem]]:
         """Answer a request: Started once (a takeover does not repeat it), then Progress and Piece, then Finished.
 
@@ -150,7 +155,7 @@ class Front(Protocol):
 
     def status(self) -> dict[str, Any]:
         """JSON for GET /api/v1/status: keys node, peering, gossip, inference, model, backend, readiness, disk, latency,
-        throughput (the last two: see node.tallies.Tallies)."""
+        throughput (these two: see node.tallies.Tallies), recent (node.recent.Recent)."""
 
     def measured(self) -> Measured:
         """Histograms and counts for GET /metrics and /api/v1/metrics/model."""

@@ -21,6 +21,7 @@ from node.errors import NO_ROOM_RETRY_S, NotReady, PeerFailed, RequestError
 from node.front import FrontStatistics, RouteHint
 from node.loading import Loading
 from node.pursuit import Pursuit, Seek, Wait, pursue
+from node.recent import Flows
 from node.remote import Network, Remote
 from node.requester import Requester, of_client, of_peer
 from node.tallies import Passage, Tallies
@@ -131,6 +132,11 @@ class Inference:
     def busiest_peers(self) -> dict[str, dict[str, int]]:
         """How requests to the peers that are asked most ended."""
         return self._remote.tallies.busiest()
+
+    @property
+    def flows(self) -> Flows:
+        """Requests between this node and each peer."""
+        return self._remote.flows
 
     async def wait_idle(self) -> None:
         """Wait until no client's request is running."""

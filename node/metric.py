@@ -68,6 +68,13 @@ def found(told: Mapping[str, Any], way: str) -> Any:
     return value
 
 
+def counted(told: Mapping[str, Any], way: str) -> Number | None:
+    """The count at a dotted way: what is not yet in a table of counts has not happened. None: there is no table."""
+    table, _, name = way.rpartition(".")
+    counts = found(told, table)
+    return number(counts.get(name, 0)) if isinstance(counts, Mapping) else None
+
+
 def number(value: object) -> Number | None:
     """The value if it is a number, a yes or a no."""
     return value if isinstance(value, int | float) else None
@@ -83,11 +90,14 @@ def at(way: str, *, scale: float = 1) -> Reader:
     return read
 
 
-def by_kind(way: str) -> Reader:
-    """The numbers of a table at a dotted way in the status, by their names there."""
+def by_kind(way: str, *words: str) -> Reader:
+    """The numbers of a table at a dotted way in the status, by their names there; those of `words` also while they are
+    not in it, since a counter begins at zero."""
 
     def read(told: Told) -> Iterator[Sample]:
-        for kind, value in (found(told.status, way) or {}).items():
+        if (table := found(told.status, way)) is None:
+            return
+        for kind, value in (dict.fromkeys(words, 0) | table).items():
             if (known := number(value)) is not None:
                 yield (str(kind),), known
 
@@ -95,11 +105,11 @@ def by_kind(way: str) -> Reader:
 
 
 def each(**ways: str) -> Reader:
-    """Several numbers of the status as one metric, each under a word of ours."""
+    """Several counts of the status as one metric, each under a word of ours."""
 
     def read(told: Told) -> Iterator[Sample]:
         for word, way in ways.items():
-            if (known := number(found(told.status, way))) is not None:
+            if (known := counted(told.status, way)) is not None:
                 yield (word,), known
 
     return read

@@ -17,6 +17,7 @@ from node.metric import (
     at,
     by_kind,
     count,
+    counted,
     counts,
     drops,
     each,
@@ -41,8 +42,8 @@ def _lag(told: Told) -> Iterator[Sample]:
 
 
 def _searches(told: Told) -> Iterator[Sample]:
-    if (known := found(told.status, "inference.counts")) is not None:
-        yield (), known.get("searches", 0)
+    if (known := counted(told.status, "inference.counts.searches")) is not None:
+        yield (), known
 
 
 def _drops(told: Told) -> Iterator[Sample]:
@@ -182,7 +183,13 @@ TRAININGS: Final = (
     count("training_steps_total", "Own steps since start.", TRAINING, _of_run("work.steps"), "run"),
     count("training_tokens_total", "Tokens of these.", TRAINING, _of_run("work.tokens"), "run"),
     count("training_late_total", "Rounds that were over before own work was.", TRAINING, _of_run("work.late"), "run"),
-    count("training_rounds_applied_total", "Rounds taken over here.", TRAINING, _of_run("counts.applied"), "run"),
+    count(
+        "training_rounds_applied_total",
+        "Rounds taken over here.",
+        TRAINING,
+        in_training(lambda told: counted(told, "counts.applied")),
+        "run",
+    ),
     gauge(
         "training_round_seconds", "How long the open round has lasted.", TRAINING, _of_run("round_s"), "run", unit="s"
     ),

@@ -228,16 +228,17 @@ ENGINES: Final = (
 )
 
 _CACHE: Final = "node/cache.py"
+_KINDS: Final = ("completion", "embedding")
 _EMBEDDING: Final = "node/embedding.py, whoever asks"
 CACHES: Final = (
     count(
         "response_cache_queries_total",
         "Answers and vectors looked for in the cache.",
         _CACHE,
-        by_kind("model.cache.queries"),
+        by_kind("model.cache.queries", *_KINDS),
         "kind",
     ),
-    count("response_cache_hits_total", "Of these, found.", _CACHE, by_kind("model.cache.hits"), "kind"),
+    count("response_cache_hits_total", "Of these, found.", _CACHE, by_kind("model.cache.hits", *_KINDS), "kind"),
     count("response_cache_evictions_total", "Put out for newer ones.", _CACHE, at("model.cache.evicted")),
     gauge("response_cache_entries", "Kept now.", _CACHE, at("model.cache.entries")),
     gauge("response_cache_bytes", "Memory that they take.", _CACHE, at("model.cache.bytes"), unit="bytes"),

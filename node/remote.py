@@ -20,6 +20,7 @@ from gossip.service import GossipService
 from node.errors import PeerFailed
 from node.judge import Judge, judged
 from node.peer_tallies import PeerTallies
+from node.recent import Flows
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, from_wire, item_from_wire, to_wire
 from p2p.calls import Calls, Outgoing
 from p2p.errors import P2PError, Refused, RemoteProtocolError, Unreachable
@@ -87,6 +88,7 @@ class Remote:
         self._network = network
         self._counts = counts
         self.tallies = PeerTallies()
+        self.flows = Flows()
 
     @asynccontextmanager
     async def generate(self, candidate: Candidate, work: GenerateWork) -> AsyncIterator[AsyncIterator[AnswerItem]]:
@@ -133,7 +135,8 @@ class Remote:
         gossip = self._network.gossip
         gossip.observations.started(peer, trio.current_time())
         try:
-            yield
+            with self.flows.to(peer):
+                yield
         except (P2PError, PeerFailed) as exc:
             verdict = judged(exc, peer)
             if verdict.fault is not None:

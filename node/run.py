@@ -265,6 +265,7 @@ class Node:
         while True:
             await trio.sleep(MEASURE_EVERY_S)
             self.state.relay.serving.tick()
+            self.state.sample()
             problem = self.state.clock_problem()
             if problem and not clock_is_wrong:
                 _log.warning("%s", problem)
@@ -288,16 +289,14 @@ class Node:
     async def _web(self, stop: trio.Event, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         with importing():
             from node.web.app import build_app
-            from node.web.schema import Defaults
             from node.web.serve import ServeLimits, serve
-            from node.web.settings import door_config, gate_config
+            from node.web.settings import web_config
 
         address = self._config.http_address()
         assert address is not None
         async with trio.open_nursery() as nursery:
-            doors = door_config(self._config), gate_config(self._config, self._transport.peer_id)
-            defaults = Defaults(max_tokens=self._config.max_tokens, temperature=self._config.temperature)
-            app = build_app(self.state, self._rng, *doors, defaults=defaults)
+            settings = web_config(self._config, self._transport.peer_id)
+            app = build_app(self.state, self._rng, settings, stop=stop)
             limits = ServeLimits(drain_s_max=WEB_DRAIN_S)
             port = await nursery.start(partial(serve, app, address.host, address.port, limits=limits, stop=stop))
             host = f"[{address.host}]" if ":" in address.host else address.host

@@ -137,6 +137,11 @@ class Tallies:
             "e2e_s": percentiles(merged((row.request_s.read() for row in rows), REQUEST_S)),
         }
 
+    @property
+    def generation_tokens(self) -> int:
+        """That clients got, since start."""
+        return sum(row.generation_tokens for row in self._rows.values())
+
     def throughput(self, now: float) -> dict[str, float]:
         """Rates of the last window_s seconds: requests that came, tokens, errors."""
         return self._rates.read(now)

@@ -11,6 +11,7 @@ import trio
 
 from node.errors import RequestError, UnknownModel
 from node.front import FrontStatistics, Measured, ModelRow, Readiness, RouteHint
+from node.recent import Recent
 from node.sealed import SealedCall
 from node.state import NoTraining
 from node.training_wish import Begin, Join
@@ -107,6 +108,7 @@ class FakeFront:
         self.trains = FakeTraining()
         self.seals: list[tuple[SealedCall, str, str]] = []
         self.frames: list[bytes | RequestError] = []
+        self.recent = Recent()
 
     def _change(self) -> None:
         self.changed.set()

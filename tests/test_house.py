@@ -127,6 +127,7 @@ CORES = (
     "node/web/signed.py",
     "node/web/wallets.py",
     "crypto/wallet.py",
+    "node/recent.py",
     "node/room.py",
     "node/sealed.py",
     "node/cache.py",

@@ -19,6 +19,7 @@ from node.errors import InternalError, NoRoom, NotReady, PeerFailed
 from node.front import Readiness, Route
 from node.web.app import build_app
 from node.web.door import BODY_BYTES_MAX, BODY_S_MAX, DoorConfig
+from node.web.settings import WebConfig
 from tests.fake_front import PEER, FakeFront, Step, finished, started, tale, told
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
@@ -29,7 +30,7 @@ class Bench:
 
     def __init__(self, **config: Any) -> None:
         self.front = FakeFront()
-        self.app = build_app(self.front, Random(7), DoorConfig(**config))
+        self.app = build_app(self.front, Random(7), WebConfig(door=DoorConfig(**config)))
         transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8765")
 

@@ -15,6 +15,7 @@ from random import Random
 from typing import Any, cast
 
 import msgspec
+import trio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -28,18 +29,19 @@ from node.metrics import CONTENT_TYPE, OPENMETRICS_TYPE, openmetrics_text, prome
 from node.tallies import model_rows
 from node.web.answers import ClientGone
 from node.web.anthropic import Anthropic
-from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, DoorConfig, WebCounts
+from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, WebCounts
 from node.web.embeddings import Embeddings
 from node.web.errors import MethodNotAllowed, NotFound, error_answer
-from node.web.gate import Gate, GateConfig
+from node.web.gate import Gate
 from node.web.generation import Generations
 from node.web.meter import Meter
 from node.web.metered import MeteredFront
 from node.web.ollama import Ollama
+from node.web.pages import page_routes
 from node.web.responses import Responses
-from node.web.schema import Defaults
 from node.web.sealed import Sealed
 from node.web.session import SessionRoutes
+from node.web.settings import WebConfig
 from node.web.training import Training
 from node.web.wallets import SignIns
 
@@ -48,21 +50,15 @@ log = logging.getLogger("node.web")
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]  # a Response is an ASGI application too
 
 
-def build_app(
-    front: Front,
-    rng: Random,
-    config: DoorConfig | None = None,
-    gate: GateConfig | None = None,
-    *,
-    defaults: Defaults | None = None,
-) -> Door:
-    """The application of a node. `rng` draws the seeds of requests that name none; `defaults`: what else they get."""
-    gate, meter, counts = gate or GateConfig(), Meter(), WebCounts()
+def build_app(front: Front, rng: Random, config: WebConfig | None = None, *, stop: trio.Event | None = None) -> Door:
+    """The application of a node. `rng` draws the seeds of requests that name none; at `stop` live pages end."""
+    config = config or WebConfig()
+    gate, meter, counts = config.gate, Meter(), WebCounts()
     front = cast(Front, MeteredFront(front, meter, counts.drops))  # what it does not meter it hands on
     sign_ins = SignIns(gate.audience, gate.wallets)
     session = SessionRoutes(sign_ins)
     embeddings = Embeddings(front)
-    generations = Generations(front, rng, embeddings, defaults or Defaults())
+    generations = Generations(front, rng, embeddings, config.defaults)
     facts = Facts(front)
     training = Training(front)
     sealed = Sealed(front)
@@ -90,7 +86,8 @@ def build_app(
         *Responses(generations).routes(),
         *Ollama(front, generations, embeddings).routes(),
     ]
-    return Door(Gate(application(routes), gate, meter, sign_ins), config or DoorConfig(), counts)
+    routes += page_routes(front, trio.Event() if stop is None else stop, frozenset(route.path for route in routes))
+    return Door(Gate(application(routes), gate, meter, sign_ins), config.door, counts)
 
 
 def get(path: str, endpoint: Endpoint) -> Route:
