@@ -128,12 +128,12 @@ class CallReader:
         """Go on in a call; whether it has ended."""
         assert self._opened is not None
         if form.closing:
-            end = self._buffer.find(form.closing, self._looked)
+            self._value.is_none = self._buffer.lstrip()[:1] not in ("", "{")
+            end = -1 if self._value.is_none else self._buffer.find(form.closing, self._looked)
             after = end + len(form.closing)
             self._looked = after if end >= 0 else max(self._looked, len(self._buffer) - len(form.closing))
             if end >= 0 and self._value.is_in_text(self._buffer, end):  # an argument has the mark in it
                 return True
-            self._value.is_none = self._buffer.lstrip()[:1] not in ("", "{")
         else:
             end = after = self._value.end(self._buffer)
         if end < 0 and len(self._buffer) <= CALL_CHARS_MAX and not self._value.is_none:
