@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from node.errors import InternalError, NotReady, RequestError, UnknownModel
 from node.front import Front, ModelRow
-from node.metrics import CONTENT_TYPE, OPENMETRICS_TYPE, openmetrics_text, prometheus_text, wants_openmetrics
+from node.metrics import CONTENT_TYPE, OPENMETRICS_TYPE, pieces, wants_openmetrics
 from node.tallies import model_rows
 from node.web.answers import ClientGone
 from node.web.anthropic import Anthropic
@@ -178,10 +178,11 @@ class Facts:
         return json_response(self._status(request))
 
     async def metrics(self, request: Request) -> Response:
-        status, measured = self._status(request), self._front.measured()
-        if wants_openmetrics(request.headers.get("accept", "")):
-            return Response(openmetrics_text(status, measured), media_type=OPENMETRICS_TYPE)
-        return Response(prometheus_text(status, measured), media_type=CONTENT_TYPE)
+        is_open, written = wants_openmetrics(request.headers.get("accept", "")), list[str]()
+        for piece in pieces(self._status(request), self._front.measured(), is_open=is_open):
+            written.append(piece)
+            await trio.lowlevel.checkpoint()  # others wait for one piece, and not for all
+        return Response("".join(written), media_type=OPENMETRICS_TYPE if is_open else CONTENT_TYPE)
 
     async def metrics_model(self, request: Request) -> Response:
         return json_response({"models": model_rows(self._front.measured().models)})
