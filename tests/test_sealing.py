@@ -172,6 +172,12 @@ def test_nothing_follows_the_last_frame() -> None:
         opener.open(frame)
     with pytest.raises(BadSeal):
         opener.open(frames[-1])
+    sealer, opener = AnswerSealer(SECRET, SALT, CONTEXT), AnswerOpener(SECRET, CONTEXT)
+    opener.open(sealer.opening())
+    opener.open(sealer.seal(b"head", is_last=True))
+    sealer.is_ended = False  # a serving peer that goes on
+    with pytest.raises(BadSeal, match="after the last"):
+        opener.open(sealer.seal(b"more", is_last=False))
 
 
 # --- who the key is of ---
