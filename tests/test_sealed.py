@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import shutil
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from random import Random
@@ -33,6 +34,7 @@ from tests.fake_front import FakeFront
 from tests.fake_runtime import FakeRuntime, facts
 from tests.node_swarm import Node, Swarm, ask, eventually, work
 from tests.sealed_client import load
+from tests.test_house import ROOT
 
 CLIENT = load()
 CANARY = "canary-3f9a77"
@@ -611,6 +613,25 @@ async def test_the_client_starts_again_elsewhere_and_says_so() -> None:
                 text = await trio.to_thread.run_sync(ask)
             assert text.count("w") == 6
             assert good.relay.serving.statistics().answered == 1
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.interop
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+async def test_the_client_in_javascript_gets_the_same_answer() -> None:
+    """docs/clients/sealed.mjs: WebCrypto alone."""
+    async with Swarm().running() as swarm:
+        entry, peer = await swarm.start(), await swarm.start(FakeRuntime(step_s=0.001))
+        await swarm.settled()
+        async with trio.open_nursery() as nursery:
+            stop = trio.Event()
+            port = await nursery.start(partial(serve, build_app(entry.state, Random(7)), "127.0.0.1", 0, stop=stop))
+            command = ["node", str(ROOT / "docs/clients/sealed.mjs"), f"http://127.0.0.1:{port}", CANARY]
+            with trio.fail_after(60):
+                done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
+            assert done.returncode == 0, done.stderr.decode()
+            assert done.stdout.decode().count("w") == 64
+            assert peer.relay.serving.statistics().answered == 1
             nursery.cancel_scope.cancel()
 
 
