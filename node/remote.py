@@ -19,6 +19,8 @@ from gossip.routing import Candidate
 from gossip.service import GossipService
 from node.errors import PeerFailed
 from node.judge import Judge, judged
+from node.peer_tallies import PeerTallies
+from node.recent import Flows
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, from_wire, item_from_wire, to_wire
 from p2p.calls import Calls, Outgoing
 from p2p.errors import P2PError, Refused, RemoteProtocolError, Unreachable
@@ -85,6 +87,8 @@ class Remote:
     def __init__(self, network: Network, counts: Counter[str]) -> None:
         self._network = network
         self._counts = counts
+        self.tallies = PeerTallies()
+        self.flows = Flows()
 
     @asynccontextmanager
     async def generate(self, candidate: Candidate, work: GenerateWork) -> AsyncIterator[AsyncIterator[AnswerItem]]:
@@ -92,7 +96,7 @@ class Remote:
         began = trio.current_time()
         with self._observed(candidate.peer):
             await connect(self._network, candidate.peer, candidate.addresses)
-            async with self._network.calls.open(candidate.peer, "generate", to_wire(work)) as outgoing:
+            async with self._network.calls.open(candidate.peer, work.method, to_wire(work)) as outgoing:
                 items = PeerItems(outgoing, Judge(candidate.peer, candidate.offer.capacity, work, began))
                 yield items
             if items.ended:
@@ -110,12 +114,14 @@ class Remote:
                 _check_vectors(embedded, candidate.peer, work)
                 now = trio.current_time()
                 self._network.gossip.observations.finished(candidate.peer, 0, now - began, now)
+                self.tallies.finished(candidate.peer)
                 return embedded
             raise PeerFailed(f"no embeddings within {patience_s:.0f} s")
 
     def _answered(self, peer: PeerId, judge: Judge, began: float) -> None:
         watch, now = self._network.gossip.observations, trio.current_time()
         first_s = judge.first_token_s
+        self.tallies.finished(peer)
         if judge.is_cached and now - began < KEPT_S:  # that it was fast tells nothing of the next
             watch.finished(peer, 0, now - began, now)
             return
@@ -129,12 +135,14 @@ class Remote:
         gossip = self._network.gossip
         gossip.observations.started(peer, trio.current_time())
         try:
-            yield
+            with self.flows.to(peer):
+                yield
         except (P2PError, PeerFailed) as exc:
             verdict = judged(exc, peer)
             if verdict.fault is not None:
                 gossip.blame(peer, verdict.fault, str(exc))
             self._counts[f"peer_failed:{verdict.reason}"] += 1
+            self.tallies.failed(peer)
             gossip.observations.failed(peer, verdict.reason, trio.current_time())
             raise verdict.error from exc
         finally:

@@ -10,7 +10,8 @@ from typing import Any
 import trio
 
 from node.errors import RequestError, UnknownModel
-from node.front import FrontStatistics, ModelRow, Readiness, RouteHint
+from node.front import FrontStatistics, Measured, ModelRow, Readiness, RouteHint
+from node.recent import Recent
 from node.sealed import SealedCall
 from node.state import NoTraining
 from node.training_wish import Begin, Join
@@ -107,6 +108,7 @@ class FakeFront:
         self.trains = FakeTraining()
         self.seals: list[tuple[SealedCall, str, str]] = []
         self.frames: list[bytes | RequestError] = []
+        self.recent = Recent()
 
     def _change(self) -> None:
         self.changed.set()
@@ -209,6 +211,9 @@ class FakeFront:
             "model": {"name": "fairy"},
             "readiness": {"ready": self.ready.ready, "reason": self.ready.reason, "loading": self.ready.loading},
         }
+
+    def measured(self) -> Measured:
+        return Measured(training=self.trains.status())
 
     def peers(self) -> list[dict[str, Any]]:
         return [{"peer_id": PEER, "rtt_ms": 1.25, "models": [{"name": "fairy", "revision": "sha256-0123456789ab"}]}]

@@ -17,7 +17,7 @@ from gossip.round_service import Work
 from model.linears import kinds_here
 from model.load import load
 from node.errors import BadRequest, NotReady
-from node.pursuit import lineage_of
+from node.lineage import lineage_of
 from node.training_pause import PausePolicy
 from node.training_plan import plan_of
 from node.training_wish import Privacy, Wished

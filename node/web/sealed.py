@@ -124,7 +124,7 @@ class SealedStream:
         if error is None and not self._is_whole:
             error = cut(self._errand.peer)
         if error is not None and not self._head_sent:
-            status, headers, _ = error_answer(error, request_id)
+            status, headers, _ = error_answer(error, request_id, "")
             pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
             await send({"type": "http.response.start", "status": status, "headers": pairs})
             await send({"type": "http.response.body", "body": _told(error, request_id)})

@@ -18,17 +18,19 @@ from node.front import Front
 from node.sealed import SealedHead, SealedText, read_text
 from node.sealed_serving import Reply, SealedAsk
 from node.web.app import application, work_routes
-from node.web.asker import SEALED_KEY
+from node.web.asker import DEADLINE_S_MAX, SEALED_KEY
 from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, WebCounts
+from node.web.embeddings import Embeddings
 from node.web.errors import error_answer
-from node.web.schema import DEADLINE_S_MAX
+from node.web.generation import Generations
 
 
 class SealedApp:
     """Implements node.sealed_serving.Answerer."""
 
     def __init__(self, front: Front, rng: Random) -> None:
-        self._app = application(work_routes(front, rng))
+        embeddings = Embeddings(front)
+        self._app = application(work_routes(Generations(front, rng, embeddings), embeddings))
         self._counts = WebCounts()
 
     async def __call__(self, ask: SealedAsk, reply: Reply) -> None:
@@ -37,7 +39,7 @@ class SealedApp:
         try:
             text = read_text(ask.content)
         except RequestError as exc:
-            status, headers, body = error_answer(exc, request_id)
+            status, headers, body = error_answer(exc, request_id, "")
             await reply.head(SealedHead(status=status, headers=headers))
             await reply.body(body, is_last=True)
             return
