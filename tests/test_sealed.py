@@ -196,6 +196,11 @@ async def test_it_is_answered_on_the_account_of_the_peer_that_relays_it(
     assert three.entry.inference.counts["sealed_relayed"] == 1
 
 
+async def test_the_operators_defaults_count_for_what_is_sealed(three: Three, autojump_clock: MockClock) -> None:
+    _, body = await three.door.sealed(three.peer, {"messages": ASKED["messages"]})
+    assert json.loads(body)["usage"]["completion_tokens"] == 7
+
+
 async def test_it_is_never_routed_on(three: Three, autojump_clock: MockClock) -> None:
     three.other.engine.facts = facts(name="rare")
     three.other.offer()
