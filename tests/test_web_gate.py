@@ -329,7 +329,9 @@ async def test_a_signed_request_is_answered_once_and_only_as_it_was_signed(tmp_p
     assert "send one of the two" in error_of(both, 400, "invalid_request_error")["message"]
 
 
-async def test_signers_have_limits_and_their_address_pays_before_any_arithmetic(tmp_path: Path) -> None:
+async def test_signers_have_limits_and_their_address_pays_before_any_arithmetic(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     bench = Bench(tmp_path)
     key = Ed25519PrivateKey.generate()
     answers = [(await bench.chat(**signed(key))).status_code for _ in range(30)]
