@@ -25,11 +25,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from node.errors import InternalError, NotReady, RequestError, UnknownModel
 from node.front import Front, ModelRow
 from node.metrics import CONTENT_TYPE, prometheus_text
+from node.state import VERSION
 from node.web.answers import ClientGone
 from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, DoorConfig
 from node.web.embeddings import Embeddings
 from node.web.errors import MethodNotAllowed, NotFound, error_answer
 from node.web.generation import Generations
+from node.web.openapi import document
 from node.web.training import Training
 
 log = logging.getLogger("node.web")
@@ -57,6 +59,7 @@ def build_app(front: Front, rng: Random, config: DoorConfig | None = None) -> Do
         post("/api/v1/model/inference", generations.inference),
         get("/v1/models", facts.models),
         get("/v1/models/{model:path}", facts.model),
+        get("/openapi.json", facts.openapi),
         get("/healthz", facts.healthz),
         get("/readyz", facts.readyz),
         get("/metrics", facts.metrics),
@@ -116,6 +119,9 @@ class Facts:
             "embeds": any(row.embeds for row in same),
             "revisions": [{"revision": row.revision, "peers": row.peers} for row in same],
         }
+
+    async def openapi(self, request: Request) -> Response:
+        return json_response(document(request.app.routes, VERSION))
 
     async def healthz(self, request: Request) -> Response:
         return json_response({"status": "ok"})
