@@ -4,7 +4,8 @@
     |- NotFound       no model of that name here, nor on the hub
     |- BadModel       the files are corrupt, do not fit together, are not supported or are not safe to open
     |- OutOfMemory    the machine has too little memory for the model, or for this request
-    |- BadInput       the request's fault: too long, unknown token ids, a message the template refuses
+    |- BadInput       the request's fault: unknown token ids, a message the template refuses
+    |  `- TooLong     prompt and answer are longer than the model's context
     |- EngineFull     the queue is full: try later or elsewhere
     |- ComputeFailed  the forward pass failed for this request, or training made numbers that are not finite
     |- BadUpdate      a peer's contribution to a round is not what the run agreed on: leave it out
@@ -47,6 +48,10 @@ class OutOfMemory(ModelError):
 
 class BadInput(ModelError):
     """The request cannot be served by this model, now or later."""
+
+
+class TooLong(BadInput):
+    """Prompt and answer together are longer than the model's context."""
 
 
 class EngineFull(ModelError):

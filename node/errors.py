@@ -2,6 +2,7 @@
 
 RequestError(code, message, retryable)
 |- BadRequest        the caller's input: say what came, what was wanted, what to do      400
+|  `- TooLong         prompt and answer are longer than the context of who was asked       400
 |- TooLarge          the input is over a bound with a name                                413
 |- UnknownModel      no live peer serves it; lists those that are served                  404
 |- NoRoom            every peer that serves it is full: try later                         503 + Retry-After
@@ -16,6 +17,7 @@ ConfigError (exit 2), DataDirLocked (exit 75): problems found at start.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 NO_ROOM_RETRY_S = 1.0  # what a client is told to wait, when nothing better is known
@@ -27,17 +29,32 @@ class RequestError(Exception):
     code: ClassVar[str] = "error"
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        more: Mapping[str, object] | None = None,
+    ) -> None:
+        """more: JSON beside the other fields of the error's body: `loading`; `is_possible` and `models`."""
         super().__init__(message)
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.more: Mapping[str, object] = more or {}
 
 
 class BadRequest(RequestError):
     """The caller's input is wrong."""
 
     code = "bad_request"
+
+
+class TooLong(BadRequest):
+    """Prompt and answer together are longer than the model's context at who was asked; another's may be longer."""
+
+    code = "context_length_exceeded"  # OpenAI's own, which clients look for
 
 
 class TooLarge(RequestError):
@@ -95,6 +112,7 @@ REQUEST_ERRORS: dict[str, type[RequestError]] = {
     kind.code: kind
     for kind in (
         BadRequest,
+        TooLong,
         TooLarge,
         UnknownModel,
         NoRoom,

@@ -7,7 +7,7 @@ return them never wait.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -63,6 +63,7 @@ class Readiness:
     loading: bool = False
     retry_after_s: float | None = None
     degraded: tuple[str, ...] = ()
+    progress: Mapping[str, object] | None = None  # of the loading, as node/loading.py tells it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from gossip.routing import Candidate, Need, WhyNot
 from node.backend import Backend
 from node.errors import NO_ROOM_RETRY_S, NotReady, PeerFailed, RequestError
 from node.front import FrontStatistics, RouteHint
+from node.loading import Loading
 from node.pursuit import Pursuit, Seek, Wait, pursue
 from node.remote import Network, Remote
 from node.requester import Requester, of_client, of_peer
@@ -52,6 +53,7 @@ class Inference:
     def __init__(self, network: Network) -> None:
         self._network = network
         self.hosting: Backend | None = None
+        self.loading: Loading | None = None  # until `hosting` is there
         self.draining = False
         self.counts: Counter[str] = Counter()  # requests; finished, cancelled, error:CODE; takeovers, ...
         self._remote = Remote(network, self.counts)

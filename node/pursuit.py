@@ -20,17 +20,21 @@ import msgspec
 from crypto.identity import PeerId
 from gossip.messages import ModelKind
 from gossip.routing import Candidate, Need, Why, WhyNot
+from model.config import ModelFacts
 from node.errors import (
     NO_ROOM_RETRY_S,
     BadRequest,
     DeadlinePassed,
     NoRoom,
+    NotReady,
     PeerFailed,
     RequestError,
     TooLarge,
+    TooLong,
     UnknownModel,
 )
 from node.front import Route, RouteHint
+from node.loading import Loading
 from node.work import (
     PROMPT_CHARS_MAX,
     REMAINING_MS_MAX,
@@ -64,6 +68,9 @@ class Engine(Protocol):
     def has_room(self) -> bool:
         """Whether a request would start at once."""
 
+    def facts(self, kind: str) -> ModelFacts | None:
+        """The model that answers requests of a kind, None when there is none."""
+
 
 H = TypeVar("H", bound=Engine)
 H_co = TypeVar("H_co", bound=Engine, covariant=True)
@@ -85,6 +92,10 @@ class Surroundings(Protocol[H_co]):
 
     def served_names(self) -> Iterable[str]:
         """Every model that is served now, here or elsewhere."""
+
+    @property
+    def loading(self) -> Loading | None:
+        """What this node will serve and does not yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +129,7 @@ class Pursuit(Generic[H]):
     last_error: RequestError | None = None
     tries: int = 0
     has_sought: bool = False
+    tokens_min: int = 0  # a server with a shorter context was tried
     goes_on_later: bool = False  # nobody has the run's revision any more: an answer goes on under a later one
 
     def step(self) -> H | Candidate | Wait | Seek:
@@ -141,7 +153,10 @@ class Pursuit(Generic[H]):
     def failed(self, target: H | Candidate, error: RequestError) -> None:
         """The server of the last step failed. Raises the error, when it is the request's own fault."""
         who = target.peer if isinstance(target, Candidate) else self.around.own
-        if isinstance(error, BadRequest | TooLarge):
+        if isinstance(error, TooLong) and not self.tokens:  # another's context may be longer
+            facts = target.model if isinstance(target, Candidate) else target.facts(self._kind())
+            self.tokens_min = max(self.tokens_min, 0 if facts is None else facts.context_tokens + 1)
+        elif isinstance(error, BadRequest | TooLarge):
             if not self.tokens:
                 raise error
             # the client's part was taken once: at fault is what an earlier peer delivered
@@ -225,7 +240,8 @@ class Pursuit(Generic[H]):
     def _may_seek(self, why: WhyNot) -> bool:
         """Whether nobody known serves it, and others may know somebody."""
         is_ours_to_find = self.route.route is not Route.LOCAL and self.route.peer is None
-        return not self.has_sought and why.why is Why.NONE_SERVES and is_ours_to_find
+        is_too_long = isinstance(self.last_error, TooLong)
+        return not self.has_sought and why.why is Why.NONE_SERVES and is_ours_to_find and not is_too_long
 
     def _here(self) -> H | None:
         """The engine here, if the client lets it answer, it can, and it has not failed this request."""
@@ -237,15 +253,20 @@ class Pursuit(Generic[H]):
         return here if not self.goes_on_later or lineage_of(here.revision) == self._lineage() else None
 
     def _need(self) -> Need:
-        work = self.work
         return Need(
             model=self._model(),
             revision=self._revision(),
             kind=self._kind(),
-            tokens=work.sampling.max_tokens + len(work.tokens or ()) if isinstance(work, GenerateWork) else 0,
+            tokens=self._tokens(),
             exclude=frozenset(self.tried),
             only=None if self.route.peer is None else PeerId(self.route.peer),
         )
+
+    def _tokens(self) -> int:
+        """Prompt and answer, as far as that is known."""
+        work = self.work
+        known = work.sampling.max_tokens + len(work.tokens or ()) if isinstance(work, GenerateWork) else 0
+        return max(known, self.tokens_min)
 
     def _kind(self) -> str:
         return ModelKind.CAUSAL if isinstance(self.work, GenerateWork) else ModelKind.ENCODER
@@ -265,19 +286,36 @@ class Pursuit(Generic[H]):
                 f"the serving peer failed after {len(self.tokens)} tokens ({self.last_error}) and no other live "
                 f"peer serves {self.started.model} at revision {self.started.revision}"
             )
-        if self.last_error is not None:
+        if isinstance(self.last_error, TooLong):
+            if why.why is not Why.ALL_FULL:
+                self.last_error.more = self._impossible()
+                return self.last_error
+        elif self.last_error is not None:
             return self.last_error
         asked = f"model {self.work.model!r}" if self.work.model is not None else "a model of the kind asked for"
         match why.why:
             case Why.TOO_LONG:
-                return BadRequest(f"the request is {why}; ask for fewer tokens")
+                return TooLong(f"the request is {why}; ask for fewer tokens", more=self._impossible())
             case Why.ALL_FULL | Why.ALL_BROKEN:
                 return NoRoom(f"{asked}: {why}; try again", retry_after_s=why.retry_after_s or NO_ROOM_RETRY_S)
+            case Why.NONE_SERVES if (loading := self.around.loading) is not None:
+                return NotReady(
+                    f"no live peer serves {asked}, and this node is not ready yet: {loading.model} is {loading.state}; "
+                    "try again",
+                    retry_after_s=NO_ROOM_RETRY_S,
+                    more={"loading": loading.told()},
+                )
             case Why.NONE_SERVES:
                 known = ", ".join(sorted(self.around.served_names())) or "nothing yet"
                 return UnknownModel(
-                    f"no live peer that was asked for serves {asked}; served now: {known}", param="model"
+                    f"no live peer that was asked for serves {asked}; served now: {known}",
+                    param="model",
+                    more=self._impossible(),
                 )
+
+    def _impossible(self) -> dict[str, object]:
+        """That nobody who is here now could ever answer it, and what is served instead."""
+        return {"is_possible": False, "models": sorted(self.around.served_names())}
 
 
 def lineage_of(revision: str) -> str:

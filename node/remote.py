@@ -92,7 +92,7 @@ class Remote:
         began = trio.current_time()
         with self._observed(candidate.peer):
             await self._connect(candidate)
-            async with self._network.calls.open(candidate.peer, "generate", to_wire(work)) as outgoing:
+            async with self._network.calls.open(candidate.peer, work.method, to_wire(work)) as outgoing:
                 items = PeerItems(outgoing, Judge(candidate.peer, candidate.offer.capacity, work, began))
                 yield items
             if items.ended:

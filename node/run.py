@@ -38,6 +38,7 @@ from node.config import KEY_FILE, NodeConfig
 from node.errors import ConfigError
 from node.hosting import Hosting
 from node.inference import INFER_PROTOCOL, Inference
+from node.loading import Loading
 from node.remote import Network
 from node.serving import Serving
 from node.state import AGENT, NodeState, Parts
@@ -102,7 +103,10 @@ class Node:
         outside: None on a network where everybody reaches everybody.
         """
         self._config = config
-        self._load = load or _load
+        loading = Loading(
+            model=config.model, state="loading" if config.upstream_url() is None else "waiting for its server"
+        )
+        self._load = load or partial(_load, on_progress=loading.note)
         self._transport, self._identity = transport, identity
         self._rng = random.Random(secrets.randbits(64))
         instance = secrets.token_hex(16)
@@ -137,6 +141,7 @@ class Node:
         infer = Calls(transport, INFER_PROTOCOL, serving.handlers(), self._breach, WORK_LIMITS)
         network = Network(transport=transport, peering=self._peering, calls=infer, gossip=self._gossip)
         self._inference = serving.inference = Inference(network)
+        self._inference.loading = None if config.model == "none" else loading
         self._infer = infer
         peering.keep_while(lambda peer: infer.is_busy(peer) or self.blobs.is_busy(peer) or self._door.is_member(peer))
         parts = Parts(
@@ -191,7 +196,7 @@ class Node:
             await nursery.start(backend.run)
             if self._inference.draining:  # told to stop meanwhile
                 return
-            self._inference.hosting = backend
+            self._inference.hosting, self._inference.loading = backend, None
             if isinstance(backend, Hosting):
                 self._train(nursery)
         self.state.phase = "running"
@@ -325,7 +330,7 @@ async def _signals(stop: trio.Event, scope: trio.CancelScope) -> None:
             stop.set()
 
 
-def _load(config: NodeConfig) -> Runtime:
+def _load(config: NodeConfig, *, on_progress: Callable[[int, int], None]) -> Runtime:
     """Import torch and load the model; in a worker thread. Raises ModelError."""
     with importing():
         from model.config import RuntimeConfig
@@ -342,6 +347,7 @@ def _load(config: NodeConfig) -> Runtime:
             slots=config.max_batch,
             kv_cache_mb=config.kv_cache_mb,
         ),
+        on_progress,
     )
 
 

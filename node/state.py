@@ -129,7 +129,11 @@ class NodeState:
             case _:
                 problem = self._backend_problem()
                 reason = f"waiting: {problem}" if problem else f"the model {self._parts.config.model} is loading"
-                return Readiness(ready=False, reason=reason, loading=True, retry_after_s=NO_ROOM_RETRY_S)
+                loading = self._parts.inference.loading
+                progress = None if loading is None else loading.told()
+                return Readiness(
+                    ready=False, reason=reason, loading=True, retry_after_s=NO_ROOM_RETRY_S, progress=progress
+                )
 
     def _backend_problem(self) -> str:
         """One sentence when what answers here cannot; '' otherwise."""

@@ -50,6 +50,7 @@ SILENT = {
     "p2p/address.py:network_of": "no IP address, no group",
     "node/requester.py:account_of": "no IP address: the name is the account",
     "node/start.py:_try_lock": "the lock is another's: the start says so",
+    "node/tool_calls.py:_calls": "what is no call is the answer's text, and the client gets it",
     "node/upstream.py:_answer": "its owner left",
     "node/upstream.py:_answered": "the caller sends it to the client and counts it",
     "node/upstream.py:_tell_progress": "the client has more to read than it reads, or left",

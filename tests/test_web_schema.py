@@ -57,7 +57,9 @@ def refusal(**fields: object) -> BadRequest:
         ({"n": 17}, "n"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usages": True}}, "stream_options.include_usages"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"tool_choice": "sometimes"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {}}}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"store": 0}, "store"),
         ({"logit_bias": {"50256": -100}}, "logit_bias"),
@@ -186,7 +188,7 @@ def test_messages() -> None:
         ({"role": "user"}, "messages.0.content"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages.0.content"),
         ({"role": "user", "content": []}, "messages.0.content"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages.0"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages.0.tool_calls.0.id"),
     ],
 )
 def test_a_bad_message_is_named(message: object, param: str) -> None:
@@ -294,6 +296,7 @@ def test_every_kind_of_error_has_its_row() -> None:
     statuses = {code: row_of(kind("x")).status for code, kind in REQUEST_ERRORS.items()}
     assert statuses == {
         "bad_request": 400,
+        "context_length_exceeded": 400,
         "too_large": 413,
         "unknown_model": 404,
         "no_room": 503,

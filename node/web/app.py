@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from node.errors import InternalError, NotReady, RequestError, UnknownModel
 from node.front import Front, ModelRow
 from node.metrics import CONTENT_TYPE, prometheus_text
+from node.state import VERSION
 from node.web.answers import ClientGone
 from node.web.anthropic import Anthropic
 from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, DoorConfig
@@ -32,6 +33,7 @@ from node.web.embeddings import Embeddings
 from node.web.errors import MethodNotAllowed, NotFound, error_answer
 from node.web.generation import Generations
 from node.web.ollama import Ollama
+from node.web.openapi import document
 from node.web.responses import Responses
 from node.web.training import Training
 
@@ -60,6 +62,7 @@ def build_app(front: Front, rng: Random, config: DoorConfig | None = None) -> Do
         post("/api/v1/model/inference", generations.inference),
         get("/v1/models", facts.models),
         get("/v1/models/{model:path}", facts.model),
+        get("/openapi.json", facts.openapi),
         get("/healthz", facts.healthz),
         get("/readyz", facts.readyz),
         get("/metrics", facts.metrics),
@@ -103,6 +106,7 @@ class Facts:
             raise UnknownModel(
                 f"no live peer serves the model {wanted[:200]!r}; served are: {', '.join(rows) or 'none'}",
                 param="model",
+                more={"is_possible": False, "models": sorted(rows)},
             )
         return json_response(self._model(rows[wanted]))
 
@@ -122,6 +126,9 @@ class Facts:
             "revisions": [{"revision": row.revision, "peers": row.peers} for row in same],
         }
 
+    async def openapi(self, request: Request) -> Response:
+        return json_response(document(request.app.routes, VERSION))
+
     async def healthz(self, request: Request) -> Response:
         return json_response({"status": "ok"})
 
@@ -131,7 +138,8 @@ class Facts:
         told["degraded"] = list(readiness.degraded)
         if readiness.ready:
             return json_response(told)
-        error = NotReady(readiness.reason, retry_after_s=readiness.retry_after_s)
+        more = {"loading": readiness.progress} if readiness.progress is not None else None
+        error = NotReady(readiness.reason, retry_after_s=readiness.retry_after_s, more=more)
         status, headers, body = error_answer(error, request.scope[REQUEST_ID_KEY], request.scope["path"])
         return json_response({**told, **msgspec.json.decode(body)}, status=status, headers=headers)
 

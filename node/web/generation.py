@@ -54,7 +54,7 @@ class Generations:
     async def chat(self, request: Request) -> ASGIApp:
         asked = parse(await read_body(request.scope, request.receive), ChatRequest)
         logprobs = asked.logprobs_asked()
-        prompts = [{"messages": messages_of(asked.messages)}]
+        prompts = [{"messages": messages_of(asked.messages), "tools": asked.tooling()}]
         works = self.works(request, asked, prompts, tokens_default=CHAT_TOKENS_DEFAULT, logprobs=logprobs)
         return await self._answer(request, asked, works, ChatShape(logprobs=asked.logprobs, n=asked.n))
 

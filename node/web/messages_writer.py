@@ -16,6 +16,7 @@ from typing import Final
 import msgspec
 
 from node.errors import RequestError
+from node.tools import ToolCall
 from node.web.errors import anthropic_error
 from node.web.shapes import Answer, Head, Json
 from node.web.writer import CommentsWhileIdle, event
@@ -41,6 +42,9 @@ class MessagesWriter(CommentsWhileIdle):
     def piece(self, head: Head, answer: Answer, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         delta = {"type": "text_delta", "text": text}
         return _event({"type": "content_block_delta", "index": 0, "delta": delta}) if text else b""
+
+    def call(self, head: Head, answer: Answer, call: ToolCall) -> bytes:
+        raise AssertionError("requests in this shape have no tools")
 
     def ending(self, head: Head, answer: Answer, finished: Finished) -> bytes:
         delta = {"stop_reason": STOP_REASONS[finished.reason], "stop_sequence": None}

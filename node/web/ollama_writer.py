@@ -19,11 +19,12 @@ from typing import Final
 import msgspec
 
 from node.errors import RequestError
+from node.tools import ToolCall
 from node.web.errors import ollama_error
 from node.web.shapes import Answer, Head, Json, chat_token
+from node.web.writer import LINES
 from node.work import Finished, Progress, TokenLogprob
 
-LINES: Final = "application/x-ndjson"
 NS: Final = 1_000_000_000
 
 
@@ -44,6 +45,9 @@ class OllamaWriter:
 
     def piece(self, head: Head, answer: Answer, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         return _line({**self._said(head, text), "done": False, **self._logprobs(logprobs)})
+
+    def call(self, head: Head, answer: Answer, call: ToolCall) -> bytes:
+        raise AssertionError("requests in this shape have no tools")
 
     def ending(self, head: Head, answer: Answer, finished: Finished) -> bytes:
         return _line({**self._said(head, ""), **_end(answer, finished)})

@@ -16,6 +16,7 @@ from typing import Final
 import msgspec
 
 from node.errors import RequestError
+from node.tools import ToolCall
 from node.web.errors import row_of
 from node.web.shapes import Answer, Head, Json, chat_token
 from node.web.writer import CommentsWhileIdle, event
@@ -55,6 +56,9 @@ class ResponsesWriter(CommentsWhileIdle):
         self._told.logprobs += logprobs
         tokens = [chat_token(one) for one in logprobs]
         return self._event("response.output_text.delta", **_place(head), delta=text, logprobs=tokens)
+
+    def call(self, head: Head, answer: Answer, call: ToolCall) -> bytes:
+        raise AssertionError("requests in this shape have no tools")
 
     def ending(self, head: Head, answer: Answer, finished: Finished) -> bytes:
         status, text = STATUSES[finished.reason], "".join(self._told.text)

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, TypeVar
+from itertools import takewhile
+from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema
 
 from node import work
 from node.errors import BadRequest, TooLarge
 from node.front import Route, RouteHint
+from node.tools import ToolCall, Tooling
+from node.web.schema_tools import ChatMessage, MadeCall, ToolChoice, Tools, calls_of, check_calls, tooling_of
 
 CHOICES_MAX = 16  # answers of one request: n times the prompts
 CHAT_TOKENS_DEFAULT = 256
@@ -54,6 +57,16 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "web_search_options": (),
 }
 
+
+def _shown_as(kind: Any) -> WithJsonSchema:
+    """How the description of the routes (node/web/openapi.py) shows a field that is read by hand, for better errors."""
+    return WithJsonSchema(TypeAdapter(kind).json_schema(ref_template="#/components/schemas/{model}"))
+
+
+TokenList = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=work.TOKENS_MAX)]
+Texts = str | list[str] | TokenList | list[TokenList]
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Stops = _Stop | Annotated[list[_Stop], Field(max_length=work.STOPS_MAX)] | None
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
 Asked = TypeVar("Asked", bound="Body")
 
@@ -102,7 +115,7 @@ class Generation(Request):
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 64)
-    stop: Any = None
+    stop: Annotated[Any, _shown_as(Stops)] = None
     n: int = Field(default=1, ge=1, le=CHOICES_MAX)
 
     def sampling(self, *, index: int, seed: int, tokens_default: int, logprobs: int | None = None) -> work.Sampling:
@@ -141,13 +154,20 @@ class Streamed(Generation):
 class ChatRequest(Streamed):
     """POST /v1/chat/completions."""
 
-    messages: list[Any] = Field(min_length=1)
+    messages: Annotated[list[Any], _shown_as(list[ChatMessage])] = Field(min_length=1)
+    tools: Tools = []
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: int | None = Field(default=None, ge=1, le=work.TOKENS_MAX)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=work.LOGPROBS_MAX)
 
     def tokens_max(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def tooling(self) -> Tooling | None:
+        """What may be called in the answer. Raises BadRequest, TooLarge."""
+        return tooling_of(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def logprobs_asked(self) -> int | None:
         """None for none, else how many alternatives. Raises BadRequest."""
@@ -159,14 +179,14 @@ class ChatRequest(Streamed):
 class CompletionRequest(Streamed):
     """POST /v1/completions."""
 
-    prompt: Any
+    prompt: Annotated[Any, _shown_as(Texts)]
     logprobs: int | None = Field(default=None, ge=0, le=work.LOGPROBS_MAX)
 
 
 class EmbeddingsRequest(Request):
     """POST /v1/embeddings."""
 
-    input: Any
+    input: Annotated[Any, _shown_as(Texts)]
     encoding_format: str = Field(default="float", pattern="^(float|base64)$")
     dimensions: int | None = Field(default=None, ge=1, le=DIMENSIONS_MAX)
 
@@ -174,7 +194,7 @@ class EmbeddingsRequest(Request):
 class InferenceRequest(Generation):
     """POST /api/v1/model/inference: text in, text or embeddings out, by the kind of the model."""
 
-    text: Any
+    text: Annotated[Any, _shown_as(Texts)]
 
 
 def parse(body: bytes, kind: type[Asked]) -> Asked:
@@ -197,14 +217,20 @@ def parse(body: bytes, kind: type[Asked]) -> Asked:
         raise _refusal(exc, kind) from exc
 
 
-def _refusal(exc: ValidationError, kind: type[BaseModel]) -> BadRequest:
+def _refusal(exc: ValidationError, kind: type[BaseModel], within: str = "") -> BadRequest:
     problem = exc.errors(include_url=False, include_context=False)[0]
-    param = ".".join(str(part) for part in problem["loc"])[:200]
+    # behind the field a union tells which of its kinds did not fit, and they are no fields of the client's
+    path = takewhile(lambda part: isinstance(part, int) or _FIELD.fullmatch(part), problem["loc"])
+    param = ".".join(str(part) for part in (within, *path) if part != "")[:200] or str(problem["loc"][0])[:200]
     if problem["type"] == "extra_forbidden":
-        return BadRequest(f"unknown field {param!r}; the fields are {_fields(kind)}", param=param)
+        fields = f"; the fields are {_fields(kind)}" if len(problem["loc"]) == 1 else ": leave it out"
+        return BadRequest(f"unknown field {param!r}{fields}", param=param)
     if problem["type"] == "missing":
         return BadRequest(f"the field {param!r} is missing", param=param)
     return BadRequest(f"{param} = {_shown(problem['input'])}: {problem['msg']}", param=param)
+
+
+_FIELD: Final = re.compile("[a-z_0-9]+")
 
 
 def _fields(kind: type[BaseModel]) -> str:
@@ -235,20 +261,48 @@ def messages_of(values: Sequence[object]) -> tuple[work.Message, ...]:
     if len(values) > work.MESSAGES_MAX:
         raise TooLarge(f"{len(values)} messages came, at most {work.MESSAGES_MAX} are taken", param="messages")
     messages = tuple(_message(value, f"messages.{index}") for index, value in enumerate(values))
-    _check_chars(sum(len(message.content) for message in messages), "messages")
+    calls = [call for message in messages for call in message.tool_calls]
+    check_calls(len(calls))
+    arguments = sum(len(call.arguments) for call in calls)
+    _check_chars(arguments + sum(len(message.content) for message in messages), "messages")
     return messages
 
 
 def _message(value: object, param: str) -> work.Message:
     if not isinstance(value, dict):
         raise BadRequest(f"{param} is {_shown(value)}, wanted an object with role and content", param=param)
-    for key in value.keys() - {"role", "content", "name", "refusal"}:
+    for key in value.keys() - {"role", "content", "name", "refusal", "tool_calls", "tool_call_id"}:
         if value[key] not in (None, []):
             raise BadRequest(f"{param}.{str(key)[:60]} is not supported by this node: leave it out", param=param)
     role = value.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise BadRequest(f"{param}.role is {_shown(role)}, wanted one of {', '.join(ROLES)}", param=f"{param}.role")
-    return work.Message(role=ROLES[role], content=_content(value.get("content"), f"{param}.content"))
+    calls, call_id = _calls(value, role, param), value.get("tool_call_id")
+    if call_id is not None and (role != "tool" or not isinstance(call_id, str) or not 1 <= len(call_id) <= 64):
+        wanted = "the id of a call, of 1 to 64 characters, in a message of role tool"
+        raise BadRequest(f"{param}.tool_call_id is {_shown(call_id)}, wanted {wanted}", param=f"{param}.tool_call_id")
+    content = value.get("content")
+    return work.Message(
+        role=ROLES[role],
+        content="" if calls and content in (None, []) else _content(content, f"{param}.content"),
+        tool_calls=calls,
+        tool_call_id=call_id,
+    )
+
+
+def _calls(value: dict[str, Any], role: str, param: str) -> tuple[ToolCall, ...]:
+    given, param = value.get("tool_calls"), f"{param}.tool_calls"
+    if given in (None, []):
+        return ()
+    if role != "assistant":
+        raise BadRequest(f"{param} came in a message of role {role}: only an assistant calls", param=param)
+    try:
+        return calls_of(_MADE.validate_python(given), param)
+    except ValidationError as exc:
+        raise _refusal(exc, MadeCall, within=param) from exc
+
+
+_MADE: Final = TypeAdapter(list[MadeCall])
 
 
 def _content(value: object, param: str) -> str:

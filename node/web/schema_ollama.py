@@ -26,6 +26,7 @@ CONTEXT_TOKENS_MAX = 1 << 24  # above any model's
 LATEST = ":latest"
 ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_KEYS = frozenset({"role", "content"})
+OPERATORS = ("pull", "push", "create", "copy", "delete", "blobs/{digest:path}")  # routes for who runs a node
 UNLIMITED = (-1, 0)  # num_predict: until the model ends, as Ollama has it when nothing is said
 
 _WORDLESS: tuple[object, ...] = ("",)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from node.tools import ToolCall
 from node.work import AnswerItem, Finished, Piece, Progress, Started, TokenLogprob
 
 LOGPROB_MIN = -9999.0
@@ -32,11 +33,21 @@ class Answer:
     started: Started | None = None
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
     finished: Finished | None = None
 
-    def take(self, item: AnswerItem, now: float) -> None:
+    @property
+    def reason(self) -> str | None:
+        """Why it ended: stop, length, or tool_calls; None while it goes on."""
+        if self.finished is None:
+            return None
+        return "tool_calls" if self.calls and self.finished.reason == "stop" else self.finished.reason
+
+    def take(self, item: AnswerItem | ToolCall, now: float) -> None:
         """Note one item."""
         match item:
+            case ToolCall():
+                self.calls.append(item)
             case Started():
                 self.started = self.started or item
             case Piece():
@@ -78,6 +89,9 @@ class Shape(Protocol):
     def piece(self, head: Head, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
         """New text."""
 
+    def call(self, head: Head, index: int, call: ToolCall, number: int) -> Json:
+        """A call of a function, the answer's `number`th from 0. Only of requests that have tools."""
+
     def ending(self, head: Head, index: int, reason: str) -> Json:
         """The end of one answer."""
 
@@ -108,6 +122,9 @@ class ChatShape:
     def piece(self, head: Head, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
         return self._chunk(head, index, {"content": text}, None, logprobs)
 
+    def call(self, head: Head, index: int, call: ToolCall, number: int) -> Json:
+        return self._chunk(head, index, {"tool_calls": [{"index": number, **_call(call)}]}, None)
+
     def ending(self, head: Head, index: int, reason: str) -> Json:
         return self._chunk(head, index, {}, reason)
 
@@ -119,9 +136,9 @@ class ChatShape:
         choices = [
             {
                 "index": answer.index,
-                "message": {"role": "assistant", "content": "".join(answer.text), "refusal": None},
+                "message": _message(answer),
                 "logprobs": self._logprobs(answer.logprobs),
-                "finish_reason": answer.finished.reason if answer.finished else None,
+                "finish_reason": answer.reason,
             }
             for answer in answers
         ]
@@ -154,6 +171,9 @@ class CompletionShape:
     def piece(self, head: Head, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
         return self._object(head, [self._choice(index, text, logprobs, None)])
 
+    def call(self, head: Head, index: int, call: ToolCall, number: int) -> Json:
+        raise AssertionError("a completion has no tools")
+
     def ending(self, head: Head, index: int, reason: str) -> Json:
         return self._object(head, [self._choice(index, "", (), reason)])
 
@@ -173,6 +193,19 @@ class CompletionShape:
     def _choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob], reason: str | None) -> Json:
         told = _completion_logprobs(logprobs) if self.logprobs and (logprobs or text) else None
         return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
+
+
+def _message(answer: Answer) -> Json:
+    """What the assistant said; no content, null, beside calls alone, as at OpenAI."""
+    text = "".join(answer.text)
+    message: Json = {"role": "assistant", "content": text or (None if answer.calls else ""), "refusal": None}
+    if answer.calls:
+        message["tool_calls"] = [_call(call) for call in answer.calls]
+    return message
+
+
+def _call(call: ToolCall) -> Json:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _finite(logprob: float) -> float:

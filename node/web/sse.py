@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from node.errors import RequestError
 from node.front import Front, RouteHint
+from node.tools import ToolCall
 from node.web.answers import GRACE_S as GRACE_S
 from node.web.answers import ITEMS_QUEUED_MAX, Told, feed, out_of_time, wait_gone
 from node.web.errors import error_answer
@@ -127,6 +128,8 @@ class EventStream:
             answer.take(item, trio.current_time())
             if isinstance(item, Started) and fresh:
                 self._open(answer, item)
+            elif isinstance(item, ToolCall):
+                self._say(self._writer.call(self._head, answer, item))
             elif isinstance(item, Finished):
                 assert self._opened, "the node told of an answer before Started"
                 self._say(self._writer.ending(self._head, answer, item))

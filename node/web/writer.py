@@ -14,11 +14,13 @@ from typing import Final, Protocol
 import msgspec
 
 from node.errors import RequestError
+from node.tools import ToolCall
 from node.web.errors import error_object
 from node.web.shapes import Answer, Head, Json, Shape
 from node.work import Finished, Progress, TokenLogprob
 
 EVENT_STREAM: Final = "text/event-stream; charset=utf-8"
+LINES: Final = "application/x-ndjson"
 DONE: Final = b"data: [DONE]\n\n"
 
 
@@ -37,6 +39,9 @@ class AnswerWriter(Protocol):
 
     def piece(self, head: Head, answer: Answer, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         """New text."""
+
+    def call(self, head: Head, answer: Answer, call: ToolCall) -> bytes:
+        """The answer calls a function: its newest call. Only of requests that have tools."""
 
     def ending(self, head: Head, answer: Answer, finished: Finished) -> bytes:
         """One answer is complete."""
@@ -99,8 +104,11 @@ class ChunkWriter(CommentsWhileIdle):
     def piece(self, head: Head, answer: Answer, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         return self._chunk(self.shape.piece(head, answer.index, text, logprobs))
 
+    def call(self, head: Head, answer: Answer, call: ToolCall) -> bytes:
+        return self._chunk(self.shape.call(head, answer.index, call, len(answer.calls) - 1))
+
     def ending(self, head: Head, answer: Answer, finished: Finished) -> bytes:
-        return self._chunk(self.shape.ending(head, answer.index, finished.reason))
+        return self._chunk(self.shape.ending(head, answer.index, answer.reason or finished.reason))
 
     def closing(self, head: Head, answers: Sequence[Answer]) -> bytes:
         return (event(self.shape.usage(head, answers)) if self.include_usage else b"") + DONE
