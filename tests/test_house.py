@@ -136,6 +136,7 @@ CORES = (
     "node/web/messages_writer.py",
     "node/web/responses_writer.py",
     "node/web/schema_parts.py",
+    "node/web/schema_called.py",
     "node/web/schema_anthropic.py",
     "node/web/schema_responses.py",
     "node/web/schema_ollama.py",

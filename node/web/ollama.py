@@ -70,7 +70,7 @@ class Ollama:
 
     async def chat(self, request: Request) -> ASGIApp:
         asked = parse(await read_body(request.scope, request.receive), OllamaChatRequest)
-        prompt = {"messages": asked.turns()} if asked.messages else None
+        prompt = {"messages": asked.turns(), "tools": asked.tooling()} if asked.messages else None
         return await self._answer(request, asked, prompt, chat=True)
 
     async def generate(self, request: Request) -> ASGIApp:
