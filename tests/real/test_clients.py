@@ -17,7 +17,7 @@ import trio
 from node.commands.processes import Cluster, NodeProcess
 from tests.real.conftest import eventually
 from tests.tiny_models import byte_tokenizer, save_causal, save_encoder
-from tests.tool_templates import HERMES, WEATHER
+from tests.tool_templates import BRIEF, WEATHER
 
 openai = pytest.importorskip("openai", reason="the openai SDK is not installed: pip install openai")
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -31,7 +31,7 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
     """A node without a model, whose one peer serves a text model with tools and an encoder."""
     root: Path = tmp_path_factory.mktemp("clients")
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = HERMES
+    tokenizer.chat_template = BRIEF
     save_causal(root / "tale", tokenizer=tokenizer)
     save_encoder(root / "enc")
     with Cluster(root) as nodes:
