@@ -53,6 +53,7 @@ class Inference:
         self._network = network
         self.hosting: Backend | None = None
         self.draining = False
+        self.loading = ""  # the model that is on its way to `hosting`
         self.counts: Counter[str] = Counter()  # requests; finished, cancelled, error:CODE; takeovers, ...
         self._remote = Remote(network, self.counts)
         self._running = 0

@@ -25,6 +25,7 @@ from node.errors import (
     BadRequest,
     DeadlinePassed,
     NoRoom,
+    NotReady,
     PeerFailed,
     RequestError,
     TooLarge,
@@ -85,6 +86,10 @@ class Surroundings(Protocol[H_co]):
 
     def served_names(self) -> Iterable[str]:
         """Every model that is served now, here or elsewhere."""
+
+    @property
+    def loading(self) -> str:
+        """The model that is being loaded here, as the operator named it; '' when none is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +278,12 @@ class Pursuit(Generic[H]):
                 return BadRequest(f"the request is {why}; ask for fewer tokens")
             case Why.ALL_FULL | Why.ALL_BROKEN:
                 return NoRoom(f"{asked}: {why}; try again", retry_after_s=why.retry_after_s or NO_ROOM_RETRY_S)
+            case Why.NONE_SERVES if self.around.loading:  # it may be the one that is asked for
+                return NotReady(
+                    f"no live peer that was asked for serves {asked} yet, and this node is still loading its own "
+                    f"({self.around.loading}): try again",
+                    retry_after_s=NO_ROOM_RETRY_S,
+                )
             case Why.NONE_SERVES:
                 known = ", ".join(sorted(self.around.served_names())) or "nothing yet"
                 return UnknownModel(

@@ -187,12 +187,12 @@ class Node:
     async def _host_model(self, nursery: trio.Nursery) -> None:
         """Load the model, host it in the nursery, and say that the node is ready. Raises ModelError."""
         if self._config.model != "none":
-            self.state.phase = "loading"
+            self.state.phase, self._inference.loading = "loading", self._config.model
             self.state.backend = backend = await self._backend()
             await nursery.start(backend.run)
             if self._inference.draining:  # told to stop meanwhile
                 return
-            self._inference.hosting = backend
+            self._inference.hosting, self._inference.loading = backend, ""
             if isinstance(backend, Hosting) and self._config.training:
                 self._train(nursery)
         self.state.phase = "running"

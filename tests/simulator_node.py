@@ -134,6 +134,8 @@ class Process:
 
     # --- what a request sees ---
 
+    loading = ""
+
     @property
     def own(self) -> PeerId:
         return self.peer_id

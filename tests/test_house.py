@@ -124,6 +124,7 @@ CORES = (
     "node/upstream_facts.py",
     "node/upstream_health.py",
     "node/log_pace.py",
+    "node/app_config.py",
     "node/metrics.py",
     "node/front.py",
     "node/training_plan.py",

@@ -11,7 +11,7 @@ from crypto.identity import PeerId
 from gossip.messages import Advert, Capacity, ModelKind, ModelOffer
 from gossip.offer import Offer
 from gossip.routing import Candidate, Need, Why, WhyNot
-from node.errors import NoRoom, PeerFailed, UnknownModel
+from node.errors import NoRoom, NotReady, PeerFailed, UnknownModel
 from node.front import Route, RouteHint
 from node.pursuit import Pursuit, Seek, lineage_of, pursue
 from node.work import GenerateWork, Sampling, Started
@@ -33,6 +33,7 @@ class Around:
     known: list[str] = field(default_factory=list)
     revision: str = "r1"
     why: Why = Why.NONE_SERVES
+    loading: str = ""
     own = PeerId("us")
     hosting = None
 
@@ -48,6 +49,14 @@ class Around:
 def pursuit(around: Around, route: RouteHint | None = None, model: str | None = "tale") -> Pursuit:  # type: ignore[type-arg]
     work = GenerateWork(request_id="r", model=model, tokens=(1,), sampling=Sampling(max_tokens=3), remaining_ms=1000)
     return pursue(work, route or RouteHint(), around, 0.0)
+
+
+def test_while_this_node_loads_its_model_nobody_is_told_that_there_is_none() -> None:
+    one = pursuit(Around(loading="org/tale"))
+    assert one.step() == Seek("tale")
+    with pytest.raises(NotReady, match=r"still loading its own \(org/tale\)") as caught:
+        one.step()
+    assert caught.value.retry_after_s is not None
 
 
 def test_an_unknown_model_is_searched_for_once() -> None:
