@@ -26,7 +26,8 @@ CHUNK_MIN = 8  # tokens of prompt in a step while others decode, however slow th
 class ModelFacts:
     """One loaded model. kind: "causal" makes text, "encoder" only vectors. embeds: embed() uses this model.
     parameters and vocabulary are counts; kv_token_bytes is what one token takes in the KV cache. dtype: what is
-    computed in, and what the weights are in unless quantization says otherwise."""
+    computed in, and what the weights are in unless quantization says otherwise. calls: how it calls functions
+    (model/call_format.py), None: in no way that is known."""
 
     name: str
     revision: str
@@ -38,6 +39,7 @@ class ModelFacts:
     kv_token_bytes: int = 0
     embeds: bool = False
     quantization: str = "none"
+    calls: str | None = None
 
     @property
     def numbers(self) -> str:

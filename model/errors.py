@@ -5,8 +5,9 @@
     |- BadModel       the files are corrupt, do not fit together, are not supported or are not safe to open
     |- OutOfMemory    the machine has too little memory for the model, or for this request
     |- BadSetting     a setting of the model that there is not, or whose value cannot be
-    |- BadInput       the request's fault: too long, unknown token ids, a message the template refuses
-    |  `- EmptyInput  there is no text in it
+    |- BadInput       the request's fault: unknown token ids, a message the template refuses
+    |  |- EmptyInput  there is no text in it
+    |  `- TooLong     prompt and answer are longer than the model's context
     |- NotLoaded      the model was closed, is switched off, or its service has stopped
     |- EngineFull     the queue is full: try later or elsewhere
     |- ComputeFailed  the forward pass failed for this request, or training made numbers that are not finite
@@ -62,6 +63,10 @@ class EmptyInput(BadInput):
 
 class NotLoaded(ModelError):
     """There is no model to answer: closed, switched off, or its service has stopped."""
+
+
+class TooLong(BadInput):
+    """Prompt and answer together are longer than the model's context."""
 
 
 class EngineFull(ModelError):

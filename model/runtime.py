@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its OpenMP spins at barriers otherwise
 
@@ -20,9 +21,11 @@ from model.engine import Engine
 from model.errors import BadInput, BadSetting
 from model.linears import PackedModel, Ready
 from model.load import Loaded, device_free_bytes, load, resolve
+from model.load_progress import OnProgress
 from model.packing import packed
 from model.participant import load_named
 from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress
+from model.template import TakesNoTools, Turn
 
 
 class Runtime:
@@ -38,8 +41,10 @@ class Runtime:
         self._embedder = Embedder(self._encoder)
 
     @classmethod
-    def load(cls, name: str, config: RuntimeConfig | None = None) -> Runtime:
+    def load(cls, name: str, config: RuntimeConfig | None = None, on_progress: OnProgress | None = None) -> Runtime:
         """Loads the model, and the embedding model if one is named. Seconds of work: use a worker thread.
+
+        on_progress: told how many tensors of the model under way are there, and of how many.
 
         Raises NotFound, BadModel, OutOfMemory, BadInput (quantize on a GPU), BadSetting (model_type, max_length);
         nothing stays allocated then.
@@ -51,7 +56,10 @@ class Runtime:
         if config.embedding_name and config.embedding_name != name:
             names.append(config.embedding_name)
         loaded, *encoder = (
-            packed(load(resolve(each), device=config.device, dtype=config.dtype), config.quantize) for each in names
+            packed(
+                load(resolve(each), device=config.device, dtype=config.dtype, on_progress=on_progress), config.quantize
+            )
+            for each in names
         )
         _check(loaded.facts, config)
         loaded, *encoder = (_within(each, config.max_length) for each in (loaded, *encoder))
@@ -76,9 +84,14 @@ class Runtime:
         """Whether step() would do anything."""
         return self._engine is not None and self._engine.has_work
 
-    def render(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
-        """(role, content) pairs -> prompt ids by the model's chat template. Raises BadInput."""
-        return self._loaded.tokens.render(messages)
+    def render(self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] | None = None) -> tuple[int, ...]:
+        """(role, content) pairs, or messages as templates take them -> prompt ids. Raises BadInput."""
+        try:
+            return self._loaded.tokens.render(messages, tools)
+        except TakesNoTools as exc:
+            raise BadInput(
+                f"{self.facts.name} takes no tools: {exc}; leave them out, or ask another model", param="tools"
+            ) from exc
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Plain text -> prompt ids. Raises BadInput."""

@@ -87,6 +87,25 @@ def run(
     log_json: Annotated[
         bool | None, typer.Option("--log-json", "--json", help="What is printed, and log lines, as JSON.")
     ] = None,
+    api_keys: Annotated[
+        bool | None,
+        typer.Option("--api-keys", rich_help_panel="Who may ask", help="Answer only who has a key or signs."),
+    ] = None,
+    strangers: Annotated[
+        bool | None, typer.Option(rich_help_panel="Who may ask", help="Answer who signs by a key nobody vouched for.")
+    ] = None,
+    wallets: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ADDRESS", rich_help_panel="Who may ask", help="May sign in; or a file of such."),
+    ] = None,
+    hosts: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", rich_help_panel="Who may ask", help="Of this node, as node.example; repeatable."),
+    ] = None,
+    origins: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", rich_help_panel="Who may ask", help="Page that may, as https://chat.example."),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="NAME", rich_help_panel="Model", help="Name, path or none; default: the embedded one."),
@@ -202,7 +221,7 @@ def run(
     """
     given: dict[str, Any] = {key: value for key, value in locals().items() if value not in (None, [])}
     file = given.pop("config", None)
-    for key in ("listen", "bootstrap", "data"):
+    for key in ("listen", "bootstrap", "data", "wallets", "hosts", "origins"):
         if key in given:
             given[key] = tuple(given[key])
     with importing():

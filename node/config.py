@@ -27,12 +27,12 @@ KEY_FILE = "identity.key"  # in the data directory
 ENVIRONMENT_PREFIX = "OPENAGI_"
 CLIENT_VARIABLES = frozenset({"OPENAGI_NODE", "OPENAGI_API_KEY"})  # of the commands that ask a node, not of a node
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
-_LISTS = frozenset({"listen", "bootstrap", "data"})
+_LISTS = frozenset({"listen", "bootstrap", "data", "hosts", "origins", "wallets"})
 _DECIMALS = frozenset({"temperature", "train_epsilon"})
 _NUMBERS = frozenset(
     {"max_length", "max_tokens", "threads", "max_batch", "kv_cache_mb", "cache_mb", "direct_port", "upload_mb_s"}
 )
-_FLAGS = frozenset({"mdns", "relay", "training", "log_json", "train_on_battery"})
+_FLAGS = frozenset({"mdns", "relay", "training", "log_json", "train_on_battery", "api_keys", "strangers"})
 _shown = reprlib.Repr()  # a setting's value in an error: cut, and no deeper than it can be printed
 _shown.maxstring = _shown.maxother = 200
 
@@ -98,10 +98,15 @@ class NodeConfig(BaseModel):
     train_epsilon: float | None = Field(default=None, gt=0.0, le=1000.0)  # train privately, within this epsilon
     ready_file: FilePath | None = None
     open: bool = False  # answer anybody on a bind that is not loopback
+    api_keys: bool = False  # answer only who has an API key, or signs
+    strangers: bool = True  # answer signed requests of keys that nobody vouched for
+    wallets: tuple[str, ...] = ()  # that may sign in: addresses, or files of them; empty: any
+    hosts: tuple[str, ...] = ()  # names of this node beside its addresses
+    origins: tuple[str, ...] = ()  # of pages that may ask
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = False
 
-    @field_validator("listen", "bootstrap", "data", mode="before")
+    @field_validator("listen", "bootstrap", "data", "wallets", "hosts", "origins", mode="before")
     @classmethod
     def _as_tuple(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
@@ -290,10 +295,10 @@ def _sentence(problem: Any, origin: Mapping[str, str]) -> str:
 
 def _check_exposure(config: NodeConfig) -> None:
     address = config.http_address()
-    if address is not None and address.host not in LOOPBACK_HOSTS and not config.open:
+    if address is not None and address.host not in LOOPBACK_HOSTS and not (config.open or config.api_keys):
         raise ConfigError(
             f"http = {config.http!r} would let anybody who reaches this machine use the node: "
-            "add --open if that is meant, or bind 127.0.0.1"
+            "add --api-keys to answer only who has a key or signs, --open if anybody is meant, or bind 127.0.0.1"
         )
 
 

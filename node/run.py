@@ -39,7 +39,10 @@ from node.config import KEY_FILE, NodeConfig
 from node.errors import ConfigError
 from node.hosting import Hosting
 from node.inference import INFER_PROTOCOL, Inference
+from node.loading import Loading
 from node.remote import Network
+from node.sealed_relay import SealedRelay
+from node.sealed_serving import SealedServing
 from node.serving import Serving
 from node.state import AGENT, NodeState, Parts
 from node.training_pause import PausePolicy, hours_of
@@ -103,7 +106,10 @@ class Node:
         outside: None on a network where everybody reaches everybody.
         """
         self._config = config
-        self._load = load or _load
+        loading = Loading(
+            model=config.model, state="loading" if config.upstream_url() is None else "waiting for its server"
+        )
+        self._load = load or partial(_load, on_progress=loading.note)
         self._transport, self._identity = transport, identity
         self._rng = random.Random(secrets.randbits(64))
         instance = secrets.token_hex(16)
@@ -135,9 +141,12 @@ class Node:
         self.blobs = Blobs(transport, self._direct, blobs_config, on_fault=self._bad_donor)  # training's, for bulk
         self._door = RoundDoor(transport, config.network, self._gossip.blame, lambda: time.time_ns() // 1_000_000)
         serving = Serving()
-        infer = Calls(transport, INFER_PROTOCOL, serving.handlers(), self._breach, WORK_LIMITS)
+        sealed = SealedServing(identity, config.network)
+        handlers = {**serving.handlers(), **sealed.handlers()}
+        infer = Calls(transport, INFER_PROTOCOL, handlers, self._breach, WORK_LIMITS)
         network = Network(transport=transport, peering=self._peering, calls=infer, gossip=self._gossip)
         self._inference = serving.inference = Inference(network)
+        self._inference.loading = None if config.model == "none" else loading
         self._infer = infer
         peering.keep_while(lambda peer: infer.is_busy(peer) or self.blobs.is_busy(peer) or self._door.is_member(peer))
         parts = Parts(
@@ -146,6 +155,7 @@ class Node:
             inference=self._inference,
             blobs=self.blobs,
             direct=self._direct,
+            relay=SealedRelay(network, self._inference, sealed),
             reaching=self._reaching,
         )
         self.state = NodeState(parts)
@@ -176,6 +186,7 @@ class Node:
                 if self._config.http_address() is not None:
                     self.state.http = await front.start(self._web, web_stop)
                 nursery.start_soon(self._measure)
+                nursery.start_soon(self.state.process.watch)
                 nursery.start_soon(self._host_model, nursery)
                 await stop.wait()
                 await self._drain()
@@ -187,12 +198,13 @@ class Node:
     async def _host_model(self, nursery: trio.Nursery) -> None:
         """Load the model, host it in the nursery, and say that the node is ready. Raises ModelError."""
         if self._config.model != "none":
-            self.state.phase, self._inference.loading = "loading", self._config.model
+            self.state.phase = "loading"
             self.state.backend = backend = await self._backend()
             await nursery.start(backend.run)
             if self._inference.draining:  # told to stop meanwhile
                 return
-            self._inference.hosting, self._inference.loading = backend, ""
+            self._inference.hosting, self._inference.loading = backend, None
+            self.state.relay.begin(self.state, self._rng)
             if isinstance(backend, Hosting) and self._config.training:
                 self._train(nursery)
         self.state.phase = "running"
@@ -252,6 +264,8 @@ class Node:
         clock_is_wrong = False
         while True:
             await trio.sleep(MEASURE_EVERY_S)
+            self.state.relay.serving.tick()
+            self.state.sample()
             problem = self.state.clock_problem()
             if problem and not clock_is_wrong:
                 _log.warning("%s", problem)
@@ -275,14 +289,14 @@ class Node:
     async def _web(self, stop: trio.Event, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         with importing():
             from node.web.app import build_app
-            from node.web.schema import Defaults
             from node.web.serve import ServeLimits, serve
+            from node.web.settings import web_config
 
         address = self._config.http_address()
         assert address is not None
         async with trio.open_nursery() as nursery:
-            defaults = Defaults(max_tokens=self._config.max_tokens, temperature=self._config.temperature)
-            app = build_app(self.state, self._rng, defaults=defaults)
+            settings = web_config(self._config, self._transport.peer_id)
+            app = build_app(self.state, self._rng, settings, stop=stop)
             limits = ServeLimits(drain_s_max=WEB_DRAIN_S)
             port = await nursery.start(partial(serve, app, address.host, address.port, limits=limits, stop=stop))
             host = f"[{address.host}]" if ":" in address.host else address.host
@@ -328,7 +342,7 @@ async def _signals(stop: trio.Event, scope: trio.CancelScope) -> None:
             stop.set()
 
 
-def _load(config: NodeConfig) -> Runtime:
+def _load(config: NodeConfig, *, on_progress: Callable[[int, int], None]) -> Runtime:
     """Import torch and load the model; in a worker thread. Raises ModelError."""
     with importing():
         from model.config import RuntimeConfig
@@ -347,6 +361,7 @@ def _load(config: NodeConfig) -> Runtime:
             model_type=config.model_type,
             max_length=config.max_length or 0,
         ),
+        on_progress,
     )
 
 

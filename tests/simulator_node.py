@@ -112,6 +112,7 @@ class Process:
             preference=preference,
         )
         self.finder = Finder(self)
+        self.loading = None
         self.hosting: Engine | None = Engine(self, peer.model) if peer.serves else None
         self.seen: dict[bytes, None] = {}  # oldest first
         self._callers: dict[Link, tuple[Rpc, dict[int, RemoteAsk]]] = {}
@@ -134,14 +135,14 @@ class Process:
 
     # --- what a request sees ---
 
-    loading = ""
-
     @property
     def own(self) -> PeerId:
         return self.peer_id
 
     def rank(self, need: Need) -> tuple[Candidate, ...] | WhyNot:
         return rank(need, self.directory.offers(self.now), self.observations, self.now, self.rng)
+
+    loading = None
 
     def served_names(self) -> set[str]:
         return {model.name for model in self.directory.models(self.now)}

@@ -202,11 +202,11 @@ async def test_metrics_tell_of_the_queue_and_of_what_is_kept(site: Site) -> None
     assert site.answers[1].json()["data"] == site.answers[3].json()["data"]
     text = (await site.http.get("/metrics")).text
     for line in (
-        'openagi_response_cache_queries_total{kind="completion"} 3',
-        'openagi_response_cache_hits_total{kind="completion"} 2',
-        'openagi_response_cache_hits_total{kind="embedding"} 4',
-        "openagi_embedding_texts_total 2",
-        "openagi_queued_bytes 0",
+        'openagi_response_cache_queries_total{kind="completion"} 3.0',
+        'openagi_response_cache_hits_total{kind="completion"} 2.0',
+        'openagi_response_cache_hits_total{kind="embedding"} 4.0',
+        "openagi_embedding_texts_total 2.0",
+        "openagi_queued_bytes 0.0",
     ):
         assert f"\n{line}\n" in text
     status = (await site.http.get("/api/v1/status")).json()["model"]

@@ -125,7 +125,7 @@ async def test_a_causal_model_gives_one_text_by_module_by_http_and_through_a_pee
                     status, told, _ = await ask(text=text)
                     assert (status, told["error"]["param"]) == (400, "text")
                 status, told, _ = await ask(text="word " * CONTEXT)
-                assert (status, told["error"]["code"]) == (400, "bad_request"), told
+                assert (status, told["error"]["code"]) == (400, "context_length_exceeded"), told
                 assert "more than the 512 of causal" in told["error"]["message"]
                 status, told, _ = await ask(text="a", n=2)
                 assert (status, told["error"]["param"]) == (400, "n")

@@ -1,4 +1,5 @@
-"""A running node as the commands see it: HTTP requests, events of a stream, and failures as one sentence.
+"""A running node as the commands see it: HTTP requests, events of a stream, and failures as one sentence. A key that
+the node wants is taken from OPENAGI_API_KEY.
 
 Rules: httpx is imported on first use, so that `--help` and a wrong flag cost nothing; torch and libp2p never. Every
 failure is a CommandFailed with its exit code; `plainly` turns it into a line on stderr.

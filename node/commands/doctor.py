@@ -15,7 +15,7 @@ import typer
 
 from node.commands.checks import Check, Verdict, bad, local_checks, look, ok
 from node.commands.client import EXIT_UNREACHABLE, ApiKey, AsJson, CommandFailed, NodeClient, plainly
-from node.commands.keys import settings
+from node.commands.node_settings import settings
 from node.commands.pages import page
 from node.commands.tables import print_json, print_table
 from p2p.reach import FORWARD

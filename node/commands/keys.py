@@ -1,4 +1,5 @@
-"""`python -m node keys identity show | export | rotate`: the key that is this node's identity.
+"""`python -m node keys identity show | export | rotate`: the key that is this node's identity; `keys create | list |
+revoke`, the API keys that it gives out, are in api_keys.py.
 
 Rules: the seed is never printed. Nothing is overwritten: an export goes to a new file, a rotated key is kept under
 another name. Rotating needs the data directory's lock, so never happens under a running node.
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from node.commands.api_keys import create, listed, revoke
 from node.commands.client import EXIT_FAILED, EXIT_USAGE, AsJson, CommandFailed, plainly
+from node.commands.node_settings import ConfigFile, DataDir, settings
 from node.commands.pages import LOCAL_EXITS, page
 from node.commands.tables import print_json
 
@@ -34,9 +37,17 @@ _IDENTITY_PAGE = page(
 )
 identity = typer.Typer(help="The key that is the node's identity.", no_args_is_help=True, epilog=_IDENTITY_PAGE)
 keys.add_typer(identity, name="identity")
-
-DataDir = Annotated[Path | None, typer.Option("--data-dir", help="The node's data directory.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="app_config.json of the node.")]
+_API_PAGE = page(
+    [
+        "python -m node keys create --name phone --limit 2/s --expires 30d",
+        "python -m node keys create --name grafana --scope metrics",
+        "python -m node keys list --json",
+        "python -m node keys revoke 0f3c9a5d11e2",
+    ],
+    LOCAL_EXITS,
+)
+for name, command in (("create", create), ("list", listed), ("revoke", revoke)):
+    keys.command(name, epilog=_API_PAGE)(command)
 
 
 @identity.command(epilog=_IDENTITY_PAGE)
@@ -102,20 +113,6 @@ def _move_away(path: Path, kept: Path) -> None:
     if kept.exists():
         raise CommandFailed(f"{kept} exists already; wait a second and try again", EXIT_FAILED)
     path.rename(kept)
-
-
-def settings(data_dir: Path | None, config: Path | None, **flags: object) -> NodeConfig:
-    """The node's settings as `run` would take them. Raises CommandFailed (exit 2)."""
-    from node.config import load_config  # pydantic: not for --help
-    from node.errors import ConfigError
-
-    given: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
-    if data_dir is not None:
-        given["data_dir"] = data_dir
-    try:
-        return load_config(given, file=config)
-    except ConfigError as exc:
-        raise CommandFailed(str(exc), EXIT_USAGE) from None
 
 
 def identity_path(config: NodeConfig) -> Path:
