@@ -143,6 +143,7 @@ CORES = (
     "node/upstream_facts.py",
     "node/upstream_health.py",
     "node/log_pace.py",
+    "node/app_config.py",
     "node/metrics.py",
     "node/metric.py",
     "node/metrics_serving.py",
