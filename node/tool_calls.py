@@ -3,8 +3,9 @@
 Rules: core. The answer's Started says how its model writes calls (model/call_format.py); a format that is not known
 here, or JSON that is broken, is text like any other. Where a model writes a call without a mark around it (the marks of
 Llama and Mistral are special tokens, which no text has), it is one only at the answer's beginning and by the name of a
-function of the request. White space is held back until it is known what follows: around calls it is left out. Of an
-answer that has as many calls as it may, the rest is left out: one when parallel calls are not wanted, else CALLS_MAX.
+function of the request. What is too long for a call is text, with all behind it. White space is held back until it is
+known what follows: around calls it is left out. Of an answer that has as many calls as it may, the rest is left out:
+one when parallel calls are not wanted, else CALLS_MAX.
 Source: model/call_format.py names the templates; OpenAI API reference, "The chat completion object" (tool_calls).
 """
 
@@ -101,7 +102,7 @@ class CallReader:
         if self._may_be_bare:
             rest = self._buffer.lstrip(" \t\r\n;" if self._has_called else " \t\r\n")
             is_bare = _opens(rest, form)
-            if is_bare is None:
+            if is_bare is None and len(self._buffer) <= BLANK_CHARS_MAX:
                 return False
             self._may_be_bare = False
             if is_bare:
@@ -139,6 +140,11 @@ class CallReader:
         if end < 0 and len(self._buffer) <= CALL_CHARS_MAX and not self._value.is_none:
             return False
         if end < 0:  # no call after all: what is behind its opening may hold one
+            if not self._value.is_none:  # too long: to look again behind each opening in it would hold the loop
+                found.append(self._blank + self._opened + self._buffer)
+                self._format = self._opened = None
+                self._blank = self._buffer = ""
+                return False
             opened, self._opened = self._opened, None
             self._tell(found, opened)
             if not opened:  # nor is this the beginning of another

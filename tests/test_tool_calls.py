@@ -19,7 +19,7 @@ from model.template import ChatTemplate, TakesNoTools
 from model.tokens import Tokens
 from node.engine_words import generation_request
 from node.requester import OWN
-from node.tool_calls import CALL_CHARS_MAX, CallReader, Reading, written
+from node.tool_calls import BLANK_CHARS_MAX, CALL_CHARS_MAX, CallReader, Reading, written
 from node.tools import CALLS_MAX, TOOLS_MAX, Tool, ToolCall, Tooling
 from node.work import (
     GENERATE,
@@ -216,6 +216,25 @@ def test_a_call_without_end_is_text_at_its_bound(opening: str) -> None:
             told += reader.feed(text[begin : begin + 50_000])
             assert len(reader._buffer) <= CALL_CHARS_MAX + 50_000
         assert "".join([*told, *reader.end()]) == text
+
+
+@pytest.mark.parametrize("form", ["llama", "mistral"])
+def test_behind_a_call_without_end_nothing_is_looked_for(form: str) -> None:
+    """As a peer could write it, each opening in what is held would be read to its end anew: 200 kB took 20 s."""
+    opening = {"llama": "<|python_tag|>", "mistral": "[TOOL_CALLS]"}[form]
+    text = f" {opening}{{{'x' * CALL_CHARS_MAX}{opening}" + '{"name": "weather"}'
+    reader = CallReader(form, NAMES)
+    assert "".join(map(str, [*reader.feed(text), *reader.feed(" x"), *reader.end()])) == f"{text} x"
+
+
+@pytest.mark.parametrize("text", [" ", "[", "{ "])
+def test_white_space_before_a_call_is_not_held_without_bound(text: str) -> None:
+    for form in ("llama", "mistral"):
+        reader, told = CallReader(form, NAMES), []
+        for _ in range(20):
+            told += reader.feed(text + " " * 1_000)
+            assert len(reader._buffer) + len(reader._blank) <= 3 * BLANK_CHARS_MAX
+        assert "".join(str(part) for part in [*told, *reader.end()]) == (text + " " * 1_000) * 20
 
 
 def test_a_call_as_text_is_read_as_it_was() -> None:
