@@ -80,25 +80,46 @@ def test_who_is_refused_by_one_rate_pays_at_none() -> None:
 
 
 def test_answers_under_way_are_counted_and_so_are_their_tokens() -> None:
-    meter = Meter()
-    meter.enter("a", LIMITS)
-    meter.enter("a", LIMITS)
+    meter, a = Meter(), {"a": LIMITS}
+    meter.enter("a", a)
+    meter.enter("a", a)
     with pytest.raises(Limited, match="2 requests under way"):
-        meter.enter("a", LIMITS)
-    meter.enter("b", LIMITS)
-    rate = meter.charge("a", 60, 0.0)
-    assert rate is not None
+        meter.enter("a", a)
+    meter.enter("b", {"b": LIMITS})
+    charge = meter.charge("a", 60, 0.0)
+    assert charge is not None
     with pytest.raises(Limited, match="wait 4 s"):
         meter.charge("a", 60, 0.0)
     with pytest.raises(TooLarge, match="300 a minute"):
         meter.charge("a", 101, 0.0)
-    meter.settle("a", rate, 60, 10)
-    assert meter.charge("a", 60, 0.0) == rate
-    meter.leave("a")
-    meter.enter("a", LIMITS)
-    meter.leave("a")
-    meter.leave("a")
+    meter.settle(charge, 10)
+    assert meter.charge("a", 60, 0.0) == charge
+    meter.leave("a", a)
+    meter.enter("a", a)
+    meter.leave("a", a)
+    meter.leave("a", a)
     assert meter.charge("a", 10**6, 0.0) is None  # nothing under way: it is no account of the gate
+
+
+def test_who_shares_limits_is_refused_by_either_and_pays_at_both() -> None:
+    wide = Limits(requests=Rate(2.0, 10.0), tokens=Rate(10.0, 150.0), concurrent=3)
+    meter, limits = Meter(), {name: {name: LIMITS, "shared:192.0.2.1": wide} for name in "abcd"}
+    for name in "abc":
+        meter.enter(name, limits[name])
+    with pytest.raises(Limited, match=r"whoever signs from 192\.0\.2\.1 has 3 requests under way"):
+        meter.enter("d", limits["d"])
+    first = meter.charge("a", 100, 0.0)
+    assert first is not None
+    with pytest.raises(Limited, match=r"whoever signs from 192\.0\.2\.1 has 600 tokens a minute"):
+        meter.charge("b", 51, 0.0)
+    second = meter.charge("b", 50, 0.0)
+    assert second is not None
+    meter.settle(first, 0)
+    assert meter.charge("c", 100, 0.0) is not None
+    for name in "abc":
+        meter.leave(name, limits[name])
+    assert not meter._running
+    assert not meter._tokens
 
 
 def test_rates_are_bounded() -> None:

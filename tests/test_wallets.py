@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crypto.errors import BadKey, BadSignature
-from crypto.wallet import signer_of, wallet_address
+from crypto.wallet import WalletAddress, signer_of, wallet_address
 from node.web.caller import KNOWN, STRANGER
 from node.web.wallets import (
     CHALLENGE_S,
     CHALLENGES_MAX,
     SESSION_S_MAX,
+    WALLET_SESSIONS_MAX,
     SignInFault,
     SignInRefused,
     SignIns,
@@ -28,13 +29,18 @@ PEER = "12D3KooWFake"
 KEY = "ab" * 32
 NOW = 1_800_000_000.0
 WALLET = PrivateKey(bytes(range(1, 33)))
+OTHER_WALLET = PrivateKey(bytes(range(2, 34)))
 
 
 def keccak256(content: bytes) -> bytes:
     return keccak.new(digest_bits=256, data=content).digest()
 
 
-ADDRESS = wallet_address("0x" + keccak256(WALLET.public_key.format(compressed=False)[1:])[-20:].hex())
+def address_of(wallet: PrivateKey) -> WalletAddress:
+    return wallet_address("0x" + keccak256(wallet.public_key.format(compressed=False)[1:])[-20:].hex())
+
+
+ADDRESS = address_of(WALLET)
 
 
 def personal_sign(message: str, wallet: PrivateKey = WALLET) -> str:
@@ -163,3 +169,29 @@ def test_challenges_are_bounded() -> None:
         challenged(sign_ins, nonce=f"{number:032d}")
     assert fault_of(sign_ins, first, personal_sign(first)) is SignInFault.UNKNOWN
     assert len(sign_ins._challenges) == CHALLENGES_MAX
+
+
+def test_sessions_of_one_wallet_are_bounded_the_oldest_goes() -> None:
+    sign_ins = SignIns(PEER, frozenset())
+    keys = [f"{number:064x}" for number in range(WALLET_SESSIONS_MAX + 1)]
+    for key in keys:
+        message = challenged(sign_ins, key=key)
+        sign_ins.answer(message, personal_sign(message), NOW)
+    assert [sign_ins.caller_of(key, NOW) is None for key in keys] == [True] + [False] * WALLET_SESSIONS_MAX
+    message = challenged(sign_ins, key=keys[0], address=address_of(OTHER_WALLET))
+    sign_ins.answer(message, personal_sign(message, OTHER_WALLET), NOW)
+    assert all(sign_ins.caller_of(key, NOW) for key in keys)
+
+
+def test_a_session_key_is_one_wallets_while_its_session_holds() -> None:
+    """It is told with every request that it signs, and to sign in one need not have it."""
+    sign_ins = SignIns(PEER, frozenset())
+    message = challenged(sign_ins, life_s=60)
+    sign_ins.answer(message, personal_sign(message), NOW)
+    message = challenged(sign_ins, address=address_of(OTHER_WALLET))
+    assert fault_of(sign_ins, message, personal_sign(message, OTHER_WALLET)) is SignInFault.TAKEN
+    caller = sign_ins.caller_of(KEY, NOW)
+    assert caller is not None
+    assert caller.account == f"stranger:wallet:{ADDRESS}"
+    message = challenged(sign_ins, address=address_of(OTHER_WALLET), now=NOW + 60)
+    sign_ins.answer(message, personal_sign(message, OTHER_WALLET), NOW + 60)

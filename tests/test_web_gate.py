@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import trio
+from coincurve import PrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from trio.testing import MockClock
 
@@ -27,7 +29,7 @@ from node.web.settings import WebConfig, door_config, gate_config
 from tests.fake_front import PEER, FakeFront, finished, started, tale
 from tests.test_api_keys import made
 from tests.test_signed import client as signing
-from tests.test_wallets import ADDRESS, personal_sign
+from tests.test_wallets import ADDRESS, OTHER_WALLET, WALLET, address_of, personal_sign
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 URL = "http://127.0.0.1:8765"
@@ -344,21 +346,74 @@ async def test_signers_have_limits_and_their_address_pays_before_any_arithmetic(
     assert (await bench.chat(host="8.8.8.8", **signed(Ed25519PrivateKey.generate()))).status_code == 200
 
 
+async def test_to_be_many_signers_gives_no_more_than_two_of_them_have(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    bench = Bench(tmp_path)
+    bench.front.script = lambda work: tale(["x"] * 4, step_s=1.0)
+    statuses: list[int] = []
+
+    async def ask(host: str) -> None:
+        body = json.dumps({**CHAT, "max_tokens": 14_000}).encode()
+        headers = signed(Ed25519PrivateKey.generate(), body=body)
+        answer = await bench.ask("POST", "/v1/chat/completions", host=host, body=body, **headers)
+        statuses.append(answer.status_code)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(12):
+            nursery.start_soon(ask, "8.8.8.8")
+        nursery.start_soon(ask, "8.8.8.9")
+    assert Counter(statuses) == {429: 8, 200: 5}
+    assert bench.drops["limited_concurrent"] == 8
+    bench.front.script = lambda work: [started(), finished(14_000)]
+    statuses.clear()
+    for _ in range(6):
+        await ask("8.8.8.8")
+    assert statuses == [200] * 4 + [429] * 2
+    assert bench.drops["limited_tokens"] == 2
+
+
+async def test_functions_are_charged_as_part_of_the_prompt(tmp_path: Path) -> None:
+    key, text = made(tokens_per_min=1_000)
+    bench = Bench(tmp_path, key)
+    tool = {"type": "function", "function": {"name": "f", "description": "x" * 6_000}}
+    call = {"id": "c1", "function": {"name": "f", "arguments": json.dumps({"x": "x" * 6_000})}}
+    made_call = [*CHAT["messages"], {"role": "assistant", "tool_calls": [call]}, *CHAT["messages"]]
+    for more in ({"tools": [tool]}, {"messages": made_call}):
+        body = json.dumps({**CHAT, "max_tokens": 1, **more}).encode()
+        answer = await bench.ask("POST", "/v1/chat/completions", body=body, x_api_key=text)
+        assert error_of(answer, 413, "invalid_request_error")["param"] == "max_tokens"
+    assert bench.front.works == []
+
+
 async def test_no_strangers(tmp_path: Path) -> None:
     bench = Bench(tmp_path, strangers=False)
     error = error_of(await bench.chat(**signed(Ed25519PrivateKey.generate())), 401, "authentication_error")
     assert error["code"] == "unknown_signer"
 
 
-async def sign_in(bench: Bench, public_key: str, **more: str) -> httpx.Response:
+async def sign_in(bench: Bench, public_key: str, wallet: PrivateKey = WALLET, **more: str) -> httpx.Response:
     """The two requests of a wallet; the answer to the last."""
-    body = json.dumps({"address": ADDRESS, "session_key": public_key}).encode()
+    body = json.dumps({"address": address_of(wallet), "session_key": public_key}).encode()
     challenge = await bench.ask("POST", "/api/v1/session/challenge", body=body, **more)
     if challenge.status_code != 200:
         return challenge
     message = challenge.json()["message"]
-    answer = {"message": message, "signature": personal_sign(message)}
+    answer = {"message": message, "signature": personal_sign(message, wallet)}
     return await bench.ask("POST", "/api/v1/session", body=json.dumps(answer).encode(), **more)
+
+
+async def test_a_wallet_cannot_take_the_session_key_of_another(tmp_path: Path, autojump_clock: MockClock) -> None:
+    bench = Bench(tmp_path)
+    key = Ed25519PrivateKey.generate()
+    public = key.public_key().public_bytes_raw().hex()
+    assert (await sign_in(bench, public)).status_code == 200
+    taken = error_of(await sign_in(bench, public, wallet=OTHER_WALLET), 401, "authentication_error")
+    assert (taken["code"], taken["param"]) == ("session_key_taken", "session_key")
+    await trio.sleep(5)
+    assert (await sign_in(bench, public)).status_code == 200, "its own wallet may, again"
+    assert (await bench.chat(**signed(key))).status_code == 200
+    assert bench.front.hints[-1].account == f"stranger:wallet:{ADDRESS}"
 
 
 async def test_a_wallet_signs_in_and_its_session_key_asks(tmp_path: Path) -> None:

@@ -78,16 +78,26 @@ LOOKING = Rate(5.0, 20.0)  # requests of one address that only look, without a k
 ADDRESS_SIGNED = Rate(10.0, 40.0)
 SUBNET_SIGNED = Rate(40.0, 160.0)
 SUBNET_TIMES = 4.0  # of what one address has
+SHARED = Limits(
+    requests=ADDRESS_SIGNED, tokens=Rate(2 * STRANGER_TOKENS.per_s, 2 * STRANGER_TOKENS.burst), concurrent=4
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who asks. limits: None for none. is_named: it showed a key or signature that holds."""
+    """Who asks. limits: None for none. is_named: it showed a key or signature that holds. shared: the account whose
+    limits all have together that nobody vouched for and that ask from its address."""
 
     account: str
     limits: Limits | None
     scopes: frozenset[KeyScope]
     is_named: bool = False
+    shared: str | None = None
+
+    def all_limits(self) -> dict[str, Limits]:
+        """By account, its own and those that it shares."""
+        own = {} if self.limits is None else {self.account: self.limits}
+        return own if self.shared is None else {**own, self.shared: SHARED}
 
     def may(self, need: Need) -> bool:
         """Whether it has the right."""

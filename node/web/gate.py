@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,7 +20,7 @@ from crypto.wallet import WalletAddress
 from node.api_key_file import KeyFile
 from node.api_keys import KeyRefused, Keyring, is_ours
 from node.errors import BadRequest, RequestError
-from node.requester import account_of
+from node.requester import STRANGER_PREFIX, account_of
 from node.web.answers import ClientGone
 from node.web.caller import (
     ADDRESS_SIGNED,
@@ -81,13 +81,13 @@ class Gate:
         if need is Need.NOTHING:
             await self._app(scope, receive, send)
             return
-        entered: str | None = None
+        entered: Caller | None = None
         try:
             try:
                 caller, signed = self._caller(scope, need)
                 if need is Need.INFER and scope["method"] == "POST" and caller.limits is not None:
-                    self._meter.enter(caller.account, caller.limits)
-                    entered = caller.account
+                    self._meter.enter(caller.account, caller.all_limits())
+                    entered = caller
                 if signed is not None:
                     receive = await _checked(signed, scope, receive)
             except RequestError as error:
@@ -100,7 +100,7 @@ class Gate:
             await self._app(scope, receive, send)
         finally:
             if entered is not None:
-                self._meter.leave(entered)
+                self._meter.leave(entered.account, entered.all_limits())
 
     def _caller(self, scope: Scope, need: Need) -> tuple[Caller, Signed | None]:
         """Who asks, when they may, and what their body must be. Raises RequestError."""
@@ -159,6 +159,8 @@ class Gate:
             caller = of_signer(signed.key)
         assert caller.limits is not None
         self._meter.request({("account", caller.account): caller.limits.requests}, trio.current_time())
+        if caller.account.startswith(STRANGER_PREFIX):  # it costs nothing to be another
+            caller = replace(caller, shared=f"shared:{account_of(host)}")
         return caller, signed
 
     def _by_address(self, host: str | None, need: Need, *, is_post: bool) -> Caller:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 
 from node.errors import TooLarge, TooMany
 from node.requester import LOCAL, STRANGER_PREFIX
@@ -30,13 +31,21 @@ class Limited(TooMany):
         self.counter = counter
 
 
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """Tokens that were charged, and to whom at which rate."""
+
+    tokens: int
+    rates: dict[str, Rate]
+
+
 class Meter:
     """See the module. Times are monotonic seconds of the caller."""
 
     def __init__(self) -> None:
         self._buckets: dict[tuple[str, Rate], Buckets] = {}
         self._running: Counter[str] = Counter()
-        self._tokens: dict[str, Rate] = {}  # of accounts with answers under way
+        self._tokens: dict[str, dict[str, Rate]] = {}  # of accounts with answers under way: who is charged with them
 
     def request(self, taken: dict[tuple[str, str], Rate], now: float) -> None:
         """One request on all these (what, account), each at its rate. Raises Limited, and then none has paid."""
@@ -52,54 +61,61 @@ class Meter:
         for (what, account), rate in taken.items():
             self._of(what, rate).take(account, now)
 
-    def enter(self, account: str, limits: Limits) -> None:
-        """An answer begins. Raises Limited. Whoever enters leaves."""
-        if self._running[account] >= limits.concurrent:
-            raise Limited(
-                f"{named('', account)} has {self._running[account]} requests under way, as many as it may: "
-                "wait for one to end",
-                counter="limited_concurrent",
-                retry_after_s=RUNNING_RETRY_S,
-            )
-        self._running[account] += 1
-        if limits.tokens is not None:
-            self._tokens[account] = limits.tokens
+    def enter(self, account: str, limits: dict[str, Limits]) -> None:
+        """An answer begins, of these accounts: its own, and whose limits it shares. Raises Limited. Whoever enters
+        leaves."""
+        for name, limit in limits.items():
+            if self._running[name] >= limit.concurrent:
+                raise Limited(
+                    f"{named('', name)} has {self._running[name]} requests under way, as many as it may: "
+                    "wait for one to end",
+                    counter="limited_concurrent",
+                    retry_after_s=RUNNING_RETRY_S,
+                )
+        self._running.update(limits.keys())
+        self._tokens[account] = {name: limit.tokens for name, limit in limits.items() if limit.tokens is not None}
 
-    def leave(self, account: str) -> None:
+    def leave(self, account: str, limits: dict[str, Limits]) -> None:
         """An answer ended."""
-        self._running[account] -= 1
-        if not self._running[account]:
-            del self._running[account]
+        for name in limits:
+            self._running[name] -= 1
+            if not self._running[name]:
+                del self._running[name]
+        if account not in self._running:
             self._tokens.pop(account, None)
 
-    def charge(self, account: str, tokens: int, now: float) -> Rate | None:
-        """Charge tokens before the work; what to settle by, None when this account has no such limit.
+    def charge(self, account: str, tokens: int, now: float) -> Charge | None:
+        """Charge tokens before the work; what to settle, None when this account has no such limit.
 
         Raises Limited; TooLarge when it is more than there may ever be at once.
         """
-        rate = self._tokens.get(account)
-        if rate is None:
+        rates = self._tokens.get(account)
+        if not rates:
             return None
-        if tokens > rate.burst:
-            raise TooLarge(
-                f"prompt and max_tokens come to about {tokens} tokens, and {named('', account)} has "
-                f"{rate.per_s * 60:.0f} a minute: ask for fewer",
-                param="max_tokens",
-            )
-        buckets = self._of("tokens", rate)
-        wait_s = buckets.wait_s(account, now, tokens)
-        if wait_s > 0 or not buckets.take(account, now, tokens):
+        for name, rate in rates.items():
+            if tokens > rate.burst:
+                raise TooLarge(
+                    f"prompt and max_tokens come to about {tokens} tokens, and {named('', name)} has "
+                    f"{rate.per_s * 60:.0f} a minute: ask for fewer",
+                    param="max_tokens",
+                )
+        waits = {name: self._of("tokens", rate).wait_s(name, now, tokens) for name, rate in rates.items()}
+        name = max(waits, key=lambda each: waits[each])
+        if waits[name] > 0:
             raise Limited(
-                f"{named('', account)} has {rate.per_s * 60:.0f} tokens a minute, and prompt and max_tokens come to "
-                f"about {tokens}: wait {math.ceil(wait_s)} s, or ask for fewer",
+                f"{named('', name)} has {rates[name].per_s * 60:.0f} tokens a minute, and prompt and max_tokens come "
+                f"to about {tokens}: wait {math.ceil(waits[name])} s, or ask for fewer",
                 counter="limited_tokens",
-                retry_after_s=wait_s,
+                retry_after_s=waits[name],
             )
-        return rate
+        for name, rate in rates.items():
+            self._of("tokens", rate).take(name, now, tokens)
+        return Charge(tokens, rates)
 
-    def settle(self, account: str, rate: Rate, charged: int, used: int) -> None:
+    def settle(self, charge: Charge, used: int) -> None:
         """The work has ended: what was not used comes back, what was used beyond the estimate is owed."""
-        self._of("tokens", rate).settle(account, charged, used)
+        for name, rate in charge.rates.items():
+            self._of("tokens", rate).settle(name, charge.tokens, used)
 
     def _of(self, what: str, rate: Rate) -> Buckets:
         buckets = self._buckets.get((what, rate))
@@ -119,5 +135,7 @@ def named(what: str, account: str) -> str:
     if account == LOCAL:
         return "this machine"
     kind, _, rest = account.removeprefix(STRANGER_PREFIX).partition(":")
+    if kind == "shared":
+        return f"whoever signs from {named('', rest).removeprefix('the address ')}"
     words = {"key": f"the API key {rest}", "ed25519": f"the key {rest[:16]}...", "wallet": f"the wallet {rest}"}
     return words.get(kind, f"the address {account}")

@@ -17,8 +17,7 @@ from crypto.sealing import KIND_SALT, PAD_BYTES
 from node.errors import RequestError
 from node.front import Front, RouteHint
 from node.sealed import SealedCall
-from node.web.caller import Rate
-from node.web.meter import Limited, Meter
+from node.web.meter import Charge, Limited, Meter
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Piece, Started
 
 CHARS_PER_TOKEN = 3  # prose has four or five, other scripts and code fewer; the estimate is settled at the end
@@ -40,9 +39,8 @@ class MeteredFront:
     async def answer(self, work: GenerateWork, route: RouteHint) -> AsyncIterator[AsyncIterator[AnswerItem]]:
         """See node.front.Front. Raises Limited and TooLarge besides."""
         prompt = prompt_tokens(work)
-        charged = prompt + work.sampling.max_tokens
-        rate = self._charge(route.account, charged)
-        if rate is None:
+        charge = self._charge(route.account, prompt + work.sampling.max_tokens)
+        if charge is None:
             async with self._front.answer(work, route) as items:
                 yield items
             return
@@ -51,15 +49,14 @@ class MeteredFront:
             async with self._front.answer(work, route) as items:
                 yield told.of(items)
         finally:
-            self._meter.settle(route.account, rate, charged, told.used)
+            self._meter.settle(charge, told.used)
 
     async def embed(self, work: EmbedWork, route: RouteHint) -> Embedded:
         """See node.front.Front. Raises Limited and TooLarge besides."""
-        charged = sum(map(text_tokens, work.texts))
-        rate = self._charge(route.account, charged)
-        if rate is None:
+        charge = self._charge(route.account, sum(map(text_tokens, work.texts)))
+        if charge is None:
             return await self._front.embed(work, route)
-        used = charged  # when it is cancelled, nobody knows how much was done
+        used = charge.tokens  # when it is cancelled, nobody knows how much was done
         try:
             embedded = await self._front.embed(work, route)
             used = embedded.prompt_tokens
@@ -67,25 +64,24 @@ class MeteredFront:
             used = 0
             raise
         finally:
-            self._meter.settle(route.account, rate, charged, used)
+            self._meter.settle(charge, used)
         return embedded
 
     @asynccontextmanager
     async def sealed(self, call: SealedCall, peer: str, account: str) -> AsyncIterator[AsyncIterator[bytes]]:
         """See node.front.Front. By size, for what is sealed cannot be counted. Raises Limited and TooLarge besides."""
-        charged = len(call.sealed) // CHARS_PER_TOKEN + 1
-        rate = self._charge(account, charged)
+        charge = self._charge(account, len(call.sealed) // CHARS_PER_TOKEN + 1)
         async with self._front.sealed(call, peer, account) as frames:
-            if rate is None:
+            if charge is None:
                 yield frames
                 return
             told = _Frames(frames)
             try:
                 yield told
             finally:
-                self._meter.settle(account, rate, charged, charged + told.tokens)
+                self._meter.settle(charge, charge.tokens + told.tokens)
 
-    def _charge(self, account: str, tokens: int) -> Rate | None:
+    def _charge(self, account: str, tokens: int) -> Charge | None:
         try:
             return self._meter.charge(account, tokens, trio.current_time())
         except Limited as exc:
@@ -146,10 +142,13 @@ class _Told:
 
 
 def prompt_tokens(work: GenerateWork) -> int:
-    """About how many tokens a prompt has."""
-    if work.messages is not None:
-        return sum(MESSAGE_TOKENS + text_tokens(message.content) for message in work.messages)
-    return text_tokens(work.tokens if work.tokens is not None else work.text or "")
+    """About how many tokens a prompt has, functions and calls with it."""
+    if work.messages is None:
+        return text_tokens(work.tokens if work.tokens is not None else work.text or "")
+    told = [call.arguments for message in work.messages for call in message.tool_calls]
+    for tool in work.tools.tools if work.tools is not None else ():
+        told += [tool.description or "", tool.parameters or ""]
+    return sum(map(text_tokens, told)) + sum(MESSAGE_TOKENS + text_tokens(each.content) for each in work.messages)
 
 
 def text_tokens(text: str | tuple[int, ...]) -> int:

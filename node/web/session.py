@@ -89,7 +89,7 @@ def _refusal(request: Request, exc: SignInRefused) -> RequestError:
             return Forbidden(str(exc), param=exc.param, code=exc.fault.value)
         case SignInFault.FULL:
             return NoRoom(str(exc))
-        case SignInFault.UNKNOWN | SignInFault.WRONG:
+        case SignInFault.UNKNOWN | SignInFault.WRONG | SignInFault.TAKEN:
             return Unauthorized(str(exc), param=exc.param, code=exc.fault.value)
 
 

@@ -3,7 +3,8 @@
 Rules: core. A challenge is one whole message of this node, answered once, within CHALLENGE_S: what comes back must be
 that message to the letter, so nothing of it is parsed. The statement names the session key, the peer and what is
 allowed. Challenges and sessions are bounded; when there is no room the oldest challenge goes, but no session that
-holds. Nothing outlasts the process: after a restart wallets sign in again.
+holds, but the oldest of a wallet that has too many; a session key is one wallet's while its session holds, for it is
+told with every request that it signs. Nothing outlasts the process: after a restart wallets sign in again.
 Source: EIP-4361 (Sign-In with Ethereum); EIP-191; SECURITY.md section 5.
 """
 
@@ -21,6 +22,7 @@ from node.web.caller import Caller, of_wallet
 CHALLENGES_MAX = 1_024
 CHALLENGE_S = 300.0
 SESSIONS_MAX = 10_000
+WALLET_SESSIONS_MAX = 16  # of one wallet: its browsers and devices; then its oldest goes
 SESSION_S_MAX = 24 * 3600
 CHAIN_ID_MAX = (1 << 53) - 1
 DOMAIN_CHARS_MAX = 260
@@ -37,6 +39,7 @@ class SignInFault(Enum):
     UNKNOWN = "challenge_unknown"
     WRONG = "wallet_signature_wrong"
     FULL = "sessions_full"
+    TAKEN = "session_key_taken"
 
 
 class SignInRefused(Exception):
@@ -145,7 +148,15 @@ class SignIns:
         return of_wallet(session.address, is_listed=session.address in self._listed)
 
     def _keep(self, session: Session, now: float) -> None:
-        if len(self._sessions) >= SESSIONS_MAX and session.key not in self._sessions:
+        held = self._sessions.pop(session.key, None)
+        if held is not None and held.address != session.address and held.until_s > now:
+            self._sessions[session.key] = held
+            text = "the session key is another wallet's until its session ends: make a new one, of your own"
+            raise SignInRefused(SignInFault.TAKEN, text, param="session_key")
+        own = [key for key, kept in self._sessions.items() if kept.address == session.address]
+        if len(own) >= WALLET_SESSIONS_MAX:
+            del self._sessions[own[0]]
+        if len(self._sessions) >= SESSIONS_MAX:
             self._sessions = {key: held for key, held in self._sessions.items() if held.until_s > now}
             if len(self._sessions) >= SESSIONS_MAX:
                 raise SignInRefused(
