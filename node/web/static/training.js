@@ -45,7 +45,7 @@ export class TrainingPanel {
       pair("Update", bytes(training.run.update_bytes_max), "At most so many bytes a member and round"),
       pair("Given / fetched", `${bytes(blobs.given)} / ${bytes(blobs.fetched)}`),
       pair("Tokens trained on", number(training.work?.tokens))),
-    training.why ? make("p", { class: "muted small" }, training.why) : null);
+    training.why ? make("p", { class: "muted small" }, `${capital(training.state)}: ${training.why}`) : null);
   }
 
   loss(rounds) {
