@@ -30,7 +30,7 @@ $(VENV)/.run: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,embeddings,adapters,private]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,clients,embeddings,adapters,private]'
 	# libp2p brings trio-typing, whose stubs of an old trio would hide trio's own types from mypy
 	$(BIN)/python -c 'import pathlib, shutil, sysconfig; shutil.rmtree(pathlib.Path(sysconfig.get_path("purelib"), "trio-stubs"), ignore_errors=True)'
 	touch $@

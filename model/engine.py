@@ -18,7 +18,7 @@ import torch
 
 from model.answer import Answer
 from model.config import EngineConfig
-from model.errors import FOREIGN, BadInput, ComputeFailed, EngineFull, ModelError, OutOfMemory, first_line
+from model.errors import FOREIGN, BadInput, ComputeFailed, EngineFull, ModelError, OutOfMemory, TooLong, first_line
 from model.execute import Task, executor_for
 from model.fair_share import Account
 from model.load import Loaded
@@ -192,7 +192,7 @@ class Engine:
             raise BadInput(f"max_tokens must be at least 1, not {max_tokens}", param="max_tokens")
         wanted = len(request.prompt) + max_tokens
         if wanted > facts.context_tokens:
-            raise BadInput(
+            raise TooLong(
                 f"the prompt has {len(request.prompt):,} tokens and max_tokens is {max_tokens:,}: together "
                 f"{wanted:,}, more than the {facts.context_tokens:,} of {facts.name}; shorten one of them",
                 param="max_tokens",

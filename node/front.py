@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
+from crypto.identity import PeerId
 from model.histogram import Distribution
 from model.timings import EngineTimings
 from node.recent import Recent
 from node.requester import LOCAL
+from node.sealed import SealedCall
 from node.tallies import RowStatistics
 from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
@@ -34,12 +36,14 @@ class Route(Enum):
 class RouteHint:
     """What the client asked of the route: headers x-route and x-peer. `peer` pins one peer (no failover).
 
-    account: which of this node's clients asks (node/requester.py).
+    account: which of this node's clients asks (node/requester.py). guest: the peer for whose account a sealed request
+    is answered, in place of a client of this node's.
     """
 
     route: Route = Route.AUTO
     peer: str | None = None
     account: str = LOCAL
+    guest: PeerId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +71,12 @@ class Readiness:
     loading: bool = False
     retry_after_s: float | None = None
     degraded: tuple[str, ...] = ()
+    progress: Mapping[str, object] | None = None  # of the loading, as node/loading.py tells it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontStatistics:
-    """Counts since start of requests that came through this node's door."""
+    """Counts since start of requests that came through this node's door, or sealed to it."""
 
     requests: int = 0
     errors: dict[str, int] | None = None  # error code -> count
@@ -132,6 +137,12 @@ class Front(Protocol):
 
     async def embed(self, work: EmbedWork, route: RouteHint) -> Embedded:
         """Embed texts. Raises RequestError. If cancelled, the work is given up wherever it runs."""
+
+    def sealed(self, call: SealedCall, peer: str, account: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """The frames of a sealed request's answer, from the peer that it is for. Raises as `answer` does."""
+
+    async def sealing_key(self, peer: str) -> bytes:
+        """A peer's signed statement of the key to seal to. Raises RequestError."""
 
     def models(self) -> list[ModelRow]:
         """What can be asked for now: one row per (id, revision), this node's own first."""

@@ -7,6 +7,7 @@ there are no loops.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -18,6 +19,7 @@ from gossip.routing import Candidate, Need, WhyNot
 from node.backend import Backend
 from node.errors import NO_ROOM_RETRY_S, NotReady, PeerFailed, RequestError
 from node.front import FrontStatistics, RouteHint
+from node.loading import Loading
 from node.pursuit import Pursuit, Seek, Wait, pursue
 from node.recent import Flows
 from node.remote import Network, Remote
@@ -54,6 +56,7 @@ class Inference:
     def __init__(self, network: Network) -> None:
         self._network = network
         self.hosting: Backend | None = None
+        self.loading: Loading | None = None  # until `hosting` is there
         self.draining = False
         self.counts: Counter[str] = Counter()  # requests; finished, cancelled, error:CODE; takeovers, ...
         self.tallies = Tallies(trio.current_time())
@@ -65,7 +68,7 @@ class Inference:
     @asynccontextmanager
     async def answer(self, work: GenerateWork, route: RouteHint) -> AsyncIterator[Answer]:
         """Answer a request wherever it is best answered. Leaving the block cancels it there within one step."""
-        with self._counted(), _single():
+        with self._counted(), single():
             send, receive = trio.open_memory_channel[AnswerItem | RequestError](PIECES_BUFFERED)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._drive, work, route, send)
@@ -109,6 +112,16 @@ class Inference:
     def requester(self, peer: PeerId) -> Requester:
         """On whose account a peer's request is served."""
         return of_peer(peer, is_good=self._network.gossip.is_in_good_standing(peer))
+
+    def _asker(self, route: RouteHint) -> Requester:
+        return of_client(route.account) if route.guest is None else self.requester(route.guest)
+
+    @contextmanager
+    def relaying(self) -> Iterator[None]:
+        """Count a sealed request that goes through this node. Raises NotReady. It is waited for at the end."""
+        with self._counted(), self._ended_as():
+            self.counts["sealed_relayed"] += 1
+            yield
 
     @property
     def running(self) -> int:
@@ -157,17 +170,30 @@ class Inference:
 
     @contextmanager
     def _outcome(self, passage: Passage) -> Iterator[Passage]:
-        """Count the one way in which a request ends."""
-        outcome, error = "cancelled", ""
+        """Count the one way in which a request ends, also for its model."""
+        error, is_whole = "", False
         try:
-            yield passage
+            with self._ended_as():
+                yield passage
+            is_whole = True
+        except RequestError as exc:
+            error = exc.code
+            raise
+        finally:
+            self.tallies.end(passage, error, is_whole=is_whole, now=trio.current_time())
+
+    @contextmanager
+    def _ended_as(self) -> Iterator[None]:
+        """Count the one way in which a request ends."""
+        outcome = "cancelled"
+        try:
+            yield
             outcome = "finished"
         except RequestError as exc:
-            outcome, error = f"error:{exc.code}", exc.code
+            outcome = f"error:{exc.code}"
             raise
         finally:
             self.counts[outcome] += 1
-            self.tallies.end(passage, error, is_whole=outcome == "finished", now=trio.current_time())
 
     def _answered(self, began: float, prompt_tokens: int, completion_tokens: int) -> None:
         self.counts["prompt_tokens"] += prompt_tokens
@@ -206,8 +232,12 @@ class Inference:
                 continue
             if pursuit.started is not None:
                 self.counts["takeovers"] += 1
-            with self._attempted(target, pursuit, passage):
-                return await self._serve_at(target, pursuit, passage, send)
+            with trio.move_on_after(pursuit.hurry_s(target)) as hurry:
+                with self._attempted(target, pursuit, passage):
+                    return await self._serve_at(target, pursuit, passage, send, hurry)
+            if hurry.cancelled_caught:
+                self.counts["passed_over"] += 1
+                pursuit.hurried(target)
 
     @contextmanager
     def _attempted(self, target: Backend | Candidate, pursuit: Pursuit[Backend], passage: Passage) -> Iterator[None]:
@@ -238,16 +268,21 @@ class Inference:
         pursuit: Pursuit[Backend],
         passage: Passage,
         send: trio.MemorySendChannel[AnswerItem | RequestError],
+        hurry: trio.CancelScope,
     ) -> None:
-        """Forward one server's items to the client until Finished. Raises RequestError when that server fails."""
+        """Forward one server's items to the client until Finished. Raises RequestError when that server fails.
+
+        hurry: what cancels this if no item comes in time.
+        """
         work, account = pursuit.continued(trio.current_time()), pursuit.route.account
         source = (
             self._remote.generate(target, sent_on(work, account))
             if isinstance(target, Candidate)
-            else target.generate(work, of_client(account))
+            else target.generate(work, self._asker(pursuit.route))
         )
         async with source as items:
             async for item in items:
+                hurry.deadline = math.inf
                 if isinstance(item, RequestError):
                     raise item
                 if pursuit.take(item):
@@ -269,7 +304,7 @@ class Inference:
             with self._attempted(target, pursuit, passage):
                 if isinstance(target, Candidate):
                     return await self._remote.embed(target, sent_on(work, account))
-                return await target.embed(work, of_client(account))
+                return await target.embed(work, self._asker(pursuit.route))
 
     async def _seek(self, seek: Seek) -> None:
         self.counts["searches"] += 1
@@ -277,7 +312,7 @@ class Inference:
 
 
 @contextmanager
-def _single() -> Iterator[None]:
+def single() -> Iterator[None]:
     """A nursery wraps what is raised in its block into a group; a caller waits for the one error itself."""
     try:
         yield

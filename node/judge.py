@@ -130,6 +130,8 @@ class Judge:
             raise RemoteProtocolError(f"it says that {item.served_by} serves")
         if item.cached and not self._work.may_be_kept:
             raise RemoteProtocolError("it gave what was kept of an earlier answer, and was asked not to")
+        if item.calls is not None and self._work.tools is None:
+            raise RemoteProtocolError("it tells how tools are called, and was given none")
         if self._work.model not in (None, item.model):
             raise RemoteProtocolError(f"asked for {self._work.model}, got {item.model}")
         if self._work.revision not in (None, item.revision):

@@ -192,9 +192,15 @@ ENGINES: Final = (
     ),
     count("engine_steps_total", "Forward passes.", ENGINE, engine_count("steps"), *MODEL),
     count(
-        "engine_prefilled_tokens_total", "Tokens of prompts computed.", ENGINE, engine_count("prefilled_tokens"), *MODEL
+        "engine_prefilled_tokens_total", "Tokens of prompts read in.", ENGINE, engine_count("prefilled_tokens"), *MODEL
     ),
-    count("engine_decoded_tokens_total", "Tokens of answers computed.", ENGINE, engine_count("decoded_tokens"), *MODEL),
+    count(
+        "engine_decoded_tokens_total",
+        "Tokens of answers read in, each to make the next one.",
+        ENGINE,
+        engine_count("decoded_tokens"),
+        *MODEL,
+    ),
     count(
         "engine_recomputed_tokens_total",
         "A second time, after a preemption.",

@@ -95,8 +95,8 @@ class Remote:
         """The items of one answer from one peer. Raises RequestError kinds only. Leaving cancels at the peer."""
         began = trio.current_time()
         with self._observed(candidate.peer):
-            await self._connect(candidate)
-            async with self._network.calls.open(candidate.peer, "generate", to_wire(work)) as outgoing:
+            await connect(self._network, candidate.peer, candidate.addresses)
+            async with self._network.calls.open(candidate.peer, work.method, to_wire(work)) as outgoing:
                 items = PeerItems(outgoing, Judge(candidate.peer, candidate.offer.capacity, work, began))
                 yield items
             if items.ended:
@@ -106,7 +106,7 @@ class Remote:
         """Embeddings from one peer. Raises RequestError kinds only. If cancelled, the peer is told."""
         began = trio.current_time()
         with self._observed(candidate.peer):
-            await self._connect(candidate)
+            await connect(self._network, candidate.peer, candidate.addresses)
             patience_s = min(EMBED_S_MAX, EMBED_SHARE * work.remaining_ms / 1000)
             with trio.move_on_after(patience_s):
                 reply = await self._network.calls.call(candidate.peer, "embed", to_wire(work))
@@ -148,18 +148,19 @@ class Remote:
         finally:
             gossip.observations.ended(peer, trio.current_time())
 
-    async def _connect(self, candidate: Candidate) -> None:
-        peering, peer = self._network.peering, candidate.peer
-        if peer in self._network.transport.peers():
-            return
-        peering.learn(peer, candidate.addresses)
-        with trio.move_on_after(DIAL_S):
-            try:
-                await peering.connect(peer)
-            except Refused as exc:
-                raise Unreachable(str(exc)) from exc
-            return
-        raise Unreachable(f"no connection to it within {DIAL_S:.0f} s")
+
+async def connect(network: Network, peer: PeerId, addresses: tuple[str, ...]) -> None:
+    """Be connected to a peer that says it is at these addresses. Raises Unreachable."""
+    if peer in network.transport.peers():
+        return
+    network.peering.learn(peer, addresses)
+    with trio.move_on_after(DIAL_S):
+        try:
+            await network.peering.connect(peer)
+        except Refused as exc:
+            raise Unreachable(str(exc)) from exc
+        return
+    raise Unreachable(f"no connection to it within {DIAL_S:.0f} s")
 
 
 def _check_vectors(embedded: Embedded, peer: PeerId, work: EmbedWork) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from model.step import Priority
 
 LOCAL = "own"  # all clients on this machine
+STRANGER_PREFIX = "stranger:"  # opens the account of a client whom nobody vouched for
 IPV6_PREFIX = 64  # one household has as many addresses as it likes
 
 
@@ -33,8 +34,9 @@ def of_peer(peer: str, *, is_good: bool) -> Requester:
 
 
 def of_client(account: str) -> Requester:
-    """A client of this node's own HTTP door."""
-    return Requester(account, Priority.OWN)
+    """A client of this node's own HTTP door; one that nobody vouched for comes after peers, as at theirs."""
+    is_stranger = account.startswith(STRANGER_PREFIX)
+    return Requester(account, Priority.STRANGER if is_stranger else Priority.OWN)
 
 
 def account_of(host: str | None) -> str:

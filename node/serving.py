@@ -16,7 +16,7 @@ from node.backend import Backend
 from node.errors import NO_ROOM_RETRY_S, DeadlinePassed, NoRoom, NotReady, PeerFailed, RequestError
 from node.inference import Inference
 from node.requester import Requester
-from node.work import EmbedWork, Finished, GenerateWork, from_wire, to_wire
+from node.work import GENERATE, GENERATE_TOOLS, EmbedWork, Finished, GenerateWork, from_wire, to_wire
 from p2p.calls import Handler, Incoming
 from p2p.errors import RemoteError, RemoteProtocolError
 
@@ -33,7 +33,7 @@ class Serving:
 
     def handlers(self) -> Mapping[str, Handler]:
         """By method name, for p2p.calls.Calls."""
-        return {"generate": self._generate, "embed": self._embed}
+        return {GENERATE: self._generate, GENERATE_TOOLS: self._generate, "embed": self._embed}
 
     async def _generate(self, incoming: Incoming) -> Any:
         work = _decoded(incoming, GenerateWork)

@@ -24,6 +24,7 @@ from node.arenas import few_arenas
 from node.collector import importing
 from node.config import NodeConfig, load_config
 from node.errors import ConfigError, DataDirLocked
+from node.file_lock import try_lock
 from node.log_pace import LogPace
 from p2p.errors import CannotListen
 
@@ -81,7 +82,7 @@ def locked(data_dir: Path) -> Iterator[None]:
             f"cannot use the data directory {data_dir}: {exc.strerror}; choose one by --data-dir"
         ) from exc
     with file:
-        if not _try_lock(file.fileno()):
+        if not try_lock(file.fileno()):
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise DataDirLocked(
@@ -92,21 +93,6 @@ def locked(data_dir: Path) -> Iterator[None]:
             os.truncate(file.fileno(), 0)
             os.write(file.fileno(), str(os.getpid()).encode())
         yield
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt  # Windows only
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl  # not on Windows
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 class _JsonLines(logging.Formatter):

@@ -1,8 +1,9 @@
 """How much of something may be had in a second, and a little at once: tokens by key, and bytes that wait their turn.
 
 Rules: core. A bucket is asked before anything costly is done for a stranger; buckets are bounded in number, and one
-that is forgotten is full again. Whoever spends bytes is told how long to wait before it sends; those who wait are
-served in the order in which they asked, because each one's time lies after the last one's.
+that is forgotten is full again. What is not known beforehand is charged as an estimate and settled afterwards: what
+was not used comes back, what was used beyond it is owed. Whoever spends bytes is told how long to wait before it
+sends; those who wait are served in the order in which they asked, because each one's time lies after the last one's.
 Source: the generic cell rate algorithm (ITU-T I.371).
 """
 
@@ -27,8 +28,29 @@ class Buckets:
         self._rate_per_s, self._burst, self._keys_max = rate_per_s, burst, keys_max
         self._buckets: dict[Hashable, _Bucket] = {}  # least recently used first
 
-    def take(self, key: Hashable, now: float) -> bool:
-        """Take one token; False when there is none."""
+    def take(self, key: Hashable, now: float, cost: float = 1.0) -> bool:
+        """Take `cost` tokens; False when there are fewer, and then none is taken."""
+        bucket = self._filled(key, now)
+        if bucket.tokens < cost:
+            return False
+        bucket.tokens -= cost
+        return True
+
+    def wait_s(self, key: Hashable, now: float, cost: float = 1.0) -> float:
+        """Seconds until `take` of this cost succeeds when nobody else takes; infinite when it is over the burst."""
+        if cost > self._burst:
+            return float("inf")
+        return max(0.0, (cost - self._filled(key, now).tokens) / self._rate_per_s)
+
+    def settle(self, key: Hashable, charged: float, used: float) -> None:
+        """Of what was taken, give back what was not used; what was used beyond it is owed."""
+        assert charged >= 0
+        assert used >= 0
+        bucket = self._buckets.get(key)
+        if bucket is not None:  # a forgotten one is full again
+            bucket.tokens = min(self._burst, bucket.tokens + charged - used)
+
+    def _filled(self, key: Hashable, now: float) -> _Bucket:
         bucket = self._buckets.pop(key, None)
         if bucket is None:
             bucket = _Bucket(self._burst, now)
@@ -38,10 +60,7 @@ class Buckets:
         if now > bucket.at_s:
             bucket.tokens = min(self._burst, bucket.tokens + (now - bucket.at_s) * self._rate_per_s)
         bucket.at_s = now
-        if bucket.tokens < 1.0:
-            return False
-        bucket.tokens -= 1.0
-        return True
+        return bucket
 
     def __len__(self) -> int:
         return len(self._buckets)

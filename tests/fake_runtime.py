@@ -6,15 +6,17 @@ turn cost; `Turns` spends it on Trio's clock, so that a test on a MockClock need
 
 from __future__ import annotations
 
+import json
 import struct
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import trio
 
 from model.config import UNPACKED, LinearFacts, ModelFacts
-from model.errors import BadInput, EngineFull, ModelError
+from model.errors import BadInput, EngineFull, ModelError, TooLong
 from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress, TokenLogprob
 from model.timings import Timings
 
@@ -118,8 +120,11 @@ class FakeRuntime:
         self.adopted.append(ready)
         self.facts = self.facts.at(revision)
 
-    def render(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
-        return self.encode("".join(f"{role}:{content}\n" for role, content in messages))
+    def render(
+        self, messages: Sequence[tuple[str, str] | Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[int, ...]:
+        rows = [f"{row[0]}:{row[1]}\n" if isinstance(row, tuple) else f"{json.dumps(row)}\n" for row in messages]
+        return self.encode("".join(rows) + ("" if tools is None else json.dumps(tools)))
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(ord(letter) % VOCABULARY for letter in text)
@@ -129,7 +134,7 @@ class FakeRuntime:
         if not request.prompt:
             raise BadInput("the prompt has no tokens; give at least one")
         if wanted > self.facts.context_tokens:
-            raise BadInput(f"{wanted} tokens are more than the {self.facts.context_tokens}", param="max_tokens")
+            raise TooLong(f"{wanted} tokens are more than the {self.facts.context_tokens}", param="max_tokens")
         if any(token >= VOCABULARY for token in request.delivered):
             raise BadInput("a token id is outside the vocabulary")
         if self.holds >= self.slots + self.queue_max:

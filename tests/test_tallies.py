@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from node.tallies import OTHER, ROWS_MAX, WINDOW_S, Passage, Rates, RowStatistics, Tallies, model_rows
 from node.work import TOKENS_MAX, Embedded, Finished, Piece, Started
@@ -94,6 +96,47 @@ def test_a_peer_cannot_claim_more_tokens_than_a_prompt_can_have() -> None:
     tallies.take(passage, Started(served_by="p", model="m", revision="r", prompt_tokens=1 << 53), 0.0)
     tallies.end(passage, "", is_whole=False, now=0.0)
     assert only(tallies).prompt_tokens == TOKENS_MAX
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["enter", "start", "piece", "end", "fail", "leave"]), st.integers(0, 5), st.floats(0, 99)
+    ),
+    max_size=60,
+)
+
+
+@given(EVENTS)
+def test_each_request_ends_once_in_the_tallies_and_each_token_is_timed(events: list[tuple[str, int, float]]) -> None:
+    tallies, here, now, entered, tokens = Tallies(0.0), list[Passage](), 0.0, 0, 0
+    for what, number, wait_s in events:
+        now += wait_s
+        if what == "enter":
+            here.append(tallies.enter(None if number else "tale", now))
+            entered += 1
+            continue
+        if not here:
+            continue
+        passage = here[number % len(here)]
+        match what:
+            case "start":
+                tallies.take(passage, started(f"model-{number}"), now)
+            case "piece":
+                tallies.take(passage, piece(number), now)
+                tokens += number
+            case "end":
+                finish(tallies, passage, now)
+            case _:
+                tallies.end(passage, "deadline" if what == "fail" else "", is_whole=False, now=now)
+        if what in ("end", "fail", "leave"):
+            here.remove(passage)
+    rows = tallies.statistics()
+    ended = [sum(row.finished.values()) + row.cancelled + sum(row.errors.values()) for row in rows]
+    assert sum(ended) == entered - len(here)
+    assert sum(row.generation_tokens for row in rows) == tokens
+    assert sum(row.first_token_s.count + row.token_s.count for row in rows) <= max(tokens, 0)
+    assert all(row.request_s.count == sum(row.finished.values()) for row in rows)
+    assert all(value >= 0 for value in tallies.throughput(now).values())
 
 
 def test_the_table_of_models() -> None:

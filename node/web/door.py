@@ -5,13 +5,17 @@ ours, is DNS rebinding; an Origin that is not the Host is another site's script.
 and has one deadline from first to last byte. A response that leaves a body unread is followed by a short drain:
 closing with bytes unread would reset the connection and take our own error message with it.
 
-Source: SECURITY.md C4, F12, F13; RFC 9112 section 9.6 (lingering close); WHATWG Fetch, "Origin header".
+Pages of the origins that the operator named are answered with CORS headers; no cookie is ever used, so none is allowed.
+
+Source: SECURITY.md C4, F12, F13; RFC 9112 section 9.6 (lingering close); WHATWG Fetch, "Origin header", "CORS
+protocol"; WICG Private Network Access (a public page that asks a node on loopback).
 """
 
 from __future__ import annotations
 
 import ipaddress
 import logging
+import re
 import secrets
 from collections import Counter
 from dataclasses import dataclass, field
@@ -30,6 +34,12 @@ DRAIN_BYTES_MAX = 8 << 20
 DRAIN_S_MAX = 2.0
 REQUEST_ID_KEY = "openagi.request_id"
 COUNTS_KEY = "openagi.counts"
+CALLER_KEY = "openagi.caller"  # a node.web.caller.Caller, from the gate on
+PREFLIGHT_S = 600  # how long a browser need not ask again; what browsers keep at most is two hours
+ASKED_HEADERS_MAX = 2_000  # characters of header names in a preflight
+TOLD_HEADERS = "x-request-id, x-served-by, x-model-revision, x-cache, retry-after"
+
+_HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~, -]+")
 
 log = logging.getLogger("node.web")
 
@@ -115,11 +125,43 @@ def too_large(scope: Scope) -> TooLarge:
     return TooLarge(f"the body is over {BODY_BYTES_MAX} bytes (BODY_BYTES_MAX); send less at a time")
 
 
+async def refuse(scope: Scope, send: Send, error: RequestError) -> None:
+    """Answer with an error, whatever of the body is unread."""
+    status, headers, body = error_answer(error, scope[REQUEST_ID_KEY], scope["path"])
+    headers["content-length"] = str(len(body))
+    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})
+
+
+def cors_headers(origin: str) -> list[tuple[bytes, bytes]]:
+    """What lets a page of this origin, which the operator named, read an answer."""
+    return [
+        (b"access-control-allow-origin", origin.encode("latin-1")),
+        (b"access-control-expose-headers", TOLD_HEADERS.encode()),
+        (b"vary", b"origin"),
+    ]
+
+
+def preflight_headers(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    """The answer to a browser that asks whether a page may send these headers: any, for none is trusted unseen."""
+    asked = headers.get("access-control-request-headers", "")
+    told = [
+        (b"access-control-allow-methods", b"GET, POST, DELETE"),
+        (b"access-control-max-age", str(PREFLIGHT_S).encode()),
+    ]
+    if 0 < len(asked) <= ASKED_HEADERS_MAX and _HEADER_NAMES.fullmatch(asked):
+        told.append((b"access-control-allow-headers", asked.encode("latin-1")))
+    if headers.get("access-control-request-private-network") == "true":
+        told.append((b"access-control-allow-private-network", b"true"))
+    return told
+
+
 class Door:
     """See the module. `counts` is shared with `serve`."""
 
-    def __init__(self, app: ASGIApp, config: DoorConfig) -> None:
-        self.counts = WebCounts()
+    def __init__(self, app: ASGIApp, config: DoorConfig, counts: WebCounts | None = None) -> None:
+        self.counts = counts or WebCounts()
         self._app = app
         self._config = config
 
@@ -132,14 +174,17 @@ class Door:
         self.counts.requests += 1
         scope[REQUEST_ID_KEY] = f"req-{secrets.token_hex(12)}"
         scope[COUNTS_KEY] = self.counts
+        headers = headers_of(scope)
         exchange = _Exchange(scope, receive, send)
-        refusal = self._refusal(headers_of(scope))
+        refusal = self._refusal(headers)
+        shared = refusal is None and headers.get("origin") in self._config.origins
+        if shared:
+            exchange.added += cors_headers(headers["origin"])
         if refusal is not None:
-            status, headers, body = error_answer(refusal, scope[REQUEST_ID_KEY])
-            headers["content-length"] = str(len(body))
-            pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
-            await exchange.send({"type": "http.response.start", "status": status, "headers": pairs})
-            await exchange.send({"type": "http.response.body", "body": body})
+            await refuse(scope, exchange.send, refusal)
+        elif shared and scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+            await exchange.send({"type": "http.response.start", "status": 204, "headers": preflight_headers(headers)})
+            await exchange.send({"type": "http.response.body", "body": b""})
         else:
             await self._app(scope, exchange.receive, exchange.send)
         if not exchange.ended:
@@ -166,7 +211,7 @@ class _Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.status: int | None = None
         self.ended = False
-        self._request_id: str = scope[REQUEST_ID_KEY]
+        self.added = [(b"x-request-id", scope[REQUEST_ID_KEY].encode()), (b"x-content-type-options", b"nosniff")]
         self._receive = receive
         self._send = send
         headers = headers_of(scope)
@@ -181,10 +226,8 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            added = [(b"x-request-id", self._request_id.encode()), (b"x-content-type-options", b"nosniff")]
-            if not self._body_read:
-                added.append((b"connection", b"close"))
-            message = {**message, "headers": [*message.get("headers", ()), *added]}
+            closing = [] if self._body_read else [(b"connection", b"close")]
+            message = {**message, "headers": [*message.get("headers", ()), *self.added, *closing]}
         ending = message["type"] == "http.response.body" and not message.get("more_body", False)
         if ending and not self._body_read:
             await self._send({**message, "more_body": True})

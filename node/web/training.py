@@ -1,8 +1,8 @@
 """The routes of training: what there is to tell, and the operator's words.
 
-Rules: only who sits at this machine may begin, join, pause or leave: a run reads files of this machine. A proxy on
-this machine comes from loopback too, whoever stands behind it, so what says that it was handed on is refused; there is
-no key that would let it through. Bodies are JSON objects as node/training_wish.py has them; what does not fit is
+Rules: only who sits at this machine, or has a key for it, may begin, join, pause or leave: a run reads files of this
+machine. A proxy on this machine comes from loopback too, whoever stands behind it, so what says that it was handed on
+is refused without such a key. Bodies are JSON objects as node/training_wish.py has them; what does not fit is
 refused with the field's name.
 Source: INTERFACES.md (`train`, GET /api/v1/training).
 """
@@ -20,7 +20,8 @@ from node.errors import BadRequest
 from node.front import Front
 from node.training_wish import Begin, Join
 from node.web.asker import proxy_header
-from node.web.door import COUNTS_KEY, headers_of, read_body
+from node.web.caller import Caller, Need
+from node.web.door import CALLER_KEY, COUNTS_KEY, headers_of, read_body
 from node.web.errors import Forbidden
 
 _T = TypeVar("_T")
@@ -56,6 +57,9 @@ class Training:
 
 def _check_is_operator(request: Request) -> None:
     """Raises Forbidden."""
+    caller: Caller | None = request.scope.get(CALLER_KEY)
+    if caller is not None and caller.is_named and caller.may(Need.TRAIN):
+        return
     host = request.client.host if request.client is not None else ""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])

@@ -1,0 +1,123 @@
+"""How much each account has taken: requests, tokens, and answers under way; and when more may be had.
+
+Rules: core. What is refused takes nothing. A wait that is told is true: who waits that long, and is alone on its
+account, is served. Tokens are charged before the work as the prompt's estimate and all that may be made, and settled by
+what was made. All is bounded; what is forgotten is as if it had rested.
+Source: SECURITY.md section 5 and C1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from node.errors import TooLarge, TooMany
+from node.requester import LOCAL, STRANGER_PREFIX
+from node.web.caller import Limits, Rate
+from p2p.allowance import Buckets
+
+ACCOUNTS_MAX = 16_384  # of each rate; 3 MB when full
+RATES_MAX = 2_048  # two for each of KEYS_MAX keys, and ours
+RUNNING_RETRY_S = 1.0  # an answer may end at any time
+
+
+class Limited(TooMany):
+    """An account has taken what it may for now. `counter`: what it is counted as."""
+
+    def __init__(self, message: str, *, counter: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.code = "rate_limited"
+        self.counter = counter
+
+
+class Meter:
+    """See the module. Times are monotonic seconds of the caller."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[tuple[str, Rate], Buckets] = {}
+        self._running: Counter[str] = Counter()
+        self._tokens: dict[str, Rate] = {}  # of accounts with answers under way
+
+    def request(self, taken: dict[tuple[str, str], Rate], now: float) -> None:
+        """One request on all these (what, account), each at its rate. Raises Limited, and then none has paid."""
+        wait_s, what, account = max((self._of(key[0], rate).wait_s(key[1], now), *key) for key, rate in taken.items())
+        if wait_s > 0:
+            rate = taken[what, account]
+            raise Limited(
+                f"{named(what, account)} may ask {rate.per_s:g} times a second and {rate.burst:g} times at once: "
+                f"wait {math.ceil(wait_s)} s",
+                counter=f"limited_{what}",
+                retry_after_s=wait_s,
+            )
+        for (what, account), rate in taken.items():
+            self._of(what, rate).take(account, now)
+
+    def enter(self, account: str, limits: Limits) -> None:
+        """An answer begins. Raises Limited. Whoever enters leaves."""
+        if self._running[account] >= limits.concurrent:
+            raise Limited(
+                f"{named('', account)} has {self._running[account]} requests under way, as many as it may: "
+                "wait for one to end",
+                counter="limited_concurrent",
+                retry_after_s=RUNNING_RETRY_S,
+            )
+        self._running[account] += 1
+        if limits.tokens is not None:
+            self._tokens[account] = limits.tokens
+
+    def leave(self, account: str) -> None:
+        """An answer ended."""
+        self._running[account] -= 1
+        if not self._running[account]:
+            del self._running[account]
+            self._tokens.pop(account, None)
+
+    def charge(self, account: str, tokens: int, now: float) -> Rate | None:
+        """Charge tokens before the work; what to settle by, None when this account has no such limit.
+
+        Raises Limited; TooLarge when it is more than there may ever be at once.
+        """
+        rate = self._tokens.get(account)
+        if rate is None:
+            return None
+        if tokens > rate.burst:
+            raise TooLarge(
+                f"prompt and max_tokens come to about {tokens} tokens, and {named('', account)} has "
+                f"{rate.per_s * 60:.0f} a minute: ask for fewer",
+                param="max_tokens",
+            )
+        buckets = self._of("tokens", rate)
+        wait_s = buckets.wait_s(account, now, tokens)
+        if wait_s > 0 or not buckets.take(account, now, tokens):
+            raise Limited(
+                f"{named('', account)} has {rate.per_s * 60:.0f} tokens a minute, and prompt and max_tokens come to "
+                f"about {tokens}: wait {math.ceil(wait_s)} s, or ask for fewer",
+                counter="limited_tokens",
+                retry_after_s=wait_s,
+            )
+        return rate
+
+    def settle(self, account: str, rate: Rate, charged: int, used: int) -> None:
+        """The work has ended: what was not used comes back, what was used beyond the estimate is owed."""
+        self._of("tokens", rate).settle(account, charged, used)
+
+    def _of(self, what: str, rate: Rate) -> Buckets:
+        buckets = self._buckets.get((what, rate))
+        if buckets is None:
+            if len(self._buckets) >= RATES_MAX:
+                del self._buckets[next(iter(self._buckets))]
+            burst = max(rate.burst, 1.0)
+            buckets = Buckets(rate_per_s=rate.per_s, burst=burst, keys_max=ACCOUNTS_MAX)
+            self._buckets[what, rate] = buckets
+        return buckets
+
+
+def named(what: str, account: str) -> str:
+    """An account as its owner knows it."""
+    if what == "subnet":
+        return f"the network {account}"
+    if account == LOCAL:
+        return "this machine"
+    kind, _, rest = account.removeprefix(STRANGER_PREFIX).partition(":")
+    words = {"key": f"the API key {rest}", "ed25519": f"the key {rest[:16]}...", "wallet": f"the wallet {rest}"}
+    return words.get(kind, f"the address {account}")

@@ -1,0 +1,157 @@
+"""The Front as the routes see it: every answer and vector is charged to its account's tokens, and settled at its end.
+
+Rules: it stands where all routes ask, so that none can forget it. An account without a limit of tokens costs nothing
+here. What is refused never reaches the node. An answer that is left early pays for its prompt and for what was made.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+
+from crypto.sealing import KIND_SALT, PAD_BYTES
+from node.errors import RequestError
+from node.front import Front, RouteHint
+from node.sealed import SealedCall
+from node.web.caller import Rate
+from node.web.meter import Limited, Meter
+from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Piece, Started
+
+CHARS_PER_TOKEN = 3  # prose has four or five, other scripts and code fewer; the estimate is settled at the end
+MESSAGE_TOKENS = 4  # what a chat's template puts around each
+
+
+class MeteredFront:
+    """See the module; all else is asked of the front itself."""
+
+    def __init__(self, front: Front, meter: Meter, drops: Counter[str]) -> None:
+        self._front = front
+        self._meter = meter
+        self._drops = drops
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._front, name)
+
+    @asynccontextmanager
+    async def answer(self, work: GenerateWork, route: RouteHint) -> AsyncIterator[AsyncIterator[AnswerItem]]:
+        """See node.front.Front. Raises Limited and TooLarge besides."""
+        prompt = prompt_tokens(work)
+        charged = prompt + work.sampling.max_tokens
+        rate = self._charge(route.account, charged)
+        if rate is None:
+            async with self._front.answer(work, route) as items:
+                yield items
+            return
+        told = _Told(prompt)
+        try:
+            async with self._front.answer(work, route) as items:
+                yield told.of(items)
+        finally:
+            self._meter.settle(route.account, rate, charged, told.used)
+
+    async def embed(self, work: EmbedWork, route: RouteHint) -> Embedded:
+        """See node.front.Front. Raises Limited and TooLarge besides."""
+        charged = sum(map(text_tokens, work.texts))
+        rate = self._charge(route.account, charged)
+        if rate is None:
+            return await self._front.embed(work, route)
+        used = charged  # when it is cancelled, nobody knows how much was done
+        try:
+            embedded = await self._front.embed(work, route)
+            used = embedded.prompt_tokens
+        except RequestError:
+            used = 0
+            raise
+        finally:
+            self._meter.settle(route.account, rate, charged, used)
+        return embedded
+
+    @asynccontextmanager
+    async def sealed(self, call: SealedCall, peer: str, account: str) -> AsyncIterator[AsyncIterator[bytes]]:
+        """See node.front.Front. By size, for what is sealed cannot be counted. Raises Limited and TooLarge besides."""
+        charged = len(call.sealed) // CHARS_PER_TOKEN + 1
+        rate = self._charge(account, charged)
+        async with self._front.sealed(call, peer, account) as frames:
+            if rate is None:
+                yield frames
+                return
+            told = _Frames(frames)
+            try:
+                yield told
+            finally:
+                self._meter.settle(account, rate, charged, charged + told.tokens)
+
+    def _charge(self, account: str, tokens: int) -> Rate | None:
+        try:
+            return self._meter.charge(account, tokens, trio.current_time())
+        except Limited as exc:
+            self._drops[exc.counter] += 1
+            raise
+
+
+class _Frames:
+    """A sealed answer's frames, and about how many tokens are in them: one in the smallest, as a stream has them, and
+    as many as text of that size in larger ones, as whole answers have them."""
+
+    def __init__(self, frames: AsyncIterator[bytes]) -> None:
+        self.tokens = 0
+        self._frames = frames
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        frame = await anext(self._frames)
+        if frame and frame[0] != KIND_SALT:
+            self.tokens += 1 if len(frame) < 2 * PAD_BYTES else len(frame) // CHARS_PER_TOKEN
+        return frame
+
+
+class _Told:
+    """An answer's items, and what they cost."""
+
+    def __init__(self, prompt_estimate: int) -> None:
+        self._estimate = prompt_estimate
+        self._prompt = self._made = 0
+        self._items: AsyncIterator[AnswerItem] | None = None
+
+    @property
+    def used(self) -> int:
+        """Tokens so far."""
+        return self._prompt + self._made
+
+    def of(self, items: AsyncIterator[AnswerItem]) -> AsyncIterator[AnswerItem]:
+        """The same items."""
+        self._items = items
+        return self
+
+    def __aiter__(self) -> AsyncIterator[AnswerItem]:
+        return self
+
+    async def __anext__(self) -> AnswerItem:
+        assert self._items is not None
+        item = await anext(self._items)
+        match item:
+            case Started():
+                self._prompt = item.prompt_tokens or self._estimate
+            case Piece():
+                self._made += len(item.tokens)
+            case Finished():
+                self._prompt, self._made = item.prompt_tokens, item.completion_tokens
+        return item
+
+
+def prompt_tokens(work: GenerateWork) -> int:
+    """About how many tokens a prompt has."""
+    if work.messages is not None:
+        return sum(MESSAGE_TOKENS + text_tokens(message.content) for message in work.messages)
+    return text_tokens(work.tokens if work.tokens is not None else work.text or "")
+
+
+def text_tokens(text: str | tuple[int, ...]) -> int:
+    """About how many tokens a text has; of token ids, how many these are."""
+    return len(text) // CHARS_PER_TOKEN + 1 if isinstance(text, str) else len(text)
