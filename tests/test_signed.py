@@ -150,6 +150,7 @@ def test_each_header_is_there_once_in_its_one_spelling() -> None:
             assert fault_of(pairs({**told, name: value})) is SignatureFault.MALFORMED
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(
     st.sampled_from(SIGNED_HEADERS),

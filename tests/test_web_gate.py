@@ -106,7 +106,7 @@ async def test_a_key_opens_what_it_is_for(tmp_path: Path) -> None:
     assert bench.drops["lacks_scope"] == 10
 
 
-async def test_every_route_but_the_public_ones_wants_a_key(tmp_path: Path) -> None:
+async def test_every_route_but_the_public_ones_wants_a_key(tmp_path: Path, autojump_clock: MockClock) -> None:
     bench = Bench(tmp_path)
     for path in ("/healthz", "/readyz"):
         assert (await bench.ask("GET", path)).status_code == 200
@@ -181,7 +181,7 @@ async def test_a_key_has_its_rate_and_what_it_is_told_to_wait_is_enough(
     assert bench.drops["limited_account"] == 2
 
 
-async def test_a_refusal_reads_nothing_of_the_body(tmp_path: Path) -> None:
+async def test_a_refusal_reads_nothing_of_the_body(tmp_path: Path, autojump_clock: MockClock) -> None:
     bench = Bench(tmp_path, made(requests_per_s=0.001, burst=1.0)[0])
 
     async def receive() -> Any:
@@ -273,7 +273,9 @@ async def test_who_guesses_keys_is_slowed_and_the_key_beside_it_is_not(tmp_path:
     assert (await bench.chat(x_api_key=text, host=ELSEWHERE)).status_code == 200
 
 
-async def test_a_signed_request_is_answered_once_and_only_as_it_was_signed(tmp_path: Path) -> None:
+async def test_a_signed_request_is_answered_once_and_only_as_it_was_signed(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     bench = Bench(tmp_path)
     key = Ed25519PrivateKey.generate()
     headers = signed(key)
@@ -310,7 +312,9 @@ async def test_a_signed_request_is_answered_once_and_only_as_it_was_signed(tmp_p
     assert "send one of the two" in error_of(both, 400, "invalid_request_error")["message"]
 
 
-async def test_signers_have_limits_and_their_address_pays_before_any_arithmetic(tmp_path: Path) -> None:
+async def test_signers_have_limits_and_their_address_pays_before_any_arithmetic(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     bench = Bench(tmp_path)
     key = Ed25519PrivateKey.generate()
     answers = [(await bench.chat(**signed(key))).status_code for _ in range(30)]
@@ -323,7 +327,7 @@ async def test_signers_have_limits_and_their_address_pays_before_any_arithmetic(
     assert (await bench.chat(host="8.8.8.8", **signed(Ed25519PrivateKey.generate()))).status_code == 200
 
 
-async def test_no_strangers(tmp_path: Path) -> None:
+async def test_no_strangers(tmp_path: Path, autojump_clock: MockClock) -> None:
     bench = Bench(tmp_path, strangers=False)
     error = error_of(await bench.chat(**signed(Ed25519PrivateKey.generate())), 401, "authentication_error")
     assert error["code"] == "unknown_signer"
@@ -340,7 +344,7 @@ async def sign_in(bench: Bench, public_key: str, **more: str) -> httpx.Response:
     return await bench.ask("POST", "/api/v1/session", body=json.dumps(answer).encode(), **more)
 
 
-async def test_a_wallet_signs_in_and_its_session_key_asks(tmp_path: Path) -> None:
+async def test_a_wallet_signs_in_and_its_session_key_asks(tmp_path: Path, autojump_clock: MockClock) -> None:
     bench = Bench(tmp_path, strangers=False, wallets=frozenset({ADDRESS}))
     key = Ed25519PrivateKey.generate()
     public = key.public_key().public_bytes_raw().hex()
@@ -365,7 +369,7 @@ async def test_a_wallet_signs_in_and_its_session_key_asks(tmp_path: Path) -> Non
 PAGE = "https://chat.example"
 
 
-async def test_pages_of_named_origins_may_ask_and_no_others(tmp_path: Path) -> None:
+async def test_pages_of_named_origins_may_ask_and_no_others(tmp_path: Path, autojump_clock: MockClock) -> None:
     bench = Bench(tmp_path, door=DoorConfig(origins=frozenset({PAGE}), hosts=frozenset({"node.example"})))
     preflight = await bench.ask(
         "OPTIONS",
@@ -403,7 +407,7 @@ async def test_pages_of_named_origins_may_ask_and_no_others(tmp_path: Path) -> N
             assert (await http.get("/healthz")).status_code == status
 
 
-async def test_a_body_that_is_too_large_is_refused_when_signed_too(tmp_path: Path) -> None:
+async def test_a_body_that_is_too_large_is_refused_when_signed_too(tmp_path: Path, autojump_clock: MockClock) -> None:
     bench = Bench(tmp_path)
     headers = {**signed(Ed25519PrivateKey.generate()), "content-length": str(BODY_BYTES_MAX + 1)}
     error_of(await bench.chat(**headers), 413, "invalid_request_error")
@@ -447,7 +451,7 @@ def test_settings_of_the_door(tmp_path: Path) -> None:
 
 
 def test_a_bind_beyond_loopback_names_both_ways(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="add --api-keys .* --open"):
+    with pytest.raises(ConfigError, match=r"add --api-keys .* --open"):
         settings(tmp_path, http="0.0.0.0:8765")
     assert settings(tmp_path, http="0.0.0.0:8765", api_keys=True).api_keys
     environment = {"OPENAGI_API_KEYS": "true", "OPENAGI_ORIGINS": f"{PAGE},http://b", "OPENAGI_API_KEY": "oa_x"}

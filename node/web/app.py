@@ -88,7 +88,8 @@ def build_app(front: Front, rng: Random, config: DoorConfig | None = None, gate:
     }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
-    return Door(Gate(app, gate, meter, sign_ins), config or DoorConfig(), counts)
+    inner = Gate(app, gate, meter, sign_ins)
+    return Door(inner, config or DoorConfig(), counts, inner.early)
 
 
 class Facts:

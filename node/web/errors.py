@@ -30,6 +30,16 @@ class Forbidden(errors.RequestError):
         self.code = code
 
 
+class Limited(errors.TooMany):
+    """An account has taken what it may for now. `counter`: what it is counted as."""
+
+    code = "rate_limited"
+
+    def __init__(self, message: str, *, counter: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.counter = counter
+
+
 class Unauthorized(errors.RequestError):
     """Who asks is not known, or not as they say. `code` says why."""
 

@@ -16,7 +16,8 @@ import trio
 from node.errors import RequestError
 from node.front import Front, RouteHint
 from node.web.caller import Rate
-from node.web.meter import Limited, Meter
+from node.web.errors import Limited
+from node.web.meter import Meter
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Piece, Started
 
 CHARS_PER_TOKEN = 3  # prose has four or five, other scripts and code fewer; the estimate is settled at the end
