@@ -21,10 +21,13 @@ import trio
 from model.config import RuntimeConfig
 from model.requests import Embeddings, Output
 from model.runtime import Runtime
+from node.api_key_file import KEYS_FILE, KeyFile, changing_keys
 from node.embed_queue import EMBED_QUEUE_MAX
 from node.hosting import Hosting
 from node.room import Room
 from node.web.app import build_app
+from node.web.gate import GateConfig
+from tests.test_api_keys import made
 from tests.test_run import PATIENCE_S, Running, running, until
 from tests.tiny_models import save_causal
 
@@ -160,10 +163,16 @@ async def test_what_waits_is_bounded_in_bytes(site: Site, path: str, body: dict[
     assert site.queued_max <= 450_000
 
 
-async def test_one_client_of_elsewhere_is_told_that_it_takes_too_much_and_others_are_served(site: Site) -> None:
-    app = build_app(site.here.node.state, Random(1))
+async def test_one_client_of_elsewhere_is_told_that_it_takes_too_much_and_others_are_served(
+    site: Site, tmp_path: Path
+) -> None:
+    key, text = made(requests_per_s=1000.0, burst=1000.0, concurrent=1000)
+    with changing_keys(tmp_path / KEYS_FILE) as keys:
+        keys.append(key)
+    app = build_app(site.here.node.state, Random(1), None, GateConfig(keys=KeyFile(tmp_path / KEYS_FILE)))
     most = SLOTS + QUEUE // 2
-    async with client("http://127.0.0.1", transport=httpx.ASGITransport(app=app, client=("203.0.113.9", 1))) as http:
+    transport, headers = httpx.ASGITransport(app=app, client=("203.0.113.9", 1)), {"x-api-key": text}
+    async with client("http://127.0.0.1", transport=transport, headers=headers) as http:
         elsewhere = Site(site.here, http)
         Gated.gate.clear()
         async with trio.open_nursery() as nursery:

@@ -22,6 +22,7 @@ from node.errors import BadRequest, ConfigError
 from node.web.app import build_app
 from node.web.door import BODY_BYTES_MAX, DoorConfig
 from node.web.gate import GateConfig
+from node.web.serve import serve
 from node.web.settings import door_config, gate_config
 from tests.fake_front import PEER, FakeFront, finished, started, tale
 from tests.test_api_keys import made
@@ -457,3 +458,48 @@ def test_a_bind_beyond_loopback_names_both_ways(tmp_path: Path) -> None:
     environment = {"OPENAGI_API_KEYS": "true", "OPENAGI_ORIGINS": f"{PAGE},http://b", "OPENAGI_API_KEY": "oa_x"}
     config = load_config({}, environment=environment)
     assert (config.api_keys, config.origins) == (True, (PAGE, "http://b"))
+
+
+@pytest.mark.slow
+async def test_a_flood_over_a_socket_is_answered_early_and_as_it_would_be_late(tmp_path: Path) -> None:
+    """What serve.py answers by the head alone is what the routes' own way answers."""
+    key, text = made(requests_per_s=0.001, burst=1.0)
+    bench = Bench(tmp_path, key)
+    body = json.dumps(CHAT).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nx-api-key: {text}\r\n"
+    small = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            port = await nursery.start(serve, bench.app, "127.0.0.1", 0)
+            stream = await trio.open_tcp_stream("127.0.0.1", port)
+            late = await bench.chat(x_api_key=text)
+            assert late.status_code == 200
+            late = await bench.chat(x_api_key=text)
+            for _ in range(3):
+                await stream.send_all(small + small)  # also two at once
+                for _ in range(2):
+                    raw = b""
+                    while b"rate_limited" not in raw:
+                        raw += await stream.receive_some(1)
+                    while not raw.endswith(b"}}"):
+                        raw += await stream.receive_some(1)
+                    told, _, answer = raw.partition(b"\r\n\r\n")
+                    names = {line.partition(b":")[0].decode() for line in told.split(b"\r\n")[1:]} - {"date"}
+                    assert told.startswith(b"HTTP/1.1 429")
+                    assert names == set(late.headers)
+                    told_error, late_error = json.loads(answer)["error"], late.json()["error"]
+                    assert {**told_error, "request_id": ""} == {**late_error, "request_id": ""}
+            parted = await trio.open_tcp_stream("127.0.0.1", port)
+            await parted.send_all(small[:-5])  # not early: it may be slow, and that has its own bound
+            assert b" 429 " in await parted.receive_some()
+            for other in (
+                f"{head}origin: https://evil.example\r\ncontent-length: 0\r\n\r\n",
+                head.replace("localhost", "evil.example") + "content-length: 0\r\n\r\n",
+            ):
+                stream = await trio.open_tcp_stream("127.0.0.1", port)
+                await stream.send_all(other.encode())
+                assert b" 403 " in await stream.receive_some()
+            nursery.cancel_scope.cancel()
+    assert bench.drops["limited_account"] == 8
+    assert bench.app.counts.requests == 11
+    assert len(bench.front.works) == 1

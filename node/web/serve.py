@@ -34,7 +34,7 @@ from hypercorn.utils import parse_socket_addr, wrap_app
 from node.web.door import CONNECTION_KEY, Door, is_small
 from p2p.errors import CannotListen
 
-HEAD_BYTES_MAX = 16 << 10  # a request line and its headers
+HEAD_BYTES_MAX = 16 << 10  # a request line and its headers; h11 looks after each read, so that twice this may pass
 BACKLOG = 256
 DOOR_KEY = "openagi.door"  # of the connection's state
 # what Hypercorn and h11 may raise for what a client sent, or for how it left; all else is a bug and ends the node
@@ -209,7 +209,8 @@ class _BoundedStream:
         self._is_answering = value
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        return await self._stream.receive_some(max_bytes)
+        """At most HEAD_BYTES_MAX: a larger read would bring a larger head past h11's own bound."""
+        return await self._stream.receive_some(min(max_bytes or HEAD_BYTES_MAX, HEAD_BYTES_MAX))
 
     async def send_all(self, content: bytes) -> None:
         """Raises BrokenResourceError, also when the client took nothing for too long (it then is cut off)."""
