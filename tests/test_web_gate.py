@@ -234,7 +234,7 @@ async def test_answers_under_way_are_few_and_tokens_are_settled(tmp_path: Path, 
     assert "tokens a minute" in error_of(late, 429, "rate_limit_error")["message"]
     await trio.sleep(float(late.headers["retry-after"]))
     assert (await bench.ask("POST", "/v1/chat/completions", body=body, x_api_key=text)).status_code == 200
-    assert bench.drops["limited_concurrent"] == bench.drops["limited_tokens"] == 1
+    assert bench.drops["limited_concurrent"] == bench.drops["limited_tokens"] == bench.drops["tokens_over_limit"] == 1
 
 
 async def test_vectors_cost_tokens_too(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import trio
 
-from node.errors import RequestError
+from node.errors import RequestError, TooLarge
 from node.front import Front, RouteHint
 from node.web.caller import Rate
 from node.web.errors import Limited
@@ -74,6 +74,9 @@ class MeteredFront:
             return self._meter.charge(account, tokens, trio.current_time())
         except Limited as exc:
             self._drops[exc.counter] += 1
+            raise
+        except TooLarge:
+            self._drops["tokens_over_limit"] += 1
             raise
 
 
