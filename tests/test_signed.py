@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +39,7 @@ URL = "http://127.0.0.1:8765/v1/completions?a=%20b"
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 
 
+@cache
 def client() -> ModuleType:
     """docs/clients/signed.py."""
     spec = importlib.util.spec_from_file_location("signed_client", CLIENTS / "signed.py")
@@ -151,10 +153,13 @@ def test_each_header_is_there_once_in_its_one_spelling() -> None:
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(SIGNED_HEADERS),
-    st.one_of(st.binary(max_size=200), st.from_regex(rb'sig1=\(("@[a-z]+" ?)*\)(;[a-z]+=("[a-z]*"|[0-9]+))*')),
+    st.one_of(
+        st.binary(max_size=200),
+        st.sampled_from([b'sig1=("@method");created=1', b"sig1=::", b"sha-256=:AAAA:", b";alg=", b'"', b"(", b")"]),
+    ),
     st.integers(0, 400),
 )
 def test_any_bytes_are_a_word(name: str, value: bytes, at: int) -> None:
