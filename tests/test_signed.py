@@ -33,6 +33,7 @@ from node.web.signed import (
 CLIENTS = Path(__file__).parent.parent / "docs" / "clients"
 PEER = "12D3KooWFakeFakeFakeFakeFakeFakeFakeFakeFakeFakeFake"
 NOW = 1_800_000_000.0
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 BODY = b'{"prompt": "a"}'
 TARGET = Target(method="POST", path="/v1/completions", query="a=%20b")
 URL = "http://127.0.0.1:8765/v1/completions?a=%20b"
@@ -150,6 +151,10 @@ def test_each_header_is_there_once_in_its_one_spelling() -> None:
     for name in ("signature", "content-digest"):
         for value in (told[name][:-2] + ":", told[name].replace("=:", ":", 1), told[name] + " ", told[name][:-1]):
             assert fault_of(pairs({**told, name: value})) is SignatureFault.MALFORMED
+        at = len(told[name].rstrip("=:")) - 1
+        last = told[name][at]  # its lowest bits count for nothing
+        other = told[name][:at] + ALPHABET[ALPHABET.index(last) + 1] + told[name][at + 1 :]
+        assert fault_of(pairs({**told, name: other})) is SignatureFault.MALFORMED
 
 
 @pytest.mark.slow
