@@ -182,6 +182,17 @@ async def test_a_key_has_its_rate_and_what_it_is_told_to_wait_is_enough(
     assert bench.drops["limited_account"] == 2
 
 
+async def test_a_wait_is_true_however_long_it_is(tmp_path: Path, autojump_clock: MockClock) -> None:
+    key, text = made(requests_per_s=1 / 3600, burst=1.0)
+    bench = Bench(tmp_path, key)
+    assert [(await bench.chat(x_api_key=text)).status_code for _ in range(2)] == [200, 429]
+    assert (await bench.chat(x_api_key=text)).headers["retry-after"] == "3600"
+    await trio.sleep(3599)
+    assert (await bench.chat(x_api_key=text)).status_code == 429
+    await trio.sleep(1)
+    assert (await bench.chat(x_api_key=text)).status_code == 200
+
+
 async def test_a_refusal_reads_nothing_of_the_body(tmp_path: Path, autojump_clock: MockClock) -> None:
     bench = Bench(tmp_path, made(requests_per_s=0.001, burst=1.0)[0])
 

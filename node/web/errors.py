@@ -123,7 +123,8 @@ def retry_after_s(error: errors.RequestError) -> int | None:
     wanted = RETRY_AFTER_S_DEFAULT if error.retry_after_s is None else error.retry_after_s
     if not math.isfinite(wanted):
         wanted = RETRY_AFTER_S_MAX
-    return math.ceil(min(max(wanted, 1.0), RETRY_AFTER_S_MAX))
+    most = wanted if isinstance(error, Limited) else RETRY_AFTER_S_MAX  # our own arithmetic is true however long it is
+    return math.ceil(min(max(wanted, 1.0), max(most, 1.0)))
 
 
 def error_answer(error: errors.RequestError, request_id: str) -> tuple[int, dict[str, str], bytes]:
