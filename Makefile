@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint clean
+.PHONY: run test lint browser clean
 
 run: $(VENV)/.run
 	$(BIN)/python -m node run $(ARGS)
@@ -16,6 +16,12 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# the pages in Chromium, which apt-get brings where it may; elsewhere install it yourself
+browser: $(VENV)/.test
+	command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium; } || true
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[browser]'
+	$(BIN)/python -m pytest -q -m browser tests/browser $(ARGS)
+
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
@@ -24,7 +30,7 @@ $(VENV)/.run: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,embeddings,adapters,private]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,clients,embeddings,adapters,private]'
 	# libp2p brings trio-typing, whose stubs of an old trio would hide trio's own types from mypy
 	$(BIN)/python -c 'import pathlib, shutil, sysconfig; shutil.rmtree(pathlib.Path(sysconfig.get_path("purelib"), "trio-stubs"), ignore_errors=True)'
 	touch $@

@@ -45,6 +45,7 @@ NODES, SERVERS, HOSTS, CLIENTS = 10, 3, 3, 4
 KILL_EVERY_S = 5.0
 LOOK_EVERY_S = 0.1
 START_S_MAX = 600.0  # on a busy machine
+SLOW_S, BESIDE_S = 1.5, 5.0  # a reroute that is told in words, with the faults that long before it
 LATE_S = 0.05  # an answer that is whole so soon after the kill had left the peer before
 
 
@@ -187,8 +188,18 @@ def tracebacks(root: Path) -> list[str]:
     return found
 
 
-def reroutes_s(outcome: Outcome, times: str) -> list[float]:
-    """Seconds from each kill (or freeze) of a peer that was serving an open stream to the end of the silence it made.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reroute:
+    """Seconds from a kill (or freeze), at `at`, of the peer that served a stream to the end of the silence it made."""
+
+    waited_s: float
+    at: float
+    server: str
+    request: Request
+
+
+def reroutes(outcome: Outcome, times: str) -> list[Reroute]:
+    """Of all streams that were open at a kill (or freeze) of who served them.
 
     times: kills or freezes. Only requests whose serving peer was not touched before count: the client is told who
     serves at the start only.
@@ -203,7 +214,7 @@ def reroutes_s(outcome: Outcome, times: str) -> list[float]:
         if touched and touched[0] in getattr(member, times) and touched[0] > one.arrivals[0]:
             waited_s = silence_s([*one.arrivals, one.ended], touched[0])
             if waited_s is not None:
-                found.append(waited_s)
+                found.append(Reroute(waited_s=waited_s, at=touched[0], server=member.name, request=one))
     return found
 
 
@@ -226,7 +237,7 @@ def rows(outcome: Outcome) -> list[Row]:
     ends = Counter(one.end for one in requests)
     stayed = ends.total() - ends[DOOR_KILLED] - ends[LEFT]
     done_s = [one.ended - one.began for one in requests if one.end == RESULT]
-    killed_s, frozen_s = reroutes_s(outcome, "kills"), reroutes_s(outcome, "freezes")
+    killed_s, frozen_s = ([one.waited_s for one in reroutes(outcome, times)] for times in ("kills", "freezes"))
     happened = Counter(one.what for one in outcome.faults.happened)
     accepted = sum(one.accepted for one in requests)
     found = [
@@ -271,6 +282,17 @@ def tell(outcome: Outcome) -> None:
         whys = Counter(one.why[:160] for one in outcome.requests if one.end == end)
         for why, count in whys.most_common(12):
             print(f"{end} {count}: {why}")
+    for one in reroutes(outcome, "kills"):
+        if one.waited_s > SLOW_S:
+            beside = [
+                f"{fault.what} {fault.whom} {fault.at - one.at:+.1f} to {fault.until - one.at:+.1f} s"
+                for fault in outcome.faults.happened
+                if fault.until > one.at - BESIDE_S and fault.at < one.at + one.waited_s
+            ]
+            print(
+                f"slow reroute: {one.waited_s:.1f} s after {one.server} was killed, at {one.request.door}, after "
+                f"{len(one.request.arrivals)} pieces in all; beside it: {'; '.join(beside)}"
+            )
     for told in outcome.faults.link_told:
         print(f"slow link: {told}")
     for text in outcome.tracebacks[:5]:

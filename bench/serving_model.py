@@ -21,6 +21,7 @@ from model.engine import Engine
 from model.linears import kinds_here, pack
 from model.linears_joined import join
 from model.load import Found, Loaded, kv_token_bytes
+from model.norms import quicken
 from model.packing import trial
 from model.tokens import Tokens
 
@@ -57,6 +58,7 @@ def served(shape: Shape, kind: str) -> Served:
     cache, in fp32. Raises as `pack` does."""
     loaded = loaded_of(llama_config(shape), f"llama {kind}", torch.float32, torch.device("cpu"))
     join(loaded.model, lambda: trial(loaded))
+    quicken(loaded.model)
     return Served(kind=kind, loaded=loaded, is_invariant=pack(loaded.model, kind).is_invariant)
 
 

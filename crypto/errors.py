@@ -6,6 +6,9 @@ CryptoError
 |- BadSignature             not signed by whom it names, for this domain
 |- BadState                 a state file's content cannot be used
 |  `- NewerState            a newer node wrote it
+|- BadSeal                  sealed bytes that do not open
+|  `- Replayed              they did, once
+|- UnknownSealingKey        sealed to a key that is not held, or not any more
 |- BadEncoding              bytes that are no canonical value, or a value that has no canonical bytes
 |- Expired                  outside its time: too old, or from the future
 `- WrongNetwork             signed for another network than ours
@@ -36,6 +39,18 @@ class BadState(CryptoError):
 
 class NewerState(BadState):
     """A state file of a version that this node does not know."""
+
+
+class BadSeal(CryptoError):
+    """Sealed bytes that were changed, cut or moved, or that are for somebody else."""
+
+
+class Replayed(BadSeal):
+    """These sealed bytes were opened before."""
+
+
+class UnknownSealingKey(CryptoError):
+    """Sealed to a key that is not held, or not any more: the present one is wanted."""
 
 
 class BadEncoding(CryptoError):

@@ -26,7 +26,10 @@ FULL_S_MAX = 10.0
 FIRST_TOKEN_LATE_S_DEFAULT = 5.0  # before anything was measured
 FIRST_TOKEN_LATE_S_MIN, FIRST_TOKEN_LATE_S_MAX = 0.25, 60.0
 FULL_REASONS = frozenset({"no_room", "busy", "not_ready"})  # the peer is well and says no
-NEUTRAL_REASONS = frozenset({"deadline", "bad_request", "too_large", "cancelled"})  # the request's own fault
+# the request's own fault, or it is of a later version than the peer
+NEUTRAL_REASONS = frozenset(
+    {"deadline", "bad_request", "too_large", "context_length_exceeded", "cancelled", "unknown_method"}
+)
 UNREACHABLE = "unreachable"
 
 

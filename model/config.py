@@ -16,6 +16,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KINDS = ("causal", "encoder")
 QUANTIZATIONS = ("none", "int8", "int4")
+MODEL_TYPES = ("auto", *KINDS)
 AUTOCAST = ("auto", "on", "off")
 SEED_MAX = (1 << 63) - 1
 CHUNK_MIN = 8  # tokens of prompt in a step while others decode, however slow they are: so that prompts end
@@ -25,7 +26,8 @@ CHUNK_MIN = 8  # tokens of prompt in a step while others decode, however slow th
 class ModelFacts:
     """One loaded model. kind: "causal" makes text, "encoder" only vectors. embeds: embed() uses this model.
     parameters and vocabulary are counts; kv_token_bytes is what one token takes in the KV cache. dtype: what is
-    computed in, and what the weights are in unless quantization says otherwise."""
+    computed in, and what the weights are in unless quantization says otherwise. calls: how it calls functions
+    (model/call_format.py), None: in no way that is known."""
 
     name: str
     revision: str
@@ -37,6 +39,7 @@ class ModelFacts:
     kv_token_bytes: int = 0
     embeds: bool = False
     quantization: str = "none"
+    calls: str | None = None
 
     @property
     def numbers(self) -> str:
@@ -108,7 +111,8 @@ class EngineConfig:
 class RuntimeConfig:
     """How a node runs its models. quantize: of all weights of linear layers, on a CPU. threads 0: torch's choice.
     embedding_name "": vectors from the main model's states. kv_tokens 0: as many as kv_cache_mb (10**6 bytes each)
-    holds for this model."""
+    holds for this model. model_type: what the main model must be, auto: whatever it is. max_length: tokens that prompt
+    and answer, or a text to embed, may have together; 0: what the model reads."""
 
     device: str = "auto"
     dtype: str = "auto"
@@ -120,17 +124,21 @@ class RuntimeConfig:
     kv_tokens: int = 0
     queue_max: int = 64
     prefill_chunk: int = 256
+    model_type: str = "auto"
+    max_length: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a device, dtype or quantization that there is not, or a number below its bound."""
+        """Raises ValueError for a word that there is not, or a number below its bound."""
         if self.device not in DEVICES:
             raise ValueError(f"device must be one of {', '.join(DEVICES)}, not {self.device!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         if self.quantize not in QUANTIZATIONS:
             raise ValueError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, not {self.quantize!r}")
-        if min(self.threads, self.kv_tokens) < 0 or self.kv_cache_mb < 1:
-            raise ValueError(f"threads and kv_tokens must be 0 or more, kv_cache_mb 1 or more, not {self}")
+        if self.model_type not in MODEL_TYPES:
+            raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, not {self.model_type!r}")
+        if min(self.threads, self.kv_tokens, self.max_length) < 0 or self.kv_cache_mb < 1:
+            raise ValueError(f"threads, kv_tokens and max_length must be 0 or more, kv_cache_mb 1 or more, not {self}")
 
     def engine(self, kv_token_bytes: int) -> EngineConfig:
         """The engine's bounds for a model whose KV cache takes `kv_token_bytes` a token."""

@@ -18,7 +18,7 @@ import torch
 
 from model.answer import Answer
 from model.config import EngineConfig
-from model.errors import FOREIGN, BadInput, ComputeFailed, EngineFull, ModelError, OutOfMemory, first_line
+from model.errors import FOREIGN, BadInput, ComputeFailed, EngineFull, ModelError, OutOfMemory, TooLong, first_line
 from model.execute import Task, executor_for
 from model.fair_share import Account
 from model.load import Loaded
@@ -26,6 +26,7 @@ from model.requests import EngineStatistics, GenerationRequest, Output, Progress
 from model.sample import choose, greedy, is_plain
 from model.scheduler import Scheduler
 from model.step import Outcome, Step
+from model.timings import Timings
 
 RATE_WEIGHT = 0.1  # of the newest step in the measured speeds
 OUT_OF_MEMORY_TEXT = ("can't allocate memory", "out of memory")
@@ -54,7 +55,7 @@ class Engine:
     def __init__(
         self, loaded: Loaded, config: EngineConfig | None = None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        """`clock` gives seconds, for the measured speeds only."""
+        """`clock` gives seconds, for what is measured only."""
         self._loaded = loaded
         self._config = config or EngineConfig()
         self._clock = clock
@@ -66,6 +67,7 @@ class Engine:
         self._whole: set[str] = set()  # delivered whole: only replayed, and not scheduled
         self._decode_rate = Rate()
         self._prefill_rate = Rate()
+        self._timings = Timings()
         self._counts: Counter[str] = Counter()
 
     @property
@@ -89,6 +91,7 @@ class Engine:
             self._scheduler.add(
                 name, (*request.prompt, *request.delivered), left, account, self._shared_tokens(request)
             )
+            self._timings.came(name, self._clock())
         elif len(self._whole) > self._config.queue_max:
             raise EngineFull(f"{len(self._whole)} answers are being replayed; try again later")
         else:
@@ -127,12 +130,14 @@ class Engine:
             prefill_tok_s=self._prefill_rate.value,
             decoded_tokens=scheduled.decoded,
             prefilled_tokens=scheduled.prefilled,
+            queried_tokens=scheduled.queried,
             reused_tokens=scheduled.reused,
             recomputed_tokens=scheduled.recomputed,
             preemptions=scheduled.preemptions,
             finished=self._counts["finished"],
             failed=self._counts["failed"],
             cancelled=self._counts["cancelled"],
+            timings=self._timings.read(),
         )
 
     def step(self) -> list[Output]:
@@ -146,6 +151,7 @@ class Engine:
         errors = {o.request_id: o for o in self._admit(plan)}
         tasks = self._tasks(plan, errors.keys())
         began = self._clock()
+        self._timings.runs((name for name, _ in plan.admitted), began)
         logits = self._run(tasks, errors)
         seconds = self._clock() - began
         made = {o.request_id: o for o in self._chosen(logits)}
@@ -158,6 +164,7 @@ class Engine:
         )
         self._scheduler.took(outcome)
         self._note(plan, seconds)
+        self._timings.stepped(sum(task.end - task.begin for task in tasks), outcome.sampled, began + seconds)
         for name in errors:
             self._scheduler.cancel(name)  # no error for one that took() has ended
         ended = made | errors
@@ -185,7 +192,7 @@ class Engine:
             raise BadInput(f"max_tokens must be at least 1, not {max_tokens}", param="max_tokens")
         wanted = len(request.prompt) + max_tokens
         if wanted > facts.context_tokens:
-            raise BadInput(
+            raise TooLong(
                 f"the prompt has {len(request.prompt):,} tokens and max_tokens is {max_tokens:,}: together "
                 f"{wanted:,}, more than the {facts.context_tokens:,} of {facts.name}; shorten one of them",
                 param="max_tokens",
@@ -295,6 +302,7 @@ class Engine:
         self._answers.pop(request_id, None)
         self._whole.discard(request_id)
         self._executor.drop(request_id)
+        self._timings.ended(request_id, self._clock(), is_finished=how == "finished")
         self._counts[how] += 1
 
     def _logprob(self, logits_V: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:

@@ -4,7 +4,11 @@
     |- NotFound       no model of that name here, nor on the hub
     |- BadModel       the files are corrupt, do not fit together, are not supported or are not safe to open
     |- OutOfMemory    the machine has too little memory for the model, or for this request
-    |- BadInput       the request's fault: too long, unknown token ids, a message the template refuses
+    |- BadSetting     a setting of the model that there is not, or whose value cannot be
+    |- BadInput       the request's fault: unknown token ids, a message the template refuses
+    |  |- EmptyInput  there is no text in it
+    |  `- TooLong     prompt and answer are longer than the model's context
+    |- NotLoaded      the model was closed, is switched off, or its service has stopped
     |- EngineFull     the queue is full: try later or elsewhere
     |- ComputeFailed  the forward pass failed for this request, or training made numbers that are not finite
     |- BadUpdate      a peer's contribution to a round is not what the run agreed on: leave it out
@@ -47,6 +51,22 @@ class OutOfMemory(ModelError):
 
 class BadInput(ModelError):
     """The request cannot be served by this model, now or later."""
+
+
+class BadSetting(ModelError):
+    """A setting names nothing, is badly typed or out of its range. `param` is its name."""
+
+
+class EmptyInput(BadInput):
+    """A text has no characters, or there is no text."""
+
+
+class NotLoaded(ModelError):
+    """There is no model to answer: closed, switched off, or its service has stopped."""
+
+
+class TooLong(BadInput):
+    """Prompt and answer together are longer than the model's context."""
 
 
 class EngineFull(ModelError):

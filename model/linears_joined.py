@@ -60,6 +60,8 @@ class Share(nn.Module):
         """x: (..., K) to (..., O)."""
         return self.joined.part(self.index, x)
 
+    __call__ = forward  # without torch's search for hooks
+
 
 @dataclass(frozen=True, slots=True)
 class Names:

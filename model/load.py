@@ -31,6 +31,7 @@ from model.checkpoint import Checkpoint, read_checkpoint, revision_of
 from model.config import UNPACKED, LinearFacts, ModelFacts
 from model.errors import FOREIGN, BadModel, NotFound, OutOfMemory, first_line
 from model.linears import PackedModel
+from model.load_progress import OnProgress, watched
 from model.tokens import Tokens
 
 DEFAULT = "default"
@@ -94,8 +95,8 @@ def resolve(name_or_path: str, *, cache_dir: Path | None = None) -> Found:
     return Found(name_or_path, snapshot, snapshot.parent.parent)  # a snapshot's files link to ../../blobs
 
 
-def load(found: Found, *, device: str = "auto", dtype: str = "auto") -> Loaded:
-    """Checks and loads a model. Takes seconds and memory: call it in a worker thread.
+def load(found: Found, *, device: str = "auto", dtype: str = "auto", on_progress: OnProgress | None = None) -> Loaded:
+    """Checks and loads a model. Takes seconds and memory: call it in a worker thread, one at a time.
 
     Raises BadModel, NotFound, OutOfMemory; nothing stays allocated then.
     """
@@ -115,7 +116,8 @@ def load(found: Found, *, device: str = "auto", dtype: str = "auto") -> Loaded:
             f"{free_bytes / 1e9:.1f} GB free; close other programs, or choose --dtype bfloat16 or a smaller model"
         )
     tokens = Tokens.load(found.path)
-    model = _read_weights(checkpoint, config, kind, number_type)
+    with watched(on_progress):
+        model = _read_weights(checkpoint, config, kind, number_type)
     try:
         model = model.to(place).eval().requires_grad_(False)
     except FOREIGN as exc:
@@ -129,6 +131,7 @@ def load(found: Found, *, device: str = "auto", dtype: str = "auto") -> Loaded:
         parameters=parameters,
         kv_token_bytes=kv_token_bytes(config, kv_dtype(place, number_type)) if kind == "causal" else 0,
         vocabulary=int(model.get_input_embeddings().num_embeddings),
+        calls=tokens.calls if kind == "causal" else None,
     )
     return Loaded(
         facts=facts,

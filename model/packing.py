@@ -23,6 +23,7 @@ from model.linears import EXACT, PackedModel, linear_shapes, pack
 from model.linears_choice import PLAIN, Choice, choose
 from model.linears_joined import join
 from model.load import Loaded, load
+from model.norms import quicken
 
 WISH: Final = {"none": "exact", "int8": "int8", "int4": "int4"}  # of RuntimeConfig.quantize
 TRIAL_IDS: Final = (1, 3, 2, 5, 4, 3, 6)
@@ -87,6 +88,7 @@ def _tried(loaded: Loaded, kind: str) -> tuple[PackedModel | None, str]:
     try:
         before = trial(loaded)
         names = join(loaded.model, lambda: trial(loaded))
+        quicken(loaded.model)
         made = pack(loaded.model, kind).called(names)
         off = _distance(before, trial(loaded))
     except FOREIGN as exc:

@@ -45,6 +45,11 @@ class _Layer:
         if work.fresh is not None:
             self.keys.index_fill_(0, work.fresh, 0.0)
             self.values.index_fill_(0, work.fresh, 0.0)
+        if work.tokens == 1:
+            block, row = work.first
+            self.keys[block, :, row].copy_(key_TJD[0])
+            self.values[block, :, row].copy_(value_TJE[0])
+            return
         at = work.places(self.heads)
         for rows, new in zip(self._rows, (key_TJD, value_TJE), strict=True):
             real = new[: work.tokens] if len(new) > work.tokens else new
@@ -148,7 +153,8 @@ def _attend(query_THD: torch.Tensor, layer: _Layer, group: Group, wish: _Wish) -
     if wish.softcap is not None:
         scores = torch.tanh(scores / wish.softcap) * wish.softcap
     first = 0 if wish.window is not None else group.seen_by_all
-    scores[..., first:] += group.bias(wish.window)[..., first:]
+    bias = group.bias(wish.window)
+    (scores[..., first:] if first else scores).add_(bias[..., first:] if first else bias)
     weights = _softmax(scores, size, wish.sinks)
     weights = weights.view(sequences, heads, lines, longest, size).permute(0, 3, 1, 2, 4)
     weights = weights.reshape(sequences * longest, heads, lines, size)
@@ -160,7 +166,9 @@ def _attend(query_THD: torch.Tensor, layer: _Layer, group: Group, wish: _Wish) -
         made = made.new_zeros(sequences * longest, *made.shape[1:]).index_copy_(0, group.place, made)
     made = made.view(sequences, longest, heads, -1, rows, made.shape[-1])
     summed = made.sum(1) if longest > 1 else made[:, 0]
-    return summed[:, :, :, : group.tokens_each].permute(0, 3, 1, 2, 4).reshape(len(group.rows), -1, made.shape[-1])
+    if rows > group.tokens_each:
+        summed = summed[:, :, :, : group.tokens_each]
+    return summed.permute(0, 3, 1, 2, 4).reshape(len(group.rows), -1, made.shape[-1])
 
 
 def _scores(query_THD: torch.Tensor, layer: _Layer, group: Group, pieces: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -85,7 +85,7 @@ class Group:
 
 
 class Pass:
-    """What one forward pass does. tokens: T, without those that fill up."""
+    """What one forward pass does. tokens: T, without those that fill up. first: block and place of the first."""
 
     def __init__(self, parts: Sequence[Part], block_tokens: int, device: torch.device) -> None:
         self._parts, self._size, self._device = parts, block_tokens, device
@@ -101,6 +101,7 @@ class Pass:
                     fresh.append(block)
             self.positions += range(part.begin, part.end)
         self.tokens = len(slots)
+        self.first = divmod(slots[0], block_tokens) if slots else (0, 0)
         self.fresh = self._tensor(fresh) if fresh else None
         self._slots = self._tensor(slots)
         self._places: dict[int, torch.Tensor] = {}

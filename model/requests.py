@@ -12,6 +12,7 @@ from typing import NamedTuple
 from model.config import ModelFacts
 from model.errors import ModelError
 from model.step import Priority
+from model.timings import EngineTimings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,7 @@ class Progress(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatistics:
     """The engine's state in numbers. The speeds are of the whole engine, measured over its real steps; 0: not yet.
-    An encoder has no slots."""
+    An encoder has no slots. timings: None where no engine of ours measures them."""
 
     slots_total: int = 0
     slots_free: int = 0
@@ -93,12 +94,14 @@ class EngineStatistics:
     prefill_tok_s: float = 0.0
     decoded_tokens: int = 0
     prefilled_tokens: int = 0
-    reused_tokens: int = 0  # of prompts, whose KV was there already
+    queried_tokens: int = 0  # of requests that were admitted: those whose KV might have been there
+    reused_tokens: int = 0  # of these, whose KV was there already
     recomputed_tokens: int = 0  # a second time, after a preemption
     preemptions: int = 0
     finished: int = 0
     failed: int = 0
     cancelled: int = 0
+    timings: EngineTimings | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its OpenMP spins at barriers otherwise
 
@@ -17,12 +18,14 @@ import torch
 from model.config import LinearFacts, ModelFacts, RuntimeConfig
 from model.embed import Embedder
 from model.engine import Engine
-from model.errors import BadInput
+from model.errors import BadInput, BadSetting
 from model.linears import PackedModel, Ready
 from model.load import Loaded, device_free_bytes, load, resolve
+from model.load_progress import OnProgress
 from model.packing import packed
 from model.participant import load_named
 from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress
+from model.template import TakesNoTools, Turn
 
 
 class Runtime:
@@ -38,10 +41,13 @@ class Runtime:
         self._embedder = Embedder(self._encoder)
 
     @classmethod
-    def load(cls, name: str, config: RuntimeConfig | None = None) -> Runtime:
+    def load(cls, name: str, config: RuntimeConfig | None = None, on_progress: OnProgress | None = None) -> Runtime:
         """Loads the model, and the embedding model if one is named. Seconds of work: use a worker thread.
 
-        Raises NotFound, BadModel, OutOfMemory, BadInput (quantize on a GPU); nothing stays allocated then.
+        on_progress: told how many tensors of the model under way are there, and of how many.
+
+        Raises NotFound, BadModel, OutOfMemory, BadInput (quantize on a GPU), BadSetting (model_type, max_length);
+        nothing stays allocated then.
         """
         config = config or RuntimeConfig()
         if config.threads:
@@ -50,8 +56,13 @@ class Runtime:
         if config.embedding_name and config.embedding_name != name:
             names.append(config.embedding_name)
         loaded, *encoder = (
-            packed(load(resolve(each), device=config.device, dtype=config.dtype), config.quantize) for each in names
+            packed(
+                load(resolve(each), device=config.device, dtype=config.dtype, on_progress=on_progress), config.quantize
+            )
+            for each in names
         )
+        _check(loaded.facts, config)
+        loaded, *encoder = (_within(each, config.max_length) for each in (loaded, *encoder))
         return cls(loaded, encoder[0] if encoder else None, config)
 
     @property
@@ -73,9 +84,14 @@ class Runtime:
         """Whether step() would do anything."""
         return self._engine is not None and self._engine.has_work
 
-    def render(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
-        """(role, content) pairs -> prompt ids by the model's chat template. Raises BadInput."""
-        return self._loaded.tokens.render(messages)
+    def render(self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] | None = None) -> tuple[int, ...]:
+        """(role, content) pairs, or messages as templates take them -> prompt ids. Raises BadInput."""
+        try:
+            return self._loaded.tokens.render(messages, tools)
+        except TakesNoTools as exc:
+            raise BadInput(
+                f"{self.facts.name} takes no tools: {exc}; leave them out, or ask another model", param="tools"
+            ) from exc
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Plain text -> prompt ids. Raises BadInput."""
@@ -156,3 +172,27 @@ class Runtime:
         if self._engine is None:
             raise BadInput(f"{self.facts.name} is an encoder: it makes vectors, not text; ask another model")
         return self._engine
+
+
+def _check(facts: ModelFacts, config: RuntimeConfig) -> None:
+    """Whether the main model is what the settings say. Raises BadSetting."""
+    if config.model_type not in ("auto", facts.kind):
+        raise BadSetting(
+            f"model_type is {config.model_type!r}, and {facts.name} is of the type {facts.kind}: "
+            "mend one of the two, or leave model_type out",
+            param="model_type",
+        )
+    if config.max_length > facts.context_tokens:
+        raise BadSetting(
+            f"max_length is {config.max_length:,}, and {facts.name} reads at most {facts.context_tokens:,} tokens: "
+            "give that or less, or leave max_length out",
+            param="max_length",
+        )
+
+
+def _within(loaded: Loaded, max_length: int) -> Loaded:
+    """The same model, which is asked for so many tokens at most; 0: for what it reads."""
+    facts = loaded.facts
+    if not 0 < max_length < facts.context_tokens:
+        return loaded
+    return replace(loaded, facts=replace(facts, context_tokens=max_length))

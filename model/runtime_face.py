@@ -5,8 +5,8 @@ Rules: model/runtime.py has the real one; a test checks that it keeps to this fa
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from typing import Protocol
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, Protocol
 
 from model.config import LinearFacts, ModelFacts
 from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress
@@ -49,8 +49,10 @@ class Runtime(Served, Protocol):
     def has_work(self) -> bool:
         """Whether step() would do anything."""
 
-    def render(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
-        """(role, content) pairs -> prompt ids. Raises BadInput."""
+    def render(
+        self, messages: Sequence[tuple[str, str] | Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[int, ...]:
+        """(role, content) pairs, or messages as templates take them -> prompt ids. Raises BadInput."""
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Plain text -> prompt ids. Raises BadInput."""

@@ -229,6 +229,7 @@ class Scheduler:
             if reused is None:
                 break
             sequence.computed = reused
+            self._counts["queried"] += len(sequence.tokens)
             self._counts["reused"] += reused
             self._running[sequence.request_id] = self._waiting.pop(sequence.request_id)
             admitted.append(Admitted(sequence.request_id, reused))
@@ -350,7 +351,7 @@ class Scheduler:
                 self._rest_until = self._counts["steps"] + self._config.age_steps
 
 
-_COUNTED = ("steps", "preemptions", "overdue", "decoded", "prefilled", "reused", "recomputed")
+_COUNTED = ("steps", "preemptions", "overdue", "decoded", "prefilled", "queried", "reused", "recomputed")
 
 
 def _span(sequence: _Sequence, count: int) -> Span:

@@ -93,7 +93,8 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerStatistics:
-    """The scheduler in numbers. reused: tokens whose KV was there when their request was admitted or its turn came;
+    """The scheduler in numbers. queried: tokens of requests when they were admitted, again after a preemption;
+    reused: of these, those whose KV was there when their request was admitted or its turn came;
     recomputed: tokens computed a second time, after a preemption."""
 
     slots_free: int
@@ -104,5 +105,6 @@ class SchedulerStatistics:
     overdue: int = 0  # requests that were put first because of their age
     decoded: int = 0
     prefilled: int = 0
+    queried: int = 0
     reused: int = 0
     recomputed: int = 0

@@ -13,7 +13,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, NoReturn, cast
 
 from jinja2 import TemplateError, TemplateRuntimeError, nodes
@@ -65,6 +65,18 @@ COMPARING = (
 WIDE_FORMAT = re.compile(r"\d{4,}|\{[^}]*\{|\*")  # a width of thousands, or one taken from an argument
 
 
+Turn = tuple[str, str] | Mapping[str, Any]  # (role, content), or a message with all that it has
+
+
+class TakesNoTools(BadInput):
+    """The template says the same whether it is given tools or none: the model would never hear of them."""
+
+
+def row_of(turn: Turn) -> dict[str, Any]:
+    """A message as templates take it."""
+    return {"role": turn[0], "content": turn[1]} if isinstance(turn, tuple) else dict(turn)
+
+
 class ChatTemplate:
     """One compiled template. One thread at a time."""
 
@@ -79,15 +91,22 @@ class ChatTemplate:
             raise BadModel(f"the chat template does not compile ({first_line(exc)})") from exc
         self._special_tokens = special_tokens
 
-    def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The prompt text for (role, content) pairs. Raises BadInput, also for a template that does too much."""
-        rows = [{"role": role, "content": content} for role, content in messages]
+    def render(self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """The prompt text of a chat. Raises BadInput, also for a template that does too much, and TakesNoTools."""
+        rows = [row_of(turn) for turn in messages]
+        text = self._rendered(rows, tools or None)
+        if tools and text == self._rendered(rows, None):
+            raise TakesNoTools("its chat template does not show them", param="tools")
+        return text
+
+    def _rendered(self, rows: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
+        """One rendering, with a budget of its own."""
         self._environment.left = BUDGET
         pieces: list[str] = []
         chars = 0
         try:
             for piece in self._template.generate(
-                messages=rows, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
+                messages=rows, tools=tools, documents=None, add_generation_prompt=True, **self._special_tokens
             ):
                 chars += len(piece)
                 if chars > RENDERED_CHARS_MAX:
@@ -338,6 +357,8 @@ def _weight(value: Any) -> int:
         elif isinstance(item, list | tuple | set | frozenset):
             total += len(item)
             stack.extend(item)
+        elif isinstance(item, int):
+            total += 1 + item.bit_length() // 3  # a client's JSON has numbers of thousands of digits
         else:
             total += 1
     return total

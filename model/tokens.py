@@ -7,14 +7,15 @@ Source: SERVING.md "Threads"; transformers `tokenization_utils_tokenizers.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from model.call_format import call_format
 from model.errors import FOREIGN, BadInput, BadModel, first_line
-from model.template import ChatTemplate
+from model.template import ChatTemplate, TakesNoTools, Turn, row_of
 from model.text import TextStream
 
 ENCODE_CHARS_MAX = 1 << 20
@@ -43,10 +44,15 @@ class Tokens:
         if self._fast is not None:
             self._fast.no_truncation()
             self._fast.no_padding()
-        template = tokenizer.chat_template
+        template, special = tokenizer.chat_template, dict(tokenizer.special_tokens_map)
+        with_tools = template
         if isinstance(template, dict):
-            template = template.get("default")
-        self._template = ChatTemplate(template, dict(tokenizer.special_tokens_map)) if template else None
+            with_tools, template = template.get("tool_use", template.get("default")), template.get("default")
+        self._template = ChatTemplate(template, special) if template else None
+        self._with_tools = self._template
+        if with_tools != template and with_tools:
+            self._with_tools = ChatTemplate(with_tools, special)
+        self.calls = None if not with_tools else call_format(with_tools)
 
     @classmethod
     def load(cls, path: Path) -> Tokens:
@@ -75,15 +81,18 @@ class Tokens:
         length = self._tokenizer.model_max_length
         return length if isinstance(length, int) and 0 < length < 1 << 31 else None
 
-    def render(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
-        """A chat of (role, content) -> prompt ids, ready for the assistant's answer.
+    def render(self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] | None = None) -> tuple[int, ...]:
+        """A chat of (role, content), or of messages as templates take them -> prompt ids, ready for the answer.
 
-        A model without a chat template gets the contents, each followed by a blank line. Raises BadInput.
+        A model without a chat template gets the contents, each followed by a blank line. Raises BadInput, TakesNoTools.
         """
-        if self._template is None:
-            text = "".join(f"{content}\n\n" for _, content in messages)
+        template = self._with_tools if tools else self._template
+        if template is None:
+            if tools:
+                raise TakesNoTools("it has no chat template", param="tools")
+            text = "".join(f"{row_of(turn)['content']}\n\n" for turn in messages)
             return self._encode(text, special=True)
-        return self._encode(self._template.render(messages), special=False)
+        return self._encode(template.render(messages, tools), special=False)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Plain text -> prompt ids, with the special tokens that the model wants around a text. Raises BadInput."""

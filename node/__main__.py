@@ -2,7 +2,7 @@
 
 Rules: a command's signature is the declaration of its flags. Every expected failure is one sentence on stderr and an
 exit code of docs (2 usage or configuration, 69 nothing to listen on, 75 data directory locked, 78 unsafe key file);
-a traceback means a bug.
+a traceback means a bug. Flags of `run` are told by what they are for.
 """
 
 from __future__ import annotations
@@ -14,69 +14,211 @@ from typing import Annotated, Any
 import typer
 
 from node.collector import importing
-from node.commands.ask import ask
-from node.commands.chat import chat
-from node.commands.demo import demo
-from node.commands.doctor import doctor
+from node.commands.ask import ASK_PAGE, ask
+from node.commands.chat import CHAT_PAGE, chat
+from node.commands.demo import DEMO_PAGE, demo
+from node.commands.doctor import DOCTOR_PAGE, doctor
 from node.commands.keys import keys
-from node.commands.peers import peers
-from node.commands.status import status
+from node.commands.pages import CLIENT_VARIABLES, RUN_EXITS, RUN_VARIABLES, page
+from node.commands.peers import PEERS_PAGE, peers
+from node.commands.status import STATUS_PAGE, status
 from node.commands.train import train
 
+_RUN_PAGE = page(
+    [
+        "python -m node",
+        "python -m node run --model ~/models/qwen --http 127.0.0.1:8765",
+        "python -m node run --model none --bootstrap ADDRESS_OF_A_PEER",
+        "python -m node run --config app_config.json --log-json",
+    ],
+    RUN_EXITS,
+    RUN_VARIABLES,
+)
+_PAGE = page(
+    [
+        "python -m node",
+        'python -m node ask "Once upon a time"',
+        "python -m node doctor",
+        "python -m node COMMAND --help",
+    ],
+    {**RUN_EXITS, 1: "a command failed; each says its own codes"},
+    {**CLIENT_VARIABLES, **RUN_VARIABLES},
+)
+SCRIPT = "openagi-node"  # what pip installs beside python; a shell completes this name
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer gives the kind no public name
+_HELP_WORDS = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     name="node",
     help="A peer-to-peer node for shared AI. With no command it runs a node.",
+    epilog=_PAGE,
     no_args_is_help=False,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings=_HELP_WORDS,
 )
-for command in (ask, chat, demo, doctor, peers, status):
-    app.command()(command)
+for command, its_page in (
+    (ask, ASK_PAGE),
+    (chat, CHAT_PAGE),
+    (demo, DEMO_PAGE),
+    (doctor, DOCTOR_PAGE),
+    (peers, PEERS_PAGE),
+    (status, STATUS_PAGE),
+):
+    app.command(epilog=its_page)(command)
 app.add_typer(keys, name="keys")
 app.add_typer(train, name="train")
 
 
-@app.command()
+@app.command(epilog=_RUN_PAGE)
 def run(
-    config: Annotated[Path | None, typer.Option(help="app_config.json; its keys are these flags' names.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Identity, address book and other state.")] = None,
-    http: Annotated[str | None, typer.Option(help="HOST:PORT of the HTTP door (port 0: any), or off.")] = None,
-    listen: Annotated[list[str] | None, typer.Option(help="Multiaddr to listen on; may be repeated.")] = None,
-    bootstrap: Annotated[list[str] | None, typer.Option(help="Multiaddr of a peer, with /p2p/; repeatable.")] = None,
-    bootstrap_file: Annotated[Path | None, typer.Option(help="List of peers to join through.")] = None,
-    network: Annotated[str | None, typer.Option(help="Name of the network to join.")] = None,
-    psk_file: Annotated[Path | None, typer.Option(help="Pre-shared key of a private network (64 hex).")] = None,
-    mdns: Annotated[bool | None, typer.Option(help="Find peers on the local network.")] = None,
-    direct_port: Annotated[int | None, typer.Option(help="TCP port of direct channels for bulk (0: any).")] = None,
-    upload_mb_s: Annotated[int | None, typer.Option(help="MB/s of blobs given to all peers together.")] = None,
-    relay: Annotated[bool | None, typer.Option(help="Relay for peers behind NAT while reachable.")] = None,
-    model: Annotated[str | None, typer.Option(help="Name, path or none; default: the embedded one.")] = None,
-    embedding_model: Annotated[str | None, typer.Option(help="Name or path of an encoder for embeddings.")] = None,
-    backend: Annotated[str | None, typer.Option(help="transformers, or openai:URL of a server.")] = None,
-    backend_key_file: Annotated[Path | None, typer.Option(help="File with that server's key.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    quantize: Annotated[str | None, typer.Option(help="none, int8 or int4: the weights, on a CPU.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the model; default: cores - 1.")] = None,
-    max_batch: Annotated[int | None, typer.Option(help="Requests answered at the same time.")] = None,
-    kv_cache_mb: Annotated[int | None, typer.Option(help="Memory for the context of running requests.")] = None,
-    cache_mb: Annotated[int | None, typer.Option(help="Memory for answers that are asked for again; 0: none.")] = None,
-    train: Annotated[str | None, typer.Option(help="Run to join, by name or id; wants --data.")] = None,
-    data: Annotated[list[Path] | None, typer.Option(help="Text to train on, file or folder; repeatable.")] = None,
-    train_hours: Annotated[str | None, typer.Option(help="Hours to train in, as 22-6.")] = None,
-    train_on_battery: Annotated[bool | None, typer.Option("--train-on-battery", help="Train there too.")] = None,
-    train_epsilon: Annotated[float | None, typer.Option(help="Train privately, spending at most this.")] = None,
-    ready_file: Annotated[Path | None, typer.Option(help="JSON written when ready, removed on exit.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", metavar="FILE", help="app_config.json: flags by name, and its sections."),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Identity, address book and other state.")
+    ] = None,
+    http: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="The HTTP door (port 0: any), or off.")] = None,
     open: Annotated[bool | None, typer.Option("--open", help="Answer anybody on a bind beyond loopback.")] = None,
-    api_keys: Annotated[bool | None, typer.Option("--api-keys", help="Answer only who has a key or signs.")] = None,
-    strangers: Annotated[bool | None, typer.Option(help="Answer signed requests of keys nobody vouched for.")] = None,
-    wallets: Annotated[list[str] | None, typer.Option(help="Address that may sign in, or file of such.")] = None,
-    hosts: Annotated[list[str] | None, typer.Option(help="Name of this node, as node.example; repeatable.")] = None,
-    origins: Annotated[list[str] | None, typer.Option(help="Page that may ask, as https://chat.example.")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
-    log_json: Annotated[bool | None, typer.Option("--log-json", help="Log lines as JSON.")] = None,
+    ready_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON written when ready, removed on exit.")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = None,
+    log_json: Annotated[
+        bool | None, typer.Option("--log-json", "--json", help="What is printed, and log lines, as JSON.")
+    ] = None,
+    api_keys: Annotated[
+        bool | None,
+        typer.Option("--api-keys", rich_help_panel="Who may ask", help="Answer only who has a key or signs."),
+    ] = None,
+    strangers: Annotated[
+        bool | None, typer.Option(rich_help_panel="Who may ask", help="Answer who signs by a key nobody vouched for.")
+    ] = None,
+    wallets: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ADDRESS", rich_help_panel="Who may ask", help="May sign in; or a file of such."),
+    ] = None,
+    hosts: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", rich_help_panel="Who may ask", help="Of this node, as node.example; repeatable."),
+    ] = None,
+    origins: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", rich_help_panel="Who may ask", help="Page that may, as https://chat.example."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", rich_help_panel="Model", help="Name, path or none; default: the embedded one."),
+    ] = None,
+    model_type: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", rich_help_panel="Model", help="auto, causal or encoder: what it must be."),
+    ] = None,
+    embedding_model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", rich_help_panel="Model", help="Name or path of an encoder for embeddings."),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(metavar="N", rich_help_panel="Model", help="Tokens of prompt and answer; default: all it reads."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", rich_help_panel="Model", help="Of an answer whose request names no limit."),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", rich_help_panel="Model", help="Of a request that names none.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", rich_help_panel="Model", help="auto, cpu, cuda or mps.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="TYPE", rich_help_panel="Model", help="auto, float32, bfloat16 or float16.")
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(metavar="HOW", rich_help_panel="Model", help="none, int8 or int4: the weights, on a CPU."),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(metavar="N", rich_help_panel="Model", help="CPU threads of the model; default: cores - 1."),
+    ] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(metavar="N", rich_help_panel="Model", help="Requests answered at the same time.")
+    ] = None,
+    kv_cache_mb: Annotated[
+        int | None,
+        typer.Option(metavar="MB", rich_help_panel="Model", help="Memory for the context of running requests."),
+    ] = None,
+    cache_mb: Annotated[
+        int | None,
+        typer.Option(metavar="MB", rich_help_panel="Model", help="Memory for answers asked for again; 0: none."),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(metavar="BACKEND", rich_help_panel="Model", help="transformers, or openai:URL of a server."),
+    ] = None,
+    backend_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", rich_help_panel="Model", help="File with that server's key.")
+    ] = None,
+    listen: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MULTIADDR", rich_help_panel="Network", help="Where to listen; may be repeated."),
+    ] = None,
+    bootstrap: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MULTIADDR", rich_help_panel="Network", help="A peer, with /p2p/; may be repeated."),
+    ] = None,
+    bootstrap_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", rich_help_panel="Network", help="List of peers to join through.")
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(metavar="NAME", rich_help_panel="Network", help="Name of the network to join.")
+    ] = None,
+    psk_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", rich_help_panel="Network", help="Pre-shared key of a private network (64 hex)."),
+    ] = None,
+    mdns: Annotated[
+        bool | None, typer.Option(rich_help_panel="Network", help="Find peers on the local network.")
+    ] = None,
+    relay: Annotated[
+        bool | None, typer.Option(rich_help_panel="Network", help="Relay for peers behind NAT while reachable.")
+    ] = None,
+    direct_port: Annotated[
+        int | None,
+        typer.Option(metavar="PORT", rich_help_panel="Network", help="Of direct channels for bulk (0: any)."),
+    ] = None,
+    upload_mb_s: Annotated[
+        int | None,
+        typer.Option(metavar="MB", rich_help_panel="Network", help="A second, of blobs given to all peers together."),
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", rich_help_panel="Training", help="Run to join, by name or id; wants --data."),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", rich_help_panel="Training", help="Text to train on, file or folder; repeatable."),
+    ] = None,
+    training: Annotated[
+        bool | None, typer.Option(rich_help_panel="Training", help="Take part in runs, as train start and join say.")
+    ] = None,
+    train_hours: Annotated[
+        str | None, typer.Option(metavar="FROM-TO", rich_help_panel="Training", help="Hours to train in, as 22-6.")
+    ] = None,
+    train_on_battery: Annotated[
+        bool | None, typer.Option("--train-on-battery", rich_help_panel="Training", help="Train there too.")
+    ] = None,
+    train_epsilon: Annotated[
+        float | None,
+        typer.Option(metavar="E", rich_help_panel="Training", help="Train privately, spending at most this."),
+    ] = None,
 ) -> None:
-    """Start a node and serve until SIGTERM. Each flag is also a key of --config and OPENAGI_... in the environment."""
+    """Start a node and serve until SIGTERM.
+
+    Each flag is also a key of --config (docs/app_config.example.json) and OPENAGI_... in the environment.
+    """
     given: dict[str, Any] = {key: value for key, value in locals().items() if value not in (None, [])}
     file = given.pop("config", None)
     for key in ("listen", "bootstrap", "data", "wallets", "hosts", "origins"):
@@ -95,11 +237,32 @@ def _default(context: typer.Context) -> None:
 
 
 def main() -> None:
-    """Entry point. Flags with no command before them belong to `run`."""
-    arguments = sys.argv[1:]
-    if arguments and arguments[0].startswith("-") and arguments[0] not in ("--help", "-h"):
+    """Entry point. Flags with no command before them belong to `run`; a wrong one is told in one sentence."""
+    arguments, name = sys.argv[1:], "python -m node"
+    own = ("--help", "-h", "--show-completion", "--install-completion")
+    if arguments and arguments[0].startswith("-") and arguments[0] not in own:
         arguments = ["run", *arguments]
-    app(args=arguments, prog_name="python -m node")
+    if Path(sys.argv[0]).stem == SCRIPT or arguments[:1] in (["--show-completion"], ["--install-completion"]):
+        name = SCRIPT
+    try:
+        code = app(args=arguments, prog_name=name, standalone_mode=False)
+    except UsageError as exc:
+        code = _refused(exc, name)
+    except typer.Abort:
+        print("node: stopped, nothing was done", file=sys.stderr)
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refused(exc: Exception, name: str) -> int:
+    """A usage error on stderr; its exit code. A group that was given no command shows its page."""
+    told = str(getattr(exc, "format_message", lambda: exc)()).strip()
+    context: Any = getattr(exc, "ctx", None)
+    path = context.command_path if context is not None else name
+    if type(exc).__name__ != "NoArgsIsHelpError":  # its page is printed already
+        end = " " if told.endswith("?") else "; "
+        print(f"node: {told.rstrip('.')}{end}see `{path} --help`", file=sys.stderr)
+    return int(getattr(exc, "exit_code", 2))
 
 
 if __name__ == "__main__":

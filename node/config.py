@@ -17,17 +17,22 @@ from urllib.parse import urlsplit
 import platformdirs
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
+from node.app_config import Setting, settings_of
 from node.errors import ConfigError
 from node.training_pause import hours_of
+from node.work import TOKENS_MAX
 from p2p.host_config import PSK_BYTES
 
 KEY_FILE = "identity.key"  # in the data directory
 ENVIRONMENT_PREFIX = "OPENAGI_"
-CLIENT_KEY = "OPENAGI_API_KEY"  # the API key that the commands send; no setting of a node
+CLIENT_VARIABLES = frozenset({"OPENAGI_NODE", "OPENAGI_API_KEY"})  # of the commands that ask a node, not of a node
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 _LISTS = frozenset({"listen", "bootstrap", "data", "hosts", "origins", "wallets"})
-_NUMBERS = frozenset({"threads", "max_batch", "kv_cache_mb", "cache_mb", "direct_port", "upload_mb_s"})
-_FLAGS = frozenset({"mdns", "relay", "log_json", "train_on_battery", "api_keys", "strangers"})
+_DECIMALS = frozenset({"temperature", "train_epsilon"})
+_NUMBERS = frozenset(
+    {"max_length", "max_tokens", "threads", "max_batch", "kv_cache_mb", "cache_mb", "direct_port", "upload_mb_s"}
+)
+_FLAGS = frozenset({"mdns", "relay", "training", "log_json", "train_on_battery", "api_keys", "strangers"})
 _shown = reprlib.Repr()  # a setting's value in an error: cut, and no deeper than it can be printed
 _shown.maxstring = _shown.maxother = 200
 
@@ -71,6 +76,10 @@ class NodeConfig(BaseModel):
     upload_mb_s: int = Field(default=100, ge=1, le=100_000)  # of blobs to all peers together, 10^6 bytes a second
     relay: bool = True  # carry others' relayed connections, within bounds, while this node can be reached
     model: str = Field(default="default", min_length=1)  # a name, a path or none
+    model_type: Literal["auto", "causal", "encoder"] = "auto"  # what the model must be
+    max_length: int | None = Field(default=None, ge=1, le=1 << 20)  # tokens of prompt and answer; None: the model's own
+    max_tokens: int | None = Field(default=None, ge=1, le=TOKENS_MAX)  # of an answer whose request names no limit
+    temperature: float | None = Field(default=None, ge=0.0, le=10.0)  # of a request that names none
     embedding_model: str | None = None
     backend: str = "transformers"  # or openai:URL of a server that answers in this node's place
     backend_key_file: FilePath | None = None  # the key that this server wants
@@ -81,6 +90,7 @@ class NodeConfig(BaseModel):
     max_batch: int = Field(default=16, ge=1, le=1024)
     kv_cache_mb: int = Field(default=256, ge=1, le=1 << 20)
     cache_mb: int = Field(default=32, ge=0, le=1 << 20)  # of answers and vectors kept for who asks again; 0: none
+    training: bool = True  # False: in no run, whatever was wanted before
     train: str | None = Field(default=None, min_length=1, max_length=80)  # a run to join, by name or id
     data: tuple[FilePath, ...] = ()  # text to train on, which never leaves
     train_hours: str | None = None  # FROM-TO, local hours of the day
@@ -204,14 +214,16 @@ def load_config(
     named = variables.pop("config", None)
     if file is None and isinstance(named, str):
         file = Path(named)
-    sources = [("", dict(flags)), ("", variables)]
-    sources.append((f"{file}: ", _from_file(file) if file is not None else {}))
+    sources: list[Mapping[str, Setting]] = [
+        {key: Setting(key, value) for key, value in settings.items()} for settings in (flags, variables)
+    ]
+    sources.append(_from_file(file) if file is not None else {})
     merged: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    for where, settings in sources:
-        for key, value in settings.items():
+    origin: dict[str, str] = {}  # how whoever gave a setting calls it
+    for settings in sources:
+        for key, setting in settings.items():
             if key not in merged:
-                merged[key], origin[key] = value, where
+                merged[key], origin[key] = setting.value, setting.key
     try:
         config = NodeConfig(**merged)
     except ValidationError as exc:
@@ -221,12 +233,7 @@ def load_config(
     return config
 
 
-def client_key() -> str | None:
-    """The API key that commands send to a node, of the environment; None: none."""
-    return os.environ.get(CLIENT_KEY) or None
-
-
-def _from_file(path: Path) -> dict[str, object]:
+def _from_file(path: Path) -> dict[str, Setting]:
     try:
         settings = json.loads(path.read_bytes())
     except OSError as exc:
@@ -235,13 +242,17 @@ def _from_file(path: Path) -> dict[str, object]:
         raise ConfigError(f"the configuration file {path} is not JSON: {exc}") from exc
     if not isinstance(settings, dict):
         raise ConfigError(f"the configuration file {path} holds a {type(settings).__name__}, wanted an object of keys")
-    return settings
+    try:
+        found = settings_of(settings)
+    except ConfigError as exc:
+        raise ConfigError(f"{path}: {exc}") from None
+    return {name: Setting(f"{path}: {setting.key}", setting.value) for name, setting in found.items()}
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, object]:
     settings: dict[str, object] = {}
     for variable, text in environment.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == CLIENT_KEY:
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in CLIENT_VARIABLES:
             continue
         key = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         if key not in NodeConfig.model_fields and key != "config":
@@ -257,6 +268,11 @@ def _typed(variable: str, key: str, text: str) -> object:
         if not _is_number(text):
             raise ConfigError(f"{variable}={_shown.repr(text)} is not a whole number of at most 9 digits")
         return int(text)
+    if key in _DECIMALS:
+        try:
+            return float(text)
+        except ValueError:
+            raise ConfigError(f"{variable}={_shown.repr(text)} is not a number") from None
     if key in _FLAGS or key == "open":
         if text.lower() not in ("1", "0", "true", "false"):
             raise ConfigError(f"{variable}={text!r} is not true or false")
@@ -270,11 +286,11 @@ def _is_number(text: str) -> bool:
 
 def _sentence(problem: Any, origin: Mapping[str, str]) -> str:
     key = str(problem["loc"][0]) if problem["loc"] else "?"
-    where = origin.get(key, "")
+    name = origin.get(key, key)
     if problem["type"] == "extra_forbidden":
         known = ", ".join(sorted(NodeConfig.model_fields))
-        return f"{where}unknown key {key!r}; the known keys are {known}"
-    return f"{where}{key} = {_shown.repr(problem['input'])}: {problem['msg'].removeprefix('Value error, ')}"
+        return f"{name.removesuffix(key)}unknown key {key!r}; the known keys are {known}"
+    return f"{name} = {_shown.repr(problem['input'])}: {problem['msg'].removeprefix('Value error, ')}"
 
 
 def _check_exposure(config: NodeConfig) -> None:
@@ -289,7 +305,8 @@ def _check_exposure(config: NodeConfig) -> None:
 def _check_model(config: NodeConfig) -> None:
     if config.quantize != "none" and config.device in ("cuda", "mps"):
         raise ConfigError(f"--quantize {config.quantize} is for models on a CPU: leave it out, or choose --device cpu")
-    if config.train is not None and not config.data:
+    train = config.train if config.training else None
+    if train is not None and not config.data:
         raise ConfigError(f"--train {config.train} wants text of yours to train on: add --data FILE or --data FOLDER")
     if config.data and config.train is None:
         raise ConfigError("--data is text to train on: say in which run by --train RUN, or leave it out")
@@ -303,12 +320,17 @@ def _check_model(config: NodeConfig) -> None:
             raise ConfigError(
                 "--model none hosts none, and --backend names a server that does: give only one of the two"
             )
-        if config.train is not None:
+        if config.model_type != "auto" or config.max_length is not None:
             raise ConfigError(
-                f"--train {config.train} wants weights of this process, and --backend names a server that has them: "
+                "--model-type and --max-length are for a model of this process, and --backend names a server that "
+                "sets its own: leave them out"
+            )
+        if train is not None:
+            raise ConfigError(
+                f"--train {train} wants weights of this process, and --backend names a server that has them: "
                 "train on a node with a model of its own"
             )
     elif config.backend_key_file is not None:
         raise ConfigError("--backend-key-file is for --backend openai:URL, which is not given")
-    if config.train is not None and config.model == "none":
+    if train is not None and config.model == "none":
         raise ConfigError(f"--train {config.train} wants a model, and --model none hosts none")

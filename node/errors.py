@@ -2,12 +2,17 @@
 
 RequestError(code, message, retryable)
 |- BadRequest        the caller's input: say what came, what was wanted, what to do      400
+|  `- TooLong         prompt and answer are longer than the context of who was asked       400
 |- TooLarge          the input is over a bound with a name                                413
 |- UnknownModel      no live peer serves it; lists those that are served                  404
 |- NoRoom            every peer that serves it is full: try later                         503 + Retry-After
 |  `- TooMany        the caller has as many waiting as one may: wait for one to end       429 + Retry-After
 |- NotReady          starting, loading or draining                                        503 + Retry-After
 |- DeadlinePassed    the request's own time is over                                       408
+|- UnknownPeer       neither connected nor heard of                                      404
+|- SealBroken        the serving peer cannot open a sealed request                       400
+|- SealReplayed      it opened it before                                                 409
+|- WrongSealingKey   it is sealed to another key; carries the present one                409
 |- PeerFailed        the serving peer died or broke the protocol; another may do          503
 `- InternalError     a bug                                                                500
 
@@ -16,6 +21,7 @@ ConfigError (exit 2), DataDirLocked (exit 75): problems found at start.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 NO_ROOM_RETRY_S = 1.0  # what a client is told to wait, when nothing better is known
@@ -27,17 +33,32 @@ class RequestError(Exception):
     code: str = "error"
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        more: Mapping[str, object] | None = None,
+    ) -> None:
+        """more: JSON beside the other fields of the error's body: `loading`; `is_possible` and `models`."""
         super().__init__(message)
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.more: Mapping[str, object] = more or {}
 
 
 class BadRequest(RequestError):
     """The caller's input is wrong."""
 
     code = "bad_request"
+
+
+class TooLong(BadRequest):
+    """Prompt and answer together are longer than the model's context at who was asked; another's may be longer."""
+
+    code = "context_length_exceeded"  # OpenAI's own, which clients look for
 
 
 class TooLarge(RequestError):
@@ -78,6 +99,38 @@ class DeadlinePassed(RequestError):
     code = "deadline"
 
 
+class UnknownPeer(RequestError):
+    """The peer asked for is neither connected nor heard of."""
+
+    code = "unknown_peer"
+
+
+class SealBroken(RequestError):
+    """What came sealed does not open at its peer."""
+
+    code = "bad_seal"
+
+
+class SealReplayed(RequestError):
+    """The peer has opened this very request before; sealed anew it would be another."""
+
+    code = "replayed"
+
+
+class WrongSealingKey(RequestError):
+    """A sealed request is for a key that its peer does not have (any more). statement: its present key, signed."""
+
+    code = "sealing_key"
+    retryable = True
+
+    def __init__(self, peer: str, statement: bytes) -> None:
+        super().__init__(
+            f"it is sealed to a key that {peer} does not have, or not any more: seal it anew to the one in sealing_key",
+            param="key",
+        )
+        self.statement = statement
+
+
 class PeerFailed(RequestError):
     """The serving peer died, froze or broke the protocol."""
 
@@ -95,6 +148,7 @@ REQUEST_ERRORS: dict[str, type[RequestError]] = {
     kind.code: kind
     for kind in (
         BadRequest,
+        TooLong,
         TooLarge,
         UnknownModel,
         NoRoom,

@@ -7,13 +7,19 @@ return them never wait.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
+from crypto.identity import PeerId
+from model.histogram import Distribution
+from model.timings import EngineTimings
+from node.recent import Recent
 from node.requester import LOCAL
+from node.sealed import SealedCall
+from node.tallies import RowStatistics
 from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
 
@@ -30,12 +36,14 @@ class Route(Enum):
 class RouteHint:
     """What the client asked of the route: headers x-route and x-peer. `peer` pins one peer (no failover).
 
-    account: which of this node's clients asks (node/requester.py).
+    account: which of this node's clients asks (node/requester.py). guest: the peer for whose account a sealed request
+    is answered, in place of a client of this node's.
     """
 
     route: Route = Route.AUTO
     peer: str | None = None
     account: str = LOCAL
+    guest: PeerId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +71,12 @@ class Readiness:
     loading: bool = False
     retry_after_s: float | None = None
     degraded: tuple[str, ...] = ()
+    progress: Mapping[str, object] | None = None  # of the loading, as node/loading.py tells it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontStatistics:
-    """Counts since start of requests that came through this node's door."""
+    """Counts since start of requests that came through this node's door, or sealed to it."""
 
     requests: int = 0
     errors: dict[str, int] | None = None  # error code -> count
@@ -76,6 +85,17 @@ class FrontStatistics:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     latency_s_sum: float = 0.0  # of finished requests
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What is told to who measures, beside the status. models: requests of this node's own clients, by model; engine:
+    None where no engine of ours answers; training: as GET /api/v1/training has it."""
+
+    models: tuple[RowStatistics, ...] = ()
+    engine: EngineTimings | None = None
+    loop_lag_s: Distribution | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Trains(Protocol):
@@ -104,6 +124,10 @@ class Front(Protocol):
     def training(self) -> Trains:
         """Training at this node."""
 
+    @property
+    def recent(self) -> Recent:
+        """What came of the last minutes."""
+
     def answer(self, work: GenerateWork, route: RouteHint) -> AbstractAsyncContextManager[AsyncIterator[AnswerItem]]:
         """Answer a request: Started once (a takeover does not repeat it), then Progress and Piece, then Finished.
 
@@ -113,6 +137,12 @@ class Front(Protocol):
 
     async def embed(self, work: EmbedWork, route: RouteHint) -> Embedded:
         """Embed texts. Raises RequestError. If cancelled, the work is given up wherever it runs."""
+
+    def sealed(self, call: SealedCall, peer: str, account: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """The frames of a sealed request's answer, from the peer that it is for. Raises as `answer` does."""
+
+    async def sealing_key(self, peer: str) -> bytes:
+        """A peer's signed statement of the key to seal to. Raises RequestError."""
 
     def models(self) -> list[ModelRow]:
         """What can be asked for now: one row per (id, revision), this node's own first."""
@@ -124,7 +154,11 @@ class Front(Protocol):
         """Whether requests are accepted now."""
 
     def status(self) -> dict[str, Any]:
-        """JSON for GET /api/v1/status: keys node, peering, gossip, inference, model, backend, readiness, disk."""
+        """JSON for GET /api/v1/status: keys node, peering, gossip, inference, model, backend, readiness, disk, latency,
+        throughput (these two: see node.tallies.Tallies), recent (node.recent.Recent)."""
+
+    def measured(self) -> Measured:
+        """Histograms and counts for GET /metrics and /api/v1/metrics/model."""
 
     def peers(self) -> list[dict[str, Any]]:
         """JSON for GET /api/v1/peers: per peer what it advertises and what was observed."""

@@ -197,6 +197,7 @@ class Hosting:
         return {
             "embedding": asdict(self.embedding.statistics()),
             "cache": asdict(self.answers.cache.statistics()),
+            "starts_waiting": len(self._waiting.starts),
             "queued_bytes": self._waiting.room.bytes + self.embedding.queued_bytes,
         }
 

@@ -47,7 +47,11 @@ class Job:
         if not self.admitted:
             self.admitted = True
             started = Started(
-                served_by=peer, model=facts.name, revision=facts.revision, prompt_tokens=self.prompt_tokens
+                served_by=peer,
+                model=facts.name,
+                revision=facts.revision,
+                prompt_tokens=self.prompt_tokens,
+                calls=None if self.work.tools is None else facts.calls,
             )
             self.send.send_nowait(started)
 

@@ -7,6 +7,7 @@ there are no loops.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -18,9 +19,12 @@ from gossip.routing import Candidate, Need, WhyNot
 from node.backend import Backend
 from node.errors import NO_ROOM_RETRY_S, NotReady, PeerFailed, RequestError
 from node.front import FrontStatistics, RouteHint
+from node.loading import Loading
 from node.pursuit import Pursuit, Seek, Wait, pursue
+from node.recent import Flows
 from node.remote import Network, Remote
 from node.requester import Requester, of_client, of_peer
+from node.tallies import Passage, Tallies
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, sent_on
 
 INFER_PROTOCOL = "/openagi/infer/1"
@@ -52,8 +56,10 @@ class Inference:
     def __init__(self, network: Network) -> None:
         self._network = network
         self.hosting: Backend | None = None
+        self.loading: Loading | None = None  # until `hosting` is there
         self.draining = False
         self.counts: Counter[str] = Counter()  # requests; finished, cancelled, error:CODE; takeovers, ...
+        self.tallies = Tallies(trio.current_time())
         self._remote = Remote(network, self.counts)
         self._running = 0
         self._ended = trio.lowlevel.ParkingLot()
@@ -62,7 +68,7 @@ class Inference:
     @asynccontextmanager
     async def answer(self, work: GenerateWork, route: RouteHint) -> AsyncIterator[Answer]:
         """Answer a request wherever it is best answered. Leaving the block cancels it there within one step."""
-        with self._counted(), _single():
+        with self._counted(), single():
             send, receive = trio.open_memory_channel[AnswerItem | RequestError](PIECES_BUFFERED)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._drive, work, route, send)
@@ -73,11 +79,12 @@ class Inference:
 
     async def embed(self, work: EmbedWork, route: RouteHint) -> Embedded:
         """Embed texts here or at a peer. Raises RequestError. If cancelled, the work is given up wherever it runs."""
-        with self._counted(), self._outcome():
-            began = trio.current_time()
+        began = trio.current_time()
+        with self._counted(), self._outcome(self.tallies.enter(work.model, began)) as passage:
             pursuit = pursue(work, route, self, began)
             with trio.move_on_at(pursuit.deadline):
-                embedded = await self._embedded(pursuit)
+                embedded = await self._embedded(pursuit, passage)
+                self.tallies.embedded(passage, embedded)
                 self._answered(began, embedded.prompt_tokens, 0)
                 return embedded
             raise pursuit.too_late()
@@ -106,10 +113,30 @@ class Inference:
         """On whose account a peer's request is served."""
         return of_peer(peer, is_good=self._network.gossip.is_in_good_standing(peer))
 
+    def _asker(self, route: RouteHint) -> Requester:
+        return of_client(route.account) if route.guest is None else self.requester(route.guest)
+
+    @contextmanager
+    def relaying(self) -> Iterator[None]:
+        """Count a sealed request that goes through this node. Raises NotReady. It is waited for at the end."""
+        with self._counted(), self._ended_as():
+            self.counts["sealed_relayed"] += 1
+            yield
+
     @property
     def running(self) -> int:
         """Requests of this node's own clients that have not ended."""
         return self._running
+
+    @property
+    def busiest_peers(self) -> dict[str, dict[str, int]]:
+        """How requests to the peers that are asked most ended."""
+        return self._remote.tallies.busiest()
+
+    @property
+    def flows(self) -> Flows:
+        """Requests between this node and each peer."""
+        return self._remote.flows
 
     async def wait_idle(self) -> None:
         """Wait until no client's request is running."""
@@ -142,7 +169,21 @@ class Inference:
             self._ended.unpark_all()
 
     @contextmanager
-    def _outcome(self) -> Iterator[None]:
+    def _outcome(self, passage: Passage) -> Iterator[Passage]:
+        """Count the one way in which a request ends, also for its model."""
+        error, is_whole = "", False
+        try:
+            with self._ended_as():
+                yield passage
+            is_whole = True
+        except RequestError as exc:
+            error = exc.code
+            raise
+        finally:
+            self.tallies.end(passage, error, is_whole=is_whole, now=trio.current_time())
+
+    @contextmanager
+    def _ended_as(self) -> Iterator[None]:
         """Count the one way in which a request ends."""
         outcome = "cancelled"
         try:
@@ -167,9 +208,9 @@ class Inference:
         pursuit = pursue(work, route, self, began)
         with send:
             try:
-                with self._outcome():
+                with self._outcome(self.tallies.enter(work.model, began)) as passage:
                     with trio.move_on_at(pursuit.deadline) as scope:
-                        await self._pursued(pursuit, send)
+                        await self._pursued(pursuit, passage, send)
                     if scope.cancelled_caught:
                         raise pursuit.too_late()
             except RequestError as exc:
@@ -178,7 +219,7 @@ class Inference:
                 self._answered(began, pursuit.prompt_tokens, len(pursuit.tokens))
 
     async def _pursued(
-        self, pursuit: Pursuit[Backend], send: trio.MemorySendChannel[AnswerItem | RequestError]
+        self, pursuit: Pursuit[Backend], passage: Passage, send: trio.MemorySendChannel[AnswerItem | RequestError]
     ) -> None:
         """Ask one server after the other until the client has the whole answer. Raises RequestError."""
         while True:
@@ -191,35 +232,67 @@ class Inference:
                 continue
             if pursuit.started is not None:
                 self.counts["takeovers"] += 1
-            try:
-                return await self._serve_at(target, pursuit, send)
-            except RequestError as exc:
-                pursuit.failed(target, exc)
+            with trio.move_on_after(pursuit.hurry_s(target)) as hurry:
+                with self._attempted(target, pursuit, passage):
+                    return await self._serve_at(target, pursuit, passage, send, hurry)
+            if hurry.cancelled_caught:
+                self.counts["passed_over"] += 1
+                pursuit.hurried(target)
+
+    @contextmanager
+    def _attempted(self, target: Backend | Candidate, pursuit: Pursuit[Backend], passage: Passage) -> Iterator[None]:
+        """Count one attempt by where and how it ended, and tell the pursuit of its failure, which goes no further."""
+        passage.model = target.model.name if isinstance(target, Candidate) else self._own_model(target, pursuit)
+        if pursuit.tries > 1:
+            self.counts["failover:mid_stream" if pursuit.tokens else "failover:before_first_token"] += 1
+        is_here = not isinstance(target, Candidate)
+        try:
+            yield
+            self.counts["route:local" if is_here else "route:peer"] += 1
+        except RequestError as exc:
+            if is_here:
+                self.counts[f"local_failed:{exc.code}"] += 1
+            pursuit.failed(target, exc)
+
+    def _own_model(self, target: Backend, pursuit: Pursuit[Backend]) -> str | None:
+        """The name of the model here that answers such a request; from then on it is known to the tallies."""
+        facts = target.facts("encoder" if isinstance(pursuit.work, EmbedWork) else "causal")
+        if facts is None:
+            return None
+        self.tallies.know(facts.name, facts.revision)
+        return facts.name
 
     async def _serve_at(
         self,
         target: Backend | Candidate,
         pursuit: Pursuit[Backend],
+        passage: Passage,
         send: trio.MemorySendChannel[AnswerItem | RequestError],
+        hurry: trio.CancelScope,
     ) -> None:
-        """Forward one server's items to the client until Finished. Raises RequestError when that server fails."""
+        """Forward one server's items to the client until Finished. Raises RequestError when that server fails.
+
+        hurry: what cancels this if no item comes in time.
+        """
         work, account = pursuit.continued(trio.current_time()), pursuit.route.account
         source = (
             self._remote.generate(target, sent_on(work, account))
             if isinstance(target, Candidate)
-            else target.generate(work, of_client(account))
+            else target.generate(work, self._asker(pursuit.route))
         )
         async with source as items:
             async for item in items:
+                hurry.deadline = math.inf
                 if isinstance(item, RequestError):
                     raise item
                 if pursuit.take(item):
+                    self.tallies.take(passage, item, trio.current_time())
                     await send.send(item)
                 if isinstance(item, Finished):
                     return
         raise PeerFailed("the answer ended without its last record")
 
-    async def _embedded(self, pursuit: Pursuit[Backend]) -> Embedded:
+    async def _embedded(self, pursuit: Pursuit[Backend], passage: Passage) -> Embedded:
         """Ask one server after the other. Raises RequestError."""
         while True:
             target = pursuit.step()
@@ -228,12 +301,10 @@ class Inference:
                 await self._seek(target)
                 continue
             work, account = pursuit.continued(trio.current_time()), pursuit.route.account
-            try:
+            with self._attempted(target, pursuit, passage):
                 if isinstance(target, Candidate):
                     return await self._remote.embed(target, sent_on(work, account))
-                return await target.embed(work, of_client(account))
-            except RequestError as exc:
-                pursuit.failed(target, exc)
+                return await target.embed(work, self._asker(pursuit.route))
 
     async def _seek(self, seek: Seek) -> None:
         self.counts["searches"] += 1
@@ -241,7 +312,7 @@ class Inference:
 
 
 @contextmanager
-def _single() -> Iterator[None]:
+def single() -> Iterator[None]:
     """A nursery wraps what is raised in its block into a group; a caller waits for the one error itself."""
     try:
         yield

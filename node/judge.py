@@ -38,6 +38,8 @@ TOKEN_CHARS_MAX = 1024  # the longest tokens of common vocabularies are 128 spac
 # by the code of a peer's error; that we ask it for too much is no fault of our client's
 ANSWERED: dict[str, type[RequestError]] = {**REQUEST_ERRORS, "busy": NoRoom, TooMany.code: NoRoom}
 
+WORDS = frozenset({*ANSWERED, "cancelled", "unknown_method"})  # what an honest peer answers in place of a result
+
 
 class LetDown(PeerFailed):
     """The peer had accepted the request, and then stopped working on it."""
@@ -128,6 +130,8 @@ class Judge:
             raise RemoteProtocolError(f"it says that {item.served_by} serves")
         if item.cached and not self._work.may_be_kept:
             raise RemoteProtocolError("it gave what was kept of an earlier answer, and was asked not to")
+        if item.calls is not None and self._work.tools is None:
+            raise RemoteProtocolError("it tells how tools are called, and was given none")
         if self._work.model not in (None, item.model):
             raise RemoteProtocolError(f"asked for {self._work.model}, got {item.model}")
         if self._work.revision not in (None, item.revision):
@@ -173,13 +177,13 @@ class Verdict:
 
 
 def judged(failure: P2PError | PeerFailed, peer: PeerId) -> Verdict:
-    """Why an attempt at a peer failed."""
+    """Why an attempt at a peer failed. Its own word for it is kept only if it is one of ours: it is counted by."""
     match failure:
         case RemoteError():
             kind = ANSWERED.get(failure.code, PeerFailed)
             retry_after_s = NO_ROOM_RETRY_S if kind in (NoRoom, NotReady) else None
             error = kind(f"{peer} answered: {failure.message}", retry_after_s=retry_after_s)
-            return Verdict(error=error, reason=failure.code)
+            return Verdict(error=error, reason=failure.code if failure.code in WORDS else "another_word")
         case RemoteProtocolError():
             error = PeerFailed(f"{peer} broke the protocol: {failure}")
             fault = None if isinstance(failure, StreamBreach) else Fault.MALFORMED  # node/run.py was told of that one

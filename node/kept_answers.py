@@ -49,7 +49,7 @@ def key_of_work(work: GenerateWork, facts: ModelFacts, requester: Requester) -> 
     if not work.may_be_kept:
         return None
     sampling = work.sampling if work.sampling.temperature else msgspec.structs.replace(work.sampling, seed=0)
-    return key_of(facts, requester, KIND, work.messages, work.text, work.tokens, sampling)
+    return key_of(facts, requester, KIND, work.messages, work.text, work.tokens, sampling, work.tools)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,7 +103,12 @@ def items_of(kept: KeptAnswer, work: GenerateWork, served_by: str, facts: ModelF
     if tuple(kept.tokens[:had]) != tuple(work.delivered) or work.delivered_chars > len(kept.text):
         return None
     started = Started(
-        served_by=served_by, model=facts.name, revision=facts.revision, prompt_tokens=kept.prompt_tokens, cached=True
+        served_by=served_by,
+        model=facts.name,
+        revision=facts.revision,
+        prompt_tokens=kept.prompt_tokens,
+        cached=True,
+        calls=None if work.tools is None else facts.calls,
     )
     items: list[AnswerItem] = [started]
     token, char = had, work.delivered_chars

@@ -1,107 +1,124 @@
-"""What the node counts, as Prometheus text: every drop, refusal, limit, fault and ban, with its reason; and FIGURES.
+"""The answer to GET /metrics: what METRICS lists, as Prometheus or OpenMetrics text; and its page.
 
-Rules: pure. It is read out of what `status` tells, so that what stands in one stands in the other; a part that counts
-drops says so under one of REASONED, and need not be named here.
+Rules: core. Whoever scrapes pulls: nothing is counted here, and no part of the node knows of metrics. Escaping, number
+formats and the rules of both formats are prometheus_client's. A metric of which nothing is known does not appear.
+Source: prometheus/OpenMetrics, specification 1.0; Prometheus, "Exposition formats".
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-REASONED = frozenset({"drops", "dropped", "faults", "outcomes", "errors", "failures", "left_out"})
-NOT_DROPPED = frozenset({"accepted"})
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_UP = """# HELP openagi_backend_up Whether what answers here can: 1, or 0 with the reason in the status.
-# TYPE openagi_backend_up gauge
-"""
-_HEAD = """# HELP openagi_drops_total What was dropped, refused, limited or held against a peer, by part and reason.
-# TYPE openagi_drops_total counter
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One metric. way: the dotted way to its number in the status, or to a table of numbers by kind."""
-
-    name: str
-    type: Literal["counter", "gauge"]
-    help: str
-    way: str
-
-
-FIGURES = (
-    Figure(
-        "openagi_response_cache_queries_total",
-        "counter",
-        "Answers and vectors looked for in the cache, by kind.",
-        "model.cache.queries",
-    ),
-    Figure("openagi_response_cache_hits_total", "counter", "Of these, found, by kind.", "model.cache.hits"),
-    Figure("openagi_response_cache_evictions_total", "counter", "Put out for newer ones.", "model.cache.evicted"),
-    Figure("openagi_response_cache_entries", "gauge", "Kept now.", "model.cache.entries"),
-    Figure("openagi_response_cache_bytes", "gauge", "Memory that they take.", "model.cache.bytes"),
-    Figure("openagi_embedding_texts_total", "counter", "Texts turned into vectors.", "model.embedding.texts"),
-    Figure("openagi_embedding_tokens_total", "counter", "Their tokens.", "model.embedding.tokens"),
-    Figure(
-        "openagi_embedding_padded_tokens_total",
-        "counter",
-        "Tokens that went through the model for them, padding among them.",
-        "model.embedding.padded_tokens",
-    ),
-    Figure("openagi_embedding_requests_waiting", "gauge", "Not ended.", "model.embedding.waiting"),
-    Figure("openagi_queued_bytes", "gauge", "Of the texts of requests that have not ended.", "model.queued_bytes"),
+from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
 )
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.registry import Collector
+
+from model.histogram import Distribution
+from node.front import Measured
+from node.metric import Metric, Told
+from node.metrics_network import NETWORK, NODE, TRAININGS
+from node.metrics_serving import CACHES, ENGINES, REQUESTS
+
+METRICS: tuple[Metric, ...] = (*REQUESTS, *ENGINES, *CACHES, *NETWORK, *TRAININGS, *NODE)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+OPENMETRICS = "application/openmetrics-text"
+_END = "# EOF\n"
+_PAGE_HEAD = """# Metrics
+
+`GET /metrics` is Prometheus text, and OpenMetrics 1.0 for who accepts `application/openmetrics-text`. This page is made
+from the code: `python -c "from node.metrics import page; print(page(), end='')" > docs/METRICS.md`.
+
+* All counts are since the node's start. A metric of which nothing is known does not appear: no engine's without a model
+  in this process, no training's without a run.
+* Names that vLLM V1 has keep its suffix after `openagi_`, so its dashboards need another prefix. Its `model_name` is
+  `model` here, with `revision`: of a run of training the run, for each round would be a series of its own.
+* A label holds words of the code, names of models that are served, drops' reasons and, of 32 peers at most, ids.
+  Nothing that a client sends becomes one: no prompt, key or address.
+* `docs/grafana/openagi.json` is a dashboard of these, `docs/grafana/prometheus.yml` an example of how to scrape them,
+  with a key where the node wants one. `GET /api/v1/metrics/model` tells the table of models as JSON, with percentiles.
+
+| metric | type | unit | labels | what | counted by |
+| --- | --- | --- | --- | --- | --- |
+"""
 
 
-def drops(status: Mapping[str, Any], part: str = "") -> Iterator[tuple[str, str, int]]:
-    """(part, reason, count since start) of all that is counted by reason; `part` is the dotted way to it."""
-    for name, value in status.items():
-        if not isinstance(value, Mapping):
+class _One(Collector):
+    """One family, to be written."""
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+
+    def collect(self) -> Iterator[Family]:
+        yield self._family
+
+
+def pieces(status: Mapping[str, Any], measured: Measured, *, is_open: bool) -> Iterator[str]:
+    """All metrics in Prometheus' own format, or (is_open) as OpenMetrics 1.0, one at a time: together they may take
+    tens of milliseconds, for so many models."""
+    told = Told(status, measured)
+    for metric in METRICS:
+        samples = list(metric.read(told))
+        if not samples:
             continue
-        way = f"{part}.{name}" if part else str(name)
-        if name in REASONED:
-            for reason, count in value.items():
-                if isinstance(count, int) and reason not in NOT_DROPPED:
-                    yield way, str(reason), count
+        one = _One(_family(metric, samples))
+        if is_open:
+            written: bytes = generate_openmetrics(one)  # type: ignore[no-untyped-call]  # theirs
+            yield written.decode().removesuffix(_END)
         else:
-            yield from drops(value, way)
+            yield generate_latest(one).decode()
+    if is_open:
+        yield _END
 
 
-def figures(status: Mapping[str, Any]) -> Iterator[str]:
-    """The lines of FIGURES that the status has."""
-    for figure in FIGURES:
-        value: Any = status
-        for name in figure.way.split("."):
-            value = value.get(name) if isinstance(value, Mapping) else None
-        if value is None:
-            continue
-        yield f"# HELP {figure.name} {figure.help}"
-        yield f"# TYPE {figure.name} {figure.type}"
-        if not isinstance(value, Mapping):
-            yield f"{figure.name} {value}"
-            continue
-        for kind, count in value.items():
-            yield f'{figure.name}{{kind="{_label(str(kind))}"}} {count}'
+def prometheus_text(status: Mapping[str, Any], measured: Measured | None = None) -> str:
+    """All metrics in Prometheus' own format."""
+    return "".join(pieces(status, measured or Measured(), is_open=False))
 
 
-def prometheus_text(status: Mapping[str, Any]) -> str:
-    """The answer to GET /metrics."""
-    rows = [
-        f'openagi_drops_total{{part="{_label(part)}",reason="{_label(reason)}"}} {count}'
-        for part, reason, count in drops(status)
-    ]
-    return _HEAD + "\n".join([*rows, *figures(status)]) + "\n" + _backend(status.get("backend"))
+def openmetrics_text(status: Mapping[str, Any], measured: Measured | None = None) -> str:
+    """The same as OpenMetrics 1.0."""
+    return "".join(pieces(status, measured or Measured(), is_open=True))
 
 
-def _backend(told: object) -> str:
-    """The backend's own figure; nothing while there is none."""
-    if not isinstance(told, Mapping):
-        return ""
-    labels = f'kind="{_label(str(told.get("kind")))}",server="{_label(str(told.get("server") or ""))}"'
-    return f"{_UP}openagi_backend_up{{{labels}}} {int(not told.get('problem'))}\n"
+def wants_openmetrics(accept: str) -> bool:
+    """Whether an Accept header names OpenMetrics, which then is the answer: Prometheus asks for it first."""
+    named = (each.split(";") for each in accept.lower().split(","))
+    return any(kind.strip() == OPENMETRICS and "q=0" not in [each.strip() for each in rest] for kind, *rest in named)
 
 
-def _label(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+def page() -> str:
+    """docs/METRICS.md."""
+    rows = (
+        f"| `{metric.name}` | {metric.type} | {metric.unit} | {', '.join(f'`{label}`' for label in metric.labels)} "
+        f"| {metric.help} | {metric.source} |\n"
+        for metric in METRICS
+    )
+    return _PAGE_HEAD + "".join(rows)
+
+
+def _family(metric: Metric, samples: list[Any]) -> Family:
+    family: CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
+    match metric.type:
+        case "counter":
+            family = CounterMetricFamily(metric.name, metric.help, labels=metric.labels)
+        case "gauge":
+            family = GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)
+        case "histogram":
+            family = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
+    for labels, value in samples:
+        if isinstance(value, Distribution):
+            assert isinstance(family, HistogramMetricFamily)
+            bounds = [*map(str, value.bounds), "+Inf"]
+            family.add_metric(labels, list(zip(bounds, value.cumulative(), strict=True)), value.sum)
+        else:
+            assert not isinstance(family, HistogramMetricFamily)
+            family.add_metric(labels, value)
+    return family

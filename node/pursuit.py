@@ -3,14 +3,15 @@
 Rules: core. Whoever carries it out asks for the next `step`, does it, and tells what came of it. A server that failed
 is not asked again for this request, unless all it said was that it is full. What the client has is sent along, so that
 the next server goes on where the last one stopped, under the same revision; in a run of training, whose members go on
-round by round, under a later one when nobody has it any more. A request ends once: answered in full, or by a
-RequestError.
+round by round, under a later one when nobody has it any more. A next server that says nothing at once is passed over
+while there is another: the network to it may be cut, which is found out much later. A request ends once: answered in
+full, or by a RequestError.
 Source: SERVING.md "Routing"; docs/ARCHITECTURE.md "A request".
 """
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -25,12 +26,16 @@ from node.errors import (
     BadRequest,
     DeadlinePassed,
     NoRoom,
+    NotReady,
     PeerFailed,
     RequestError,
     TooLarge,
+    TooLong,
     UnknownModel,
 )
 from node.front import Route, RouteHint
+from node.lineage import lineage_of
+from node.loading import Loading
 from node.work import (
     PROMPT_CHARS_MAX,
     REMAINING_MS_MAX,
@@ -45,10 +50,16 @@ from node.work import (
 
 ATTEMPTS_MAX = 8
 DEADLINE_GRACE_MS = 100
-TRAINED = re.compile(  # as node.training_plan.Plan.revision_at names them, and model.config.ModelFacts.at
-    r"(.+)-r\d+-[0-9a-f]{12}(-int[48])?"
-)
+HURRY_S = 1.0  # for the first word of a takeover: its client waits in mid-answer; on a lame machine it takes 0.3
 FULL_WAIT_S = 0.5  # between looks for room, for an answer that has begun
+
+
+class Reads(Protocol):
+    """A model, as far as it matters how much it reads."""
+
+    @property
+    def context_tokens(self) -> int:
+        """Of prompt and answer together."""
 
 
 class Engine(Protocol):
@@ -63,6 +74,9 @@ class Engine(Protocol):
 
     def has_room(self) -> bool:
         """Whether a request would start at once."""
+
+    def facts(self, kind: str) -> Reads | None:
+        """The model that answers requests of a kind, None when there is none."""
 
 
 H = TypeVar("H", bound=Engine)
@@ -85,6 +99,10 @@ class Surroundings(Protocol[H_co]):
 
     def served_names(self) -> Iterable[str]:
         """Every model that is served now, here or elsewhere."""
+
+    @property
+    def loading(self) -> Loading | None:
+        """What this node will serve and does not yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +128,7 @@ class Pursuit(Generic[H]):
     around: Surroundings[H]
     deadline: float  # on the clock of `now`, in seconds
     tried: set[PeerId] = field(default_factory=set)  # ours when the local engine failed
+    passed_over: set[PeerId] = field(default_factory=set)  # silent in a hurry: asked again when nobody else is left
     tokens: list[int] = field(default_factory=list)
     chars: int = 0
     texts: list[str] = field(default_factory=list)  # the answer so far, where its tokens' ids are not told
@@ -118,6 +137,7 @@ class Pursuit(Generic[H]):
     last_error: RequestError | None = None
     tries: int = 0
     has_sought: bool = False
+    tokens_min: int = 0  # a server with a shorter context was tried
     goes_on_later: bool = False  # nobody has the run's revision any more: an answer goes on under a later one
 
     def step(self) -> H | Candidate | Wait | Seek:
@@ -125,6 +145,9 @@ class Pursuit(Generic[H]):
         if self.tries >= ATTEMPTS_MAX:
             raise self.last_error or PeerFailed("no attempt was made")
         target = self._choose()
+        if isinstance(target, WhyNot) and self.passed_over:
+            self.passed_over.clear()
+            target = self._choose()
         if isinstance(target, WhyNot) and target.why is Why.NONE_SERVES and self._lineage() and not self.goes_on_later:
             self.goes_on_later = True
             target = self._choose()
@@ -138,10 +161,25 @@ class Pursuit(Generic[H]):
         self.tries += 1
         return target
 
+    def hurry_s(self, target: H | Candidate) -> float:
+        """How long to wait for this server's first word while there is another to ask."""
+        if self.started is None or not isinstance(target, Candidate):
+            return math.inf
+        ranking = self._related(self.around.rank(self._need()))
+        return math.inf if isinstance(ranking, WhyNot) or len(ranking) < 2 else HURRY_S
+
+    def hurried(self, target: H | Candidate) -> None:
+        """The server of the last step said nothing in its hurry_s: others first."""
+        assert isinstance(target, Candidate), "the engine here is not hurried"
+        self.passed_over.add(target.peer)
+
     def failed(self, target: H | Candidate, error: RequestError) -> None:
         """The server of the last step failed. Raises the error, when it is the request's own fault."""
         who = target.peer if isinstance(target, Candidate) else self.around.own
-        if isinstance(error, BadRequest | TooLarge):
+        if isinstance(error, TooLong) and not self.tokens:  # another's context may be longer
+            facts = target.model if isinstance(target, Candidate) else target.facts(self._kind())
+            self.tokens_min = max(self.tokens_min, 0 if facts is None else facts.context_tokens + 1)
+        elif isinstance(error, BadRequest | TooLarge):
             if not self.tokens:
                 raise error
             # the client's part was taken once: at fault is what an earlier peer delivered
@@ -225,7 +263,8 @@ class Pursuit(Generic[H]):
     def _may_seek(self, why: WhyNot) -> bool:
         """Whether nobody known serves it, and others may know somebody."""
         is_ours_to_find = self.route.route is not Route.LOCAL and self.route.peer is None
-        return not self.has_sought and why.why is Why.NONE_SERVES and is_ours_to_find
+        is_too_long = isinstance(self.last_error, TooLong)
+        return not self.has_sought and why.why is Why.NONE_SERVES and is_ours_to_find and not is_too_long
 
     def _here(self) -> H | None:
         """The engine here, if the client lets it answer, it can, and it has not failed this request."""
@@ -237,15 +276,20 @@ class Pursuit(Generic[H]):
         return here if not self.goes_on_later or lineage_of(here.revision) == self._lineage() else None
 
     def _need(self) -> Need:
-        work = self.work
         return Need(
             model=self._model(),
             revision=self._revision(),
             kind=self._kind(),
-            tokens=work.sampling.max_tokens + len(work.tokens or ()) if isinstance(work, GenerateWork) else 0,
-            exclude=frozenset(self.tried),
+            tokens=self._tokens(),
+            exclude=frozenset(self.tried | self.passed_over),
             only=None if self.route.peer is None else PeerId(self.route.peer),
         )
+
+    def _tokens(self) -> int:
+        """Prompt and answer, as far as that is known."""
+        work = self.work
+        known = work.sampling.max_tokens + len(work.tokens or ()) if isinstance(work, GenerateWork) else 0
+        return max(known, self.tokens_min)
 
     def _kind(self) -> str:
         return ModelKind.CAUSAL if isinstance(self.work, GenerateWork) else ModelKind.ENCODER
@@ -265,25 +309,36 @@ class Pursuit(Generic[H]):
                 f"the serving peer failed after {len(self.tokens)} tokens ({self.last_error}) and no other live "
                 f"peer serves {self.started.model} at revision {self.started.revision}"
             )
-        if self.last_error is not None:
+        if isinstance(self.last_error, TooLong):
+            if why.why is not Why.ALL_FULL:
+                self.last_error.more = self._impossible()
+                return self.last_error
+        elif self.last_error is not None:
             return self.last_error
         asked = f"model {self.work.model!r}" if self.work.model is not None else "a model of the kind asked for"
         match why.why:
             case Why.TOO_LONG:
-                return BadRequest(f"the request is {why}; ask for fewer tokens")
+                return TooLong(f"the request is {why}; ask for fewer tokens", more=self._impossible())
             case Why.ALL_FULL | Why.ALL_BROKEN:
                 return NoRoom(f"{asked}: {why}; try again", retry_after_s=why.retry_after_s or NO_ROOM_RETRY_S)
+            case Why.NONE_SERVES if (loading := self.around.loading) is not None:
+                return NotReady(
+                    f"no live peer serves {asked}, and this node is not ready yet: {loading.model} is {loading.state}; "
+                    "try again",
+                    retry_after_s=NO_ROOM_RETRY_S,
+                    more={"loading": loading.told()},
+                )
             case Why.NONE_SERVES:
                 known = ", ".join(sorted(self.around.served_names())) or "nothing yet"
                 return UnknownModel(
-                    f"no live peer that was asked for serves {asked}; served now: {known}", param="model"
+                    f"no live peer that was asked for serves {asked}; served now: {known}",
+                    param="model",
+                    more=self._impossible(),
                 )
 
-
-def lineage_of(revision: str) -> str:
-    """The run of training that a revision is of, and how its weights are quantized; '' for weights that are of none."""
-    found = TRAINED.fullmatch(revision)
-    return found[1] + (found[2] or "") if found is not None else ""
+    def _impossible(self) -> dict[str, object]:
+        """That nobody who is here now could ever answer it, and what is served instead."""
+        return {"is_possible": False, "models": sorted(self.around.served_names())}
 
 
 def pursue(work: GenerateWork | EmbedWork, route: RouteHint, around: Surroundings[H], now: float) -> Pursuit[H]:

@@ -19,6 +19,8 @@ from gossip.routing import Candidate
 from gossip.service import GossipService
 from node.errors import PeerFailed
 from node.judge import Judge, judged
+from node.peer_tallies import PeerTallies
+from node.recent import Flows
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, from_wire, item_from_wire, to_wire
 from p2p.calls import Calls, Outgoing
 from p2p.errors import P2PError, Refused, RemoteProtocolError, Unreachable
@@ -85,14 +87,16 @@ class Remote:
     def __init__(self, network: Network, counts: Counter[str]) -> None:
         self._network = network
         self._counts = counts
+        self.tallies = PeerTallies()
+        self.flows = Flows()
 
     @asynccontextmanager
     async def generate(self, candidate: Candidate, work: GenerateWork) -> AsyncIterator[AsyncIterator[AnswerItem]]:
         """The items of one answer from one peer. Raises RequestError kinds only. Leaving cancels at the peer."""
         began = trio.current_time()
         with self._observed(candidate.peer):
-            await self._connect(candidate)
-            async with self._network.calls.open(candidate.peer, "generate", to_wire(work)) as outgoing:
+            await connect(self._network, candidate.peer, candidate.addresses)
+            async with self._network.calls.open(candidate.peer, work.method, to_wire(work)) as outgoing:
                 items = PeerItems(outgoing, Judge(candidate.peer, candidate.offer.capacity, work, began))
                 yield items
             if items.ended:
@@ -102,7 +106,7 @@ class Remote:
         """Embeddings from one peer. Raises RequestError kinds only. If cancelled, the peer is told."""
         began = trio.current_time()
         with self._observed(candidate.peer):
-            await self._connect(candidate)
+            await connect(self._network, candidate.peer, candidate.addresses)
             patience_s = min(EMBED_S_MAX, EMBED_SHARE * work.remaining_ms / 1000)
             with trio.move_on_after(patience_s):
                 reply = await self._network.calls.call(candidate.peer, "embed", to_wire(work))
@@ -110,12 +114,14 @@ class Remote:
                 _check_vectors(embedded, candidate.peer, work)
                 now = trio.current_time()
                 self._network.gossip.observations.finished(candidate.peer, 0, now - began, now)
+                self.tallies.finished(candidate.peer)
                 return embedded
             raise PeerFailed(f"no embeddings within {patience_s:.0f} s")
 
     def _answered(self, peer: PeerId, judge: Judge, began: float) -> None:
         watch, now = self._network.gossip.observations, trio.current_time()
         first_s = judge.first_token_s
+        self.tallies.finished(peer)
         if judge.is_cached and now - began < KEPT_S:  # that it was fast tells nothing of the next
             watch.finished(peer, 0, now - began, now)
             return
@@ -129,29 +135,32 @@ class Remote:
         gossip = self._network.gossip
         gossip.observations.started(peer, trio.current_time())
         try:
-            yield
+            with self.flows.to(peer):
+                yield
         except (P2PError, PeerFailed) as exc:
             verdict = judged(exc, peer)
             if verdict.fault is not None:
                 gossip.blame(peer, verdict.fault, str(exc))
             self._counts[f"peer_failed:{verdict.reason}"] += 1
+            self.tallies.failed(peer)
             gossip.observations.failed(peer, verdict.reason, trio.current_time())
             raise verdict.error from exc
         finally:
             gossip.observations.ended(peer, trio.current_time())
 
-    async def _connect(self, candidate: Candidate) -> None:
-        peering, peer = self._network.peering, candidate.peer
-        if peer in self._network.transport.peers():
-            return
-        peering.learn(peer, candidate.addresses)
-        with trio.move_on_after(DIAL_S):
-            try:
-                await peering.connect(peer)
-            except Refused as exc:
-                raise Unreachable(str(exc)) from exc
-            return
-        raise Unreachable(f"no connection to it within {DIAL_S:.0f} s")
+
+async def connect(network: Network, peer: PeerId, addresses: tuple[str, ...]) -> None:
+    """Be connected to a peer that says it is at these addresses. Raises Unreachable."""
+    if peer in network.transport.peers():
+        return
+    network.peering.learn(peer, addresses)
+    with trio.move_on_after(DIAL_S):
+        try:
+            await network.peering.connect(peer)
+        except Refused as exc:
+            raise Unreachable(str(exc)) from exc
+        return
+    raise Unreachable(f"no connection to it within {DIAL_S:.0f} s")
 
 
 def _check_vectors(embedded: Embedded, peer: PeerId, work: EmbedWork) -> None:

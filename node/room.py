@@ -14,7 +14,7 @@ from collections import Counter
 from model.step import QUEUE_SHARE, Priority
 from node.errors import NO_ROOM_RETRY_S, NoRoom, TooMany
 from node.requester import OWN, Requester
-from node.work import EmbedWork, GenerateWork
+from node.work import EmbedWork, GenerateWork, Message
 
 REQUESTER_SHARE = 0.5
 TOKEN_ID_BYTES = 40  # of a token id in a tuple, and its number
@@ -78,9 +78,16 @@ def held_bytes(work: GenerateWork | EmbedWork) -> int:
     """About what a request's texts and token ids take in memory."""
     if isinstance(work, EmbedWork):
         return sum(_bytes_of(text) for text in work.texts)
-    messages = sum(_bytes_of(message.content) for message in work.messages or ())
+    messages = sum(_bytes_of(text) for message in work.messages or () for text in texts_of(message))
     texts = _bytes_of(work.text or "") + _bytes_of(work.delivered_text)
+    for tool in () if work.tools is None else work.tools.tools:
+        texts += _bytes_of(tool.name) + _bytes_of(tool.description or "") + _bytes_of(tool.parameters or "")
     return messages + texts + _bytes_of(work.tokens or ()) + _bytes_of(work.delivered)
+
+
+def texts_of(message: Message) -> tuple[str, ...]:
+    """What a message holds, its calls included."""
+    return (message.content, *(text for call in message.tool_calls for text in (call.id, call.name, call.arguments)))
 
 
 def _bytes_of(text: str | tuple[int, ...]) -> int:

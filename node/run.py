@@ -33,12 +33,16 @@ from gossip.rounds import round_topic
 from gossip.service import GossipConfig, GossipService
 from gossip.standing import Fault
 from node.backend import Backend
+from node.banner import print_banner
 from node.collector import importing
 from node.config import KEY_FILE, NodeConfig
 from node.errors import ConfigError
 from node.hosting import Hosting
 from node.inference import INFER_PROTOCOL, Inference
+from node.loading import Loading
 from node.remote import Network
+from node.sealed_relay import SealedRelay
+from node.sealed_serving import SealedServing
 from node.serving import Serving
 from node.state import AGENT, NodeState, Parts
 from node.training_pause import PausePolicy, hours_of
@@ -102,7 +106,10 @@ class Node:
         outside: None on a network where everybody reaches everybody.
         """
         self._config = config
-        self._load = load or _load
+        loading = Loading(
+            model=config.model, state="loading" if config.upstream_url() is None else "waiting for its server"
+        )
+        self._load = load or partial(_load, on_progress=loading.note)
         self._transport, self._identity = transport, identity
         self._rng = random.Random(secrets.randbits(64))
         instance = secrets.token_hex(16)
@@ -134,9 +141,12 @@ class Node:
         self.blobs = Blobs(transport, self._direct, blobs_config, on_fault=self._bad_donor)  # training's, for bulk
         self._door = RoundDoor(transport, config.network, self._gossip.blame, lambda: time.time_ns() // 1_000_000)
         serving = Serving()
-        infer = Calls(transport, INFER_PROTOCOL, serving.handlers(), self._breach, WORK_LIMITS)
+        sealed = SealedServing(identity, config.network)
+        handlers = {**serving.handlers(), **sealed.handlers()}
+        infer = Calls(transport, INFER_PROTOCOL, handlers, self._breach, WORK_LIMITS)
         network = Network(transport=transport, peering=self._peering, calls=infer, gossip=self._gossip)
         self._inference = serving.inference = Inference(network)
+        self._inference.loading = None if config.model == "none" else loading
         self._infer = infer
         peering.keep_while(lambda peer: infer.is_busy(peer) or self.blobs.is_busy(peer) or self._door.is_member(peer))
         parts = Parts(
@@ -145,6 +155,7 @@ class Node:
             inference=self._inference,
             blobs=self.blobs,
             direct=self._direct,
+            relay=SealedRelay(network, self._inference, sealed),
             reaching=self._reaching,
         )
         self.state = NodeState(parts)
@@ -175,6 +186,7 @@ class Node:
                 if self._config.http_address() is not None:
                     self.state.http = await front.start(self._web, web_stop)
                 nursery.start_soon(self._measure)
+                nursery.start_soon(self.state.process.watch)
                 nursery.start_soon(self._host_model, nursery)
                 await stop.wait()
                 await self._drain()
@@ -191,14 +203,15 @@ class Node:
             await nursery.start(backend.run)
             if self._inference.draining:  # told to stop meanwhile
                 return
-            self._inference.hosting = backend
-            if isinstance(backend, Hosting):
+            self._inference.hosting, self._inference.loading = backend, None
+            self.state.relay.begin(self.state, self._rng)
+            if isinstance(backend, Hosting) and self._config.training:
                 self._train(nursery)
         self.state.phase = "running"
         self._offer()
         ready = self._ready()
         with _announced(self._config.ready_file, ready):
-            _print_banner(ready, self._config, len(self._peering.peers()))
+            print_banner(ready, self._config, len(self._peering.peers()))
             await trio.sleep_forever()
 
     async def _backend(self) -> Backend:
@@ -251,6 +264,8 @@ class Node:
         clock_is_wrong = False
         while True:
             await trio.sleep(MEASURE_EVERY_S)
+            self.state.relay.serving.tick()
+            self.state.sample()
             problem = self.state.clock_problem()
             if problem and not clock_is_wrong:
                 _log.warning("%s", problem)
@@ -275,13 +290,13 @@ class Node:
         with importing():
             from node.web.app import build_app
             from node.web.serve import ServeLimits, serve
-            from node.web.settings import door_config, gate_config
+            from node.web.settings import web_config
 
         address = self._config.http_address()
         assert address is not None
         async with trio.open_nursery() as nursery:
-            doors = door_config(self._config), gate_config(self._config, self._transport.peer_id)
-            app = build_app(self.state, self._rng, *doors)
+            settings = web_config(self._config, self._transport.peer_id)
+            app = build_app(self.state, self._rng, settings, stop=stop)
             limits = ServeLimits(drain_s_max=WEB_DRAIN_S)
             port = await nursery.start(partial(serve, app, address.host, address.port, limits=limits, stop=stop))
             host = f"[{address.host}]" if ":" in address.host else address.host
@@ -327,7 +342,7 @@ async def _signals(stop: trio.Event, scope: trio.CancelScope) -> None:
             stop.set()
 
 
-def _load(config: NodeConfig) -> Runtime:
+def _load(config: NodeConfig, *, on_progress: Callable[[int, int], None]) -> Runtime:
     """Import torch and load the model; in a worker thread. Raises ModelError."""
     with importing():
         from model.config import RuntimeConfig
@@ -343,7 +358,10 @@ def _load(config: NodeConfig) -> Runtime:
             embedding_name=config.embedding_model or "",
             slots=config.max_batch,
             kv_cache_mb=config.kv_cache_mb,
+            model_type=config.model_type,
+            max_length=config.max_length or 0,
         ),
+        on_progress,
     )
 
 
@@ -373,16 +391,3 @@ def _announced(path: Path | None, ready: dict[str, object]) -> Iterator[None]:
     finally:
         with suppress(OSError):  # a disk that is read-only by now keeps a file, and no more
             path.unlink(missing_ok=True)
-
-
-def _print_banner(ready: dict[str, object], config: NodeConfig, peers: int) -> None:
-    lines = [f"peer id   {ready['peer_id']}"]
-    lines += [f"listening {address}" for address in ready["listen"]]  # type: ignore[attr-defined]  # a list of str
-    lines.append(f"http      http://{ready['http']}" if ready["http"] else "http      off")
-    lines.append(f"model     {ready['model']} {ready['revision']}" if ready["model"] else "model     none")
-    lines.append(f"network   {config.network}, {peers} peers connected")
-    lines.append("ready; Ctrl-C stops")
-    try:
-        print("\n".join(lines), flush=True)
-    except OSError as exc:  # a log on a full disk, a pipe that was closed: nobody reads, and the node serves
-        _log.warning("the banner cannot be printed: %s", exc.strerror)

@@ -7,6 +7,7 @@ cancelled (the caller left, its stream broke) frees the slot within one engine s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import trio
@@ -15,7 +16,7 @@ from node.backend import Backend
 from node.errors import NO_ROOM_RETRY_S, DeadlinePassed, NoRoom, NotReady, PeerFailed, RequestError
 from node.inference import Inference
 from node.requester import Requester
-from node.work import EmbedWork, Finished, GenerateWork, from_wire, to_wire
+from node.work import GENERATE, GENERATE_TOOLS, EmbedWork, Finished, GenerateWork, from_wire, to_wire
 from p2p.calls import Handler, Incoming
 from p2p.errors import RemoteError, RemoteProtocolError
 
@@ -32,11 +33,11 @@ class Serving:
 
     def handlers(self) -> Mapping[str, Handler]:
         """By method name, for p2p.calls.Calls."""
-        return {"generate": self._generate, "embed": self._embed}
+        return {GENERATE: self._generate, GENERATE_TOOLS: self._generate, "embed": self._embed}
 
     async def _generate(self, incoming: Incoming) -> Any:
         work = _decoded(incoming, GenerateWork)
-        with trio.move_on_after(work.remaining_ms / 1000):
+        with trio.move_on_after(work.remaining_ms / 1000), self._counted(incoming):
             try:
                 return await self._generated(incoming, work)
             except RequestError as exc:
@@ -56,7 +57,7 @@ class Serving:
 
     async def _embed(self, incoming: Incoming) -> Any:
         work = _decoded(incoming, EmbedWork)
-        with trio.move_on_after(work.remaining_ms / 1000):
+        with trio.move_on_after(work.remaining_ms / 1000), self._counted(incoming):
             try:
                 embedded = await self._hosting().embed(work, self._requester(incoming))
             except RequestError as exc:
@@ -64,6 +65,10 @@ class Serving:
             self.served += 1
             return to_wire(embedded)
         raise _remote(DeadlinePassed(f"the {work.remaining_ms} ms that the request had left are over"))
+
+    def _counted(self, incoming: Incoming) -> AbstractContextManager[None]:
+        assert self.inference is not None
+        return self.inference.flows.out_of(incoming.peer)
 
     def _requester(self, incoming: Incoming) -> Requester:
         assert self.inference is not None

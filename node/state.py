@@ -7,25 +7,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import trio
 
-from crypto.disk import FileStatus, told_time
+from crypto.disk import FileStatus
 from gossip.blobs import Blobs
 from gossip.directory import SKEW_MS
 from gossip.messages import Capacity, ModelKind, ModelOffer
 from node.backend import Backend
 from node.config import NodeConfig
 from node.errors import NO_ROOM_RETRY_S, NotReady
-from node.front import FrontStatistics, ModelRow, Readiness, RouteHint, Trains
+from node.front import FrontStatistics, Measured, ModelRow, Readiness, RouteHint, Trains
 from node.inference import Inference
+from node.process import Process
+from node.recent import Recent, Totals
 from node.remote import Network
+from node.sealed import SealedCall
+from node.sealed_relay import SealedRelay
+from node.state_told import disk_told, engine_told, offer_told, row_of, training_told
 from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
 from p2p.address import is_relayed
@@ -48,6 +52,7 @@ class Parts:
     inference: Inference
     blobs: Blobs | None = None
     direct: Direct | None = None
+    relay: SealedRelay | None = None
     reaching: Reaching | None = None  # None: a network where everybody reaches everybody
 
 
@@ -84,7 +89,8 @@ class NodeState:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._started_s = time.time()
-        self._process = psutil.Process()
+        self.process = Process()
+        self.recent = Recent()
         self.phase = "starting"  # starting | loading | running | stopping; run.py moves it on
         self.http: str | None = None
         self.control: Calls | None = None  # hello, ping, peers
@@ -100,6 +106,20 @@ class NodeState:
         """See node.front.Front."""
         return await self._parts.inference.embed(work, route)
 
+    def sealed(self, call: SealedCall, peer: str, account: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """See node.front.Front."""
+        return self.relay.frames(call, peer, account)
+
+    async def sealing_key(self, peer: str) -> bytes:
+        """See node.front.Front."""
+        return await self.relay.key_of(peer)
+
+    @property
+    def relay(self) -> SealedRelay:
+        """Where sealed requests go through, or are opened."""
+        assert self._parts.relay is not None, "every whole node has one"
+        return self._parts.relay
+
     @property
     def training(self) -> Trains:
         """See node.front.Front."""
@@ -107,6 +127,8 @@ class NodeState:
             return self.trains
         if self._parts.config.model == "none":
             return NoTraining("this node hosts no model to train: start it with --model")
+        if not self._parts.config.training:
+            return NoTraining("training is switched off at this node (--no-training, app.enable.training)")
         if self._parts.config.upstream_url() is not None:
             return NoTraining(
                 "a server behind this node answers (--backend), and its weights are not here to train: "
@@ -117,6 +139,19 @@ class NodeState:
     def statistics(self) -> FrontStatistics:
         """See node.front.Front."""
         return self._parts.inference.statistics()
+
+    def sample(self) -> None:
+        """Note the counters; to be called every second."""
+        inference = self._parts.inference
+        errors = sum(n for name, n in inference.counts.items() if name.startswith("error:"))
+        hosting = inference.hosting
+        totals = Totals(
+            tokens_out=inference.tallies.generation_tokens,
+            tokens_made=0 if hosting is None else hosting.statistics().decoded_tokens,
+            ended=inference.counts["finished"] + errors,
+            errors=errors,
+        )
+        self.recent.sample(trio.current_time(), totals)
 
     def readiness(self) -> Readiness:
         """Ready when the model (if any) is loaded and the node is not stopping."""
@@ -129,7 +164,11 @@ class NodeState:
             case _:
                 problem = self._backend_problem()
                 reason = f"waiting: {problem}" if problem else f"the model {self._parts.config.model} is loading"
-                return Readiness(ready=False, reason=reason, loading=True, retry_after_s=NO_ROOM_RETRY_S)
+                loading = self._parts.inference.loading
+                progress = None if loading is None else loading.told()
+                return Readiness(
+                    ready=False, reason=reason, loading=True, retry_after_s=NO_ROOM_RETRY_S, progress=progress
+                )
 
     def _backend_problem(self) -> str:
         """One sentence when what answers here cannot; '' otherwise."""
@@ -148,7 +187,7 @@ class NodeState:
         """This node's own models first, then what peers serve; peers counts this node."""
         rows: dict[tuple[str, str], ModelRow] = {}
         for offer in self._own_offers():
-            rows[offer.name, offer.revision] = _row(offer, 1, local=True)
+            rows[offer.name, offer.revision] = row_of(offer, 1, local=True)
         for model in self._parts.network.gossip.directory.models(trio.current_time()):
             key = (model.name, model.revision)
             own = rows.get(key)
@@ -183,7 +222,7 @@ class NodeState:
                 "listen": list(network.transport.addresses()),
                 "pid": os.getpid(),
                 "uptime_s": round(time.time() - self._started_s, 1),
-                "rss_bytes": self._process.memory_info().rss,
+                **self.process.told(),
                 "tasks": trio.lowlevel.current_statistics().tasks_living,
                 "data_dir": str(Path(config.data_dir).absolute()),
             },
@@ -195,14 +234,35 @@ class NodeState:
             "calls": asdict(network.calls.statistics()),
             "blobs": None if self._parts.blobs is None else asdict(self._parts.blobs.statistics()),
             "direct": None if self._parts.direct is None else asdict(self._parts.direct.statistics()),
+            "sealed": None if self._parts.relay is None else asdict(self._parts.relay.serving.statistics()),
             "control": None if self.control is None else asdict(self.control.statistics()),
             "log": {"left_out": dict(self.log_left_out)},
-            "disk": _disk(self._files()),
-            "inference": {**asdict(statistics), "counts": dict(inference.counts)},
+            "disk": disk_told(self._files()),
+            "inference": {
+                **asdict(statistics),
+                "counts": dict(inference.counts),
+                "busiest_peers": inference.busiest_peers,
+            },
+            "latency": inference.tallies.latency(),
+            "throughput": inference.tallies.throughput(trio.current_time()),
+            "recent": self.recent.told(),
             "model": self._model(inference.hosting),
             "backend": None if self.backend is None else self.backend.told(),
-            "training": _short(self.training.status()),
+            "training": training_told(self.training.status()),
         }
+
+    def measured(self) -> Measured:
+        """See node.front.Front."""
+        hosting, tallies = self._parts.inference.hosting, self._parts.inference.tallies
+        if hosting is not None:
+            for facts in hosting.runtime.all_facts():
+                tallies.know(facts.name, facts.revision)
+        return Measured(
+            models=tallies.statistics(),
+            engine=None if hosting is None else hosting.statistics().timings,
+            loop_lag_s=self.process.lag_s.read(),
+            training=self.training.status(),
+        )
 
     def peers(self) -> list[dict[str, Any]]:
         """JSON for GET /api/v1/peers: every connected or advertised peer."""
@@ -223,9 +283,10 @@ class NodeState:
                     "rtt_ms": None if rtt_ms is None else round(rtt_ms, 2),
                     "score": round(network.gossip.standing.score(peer, now), 1),
                     "observed": asdict(network.gossip.observations.observed(peer, now)),
+                    "requests": asdict(self._parts.inference.flows.of(peer)),
                     "advert_age_s": None if offer is None else round(now - offer.received_s, 1),
                     "agent": None if offer is None else offer.advert.agent,
-                    "models": [] if capacity is None else [_offer_json(model) for model in capacity.models],
+                    "models": [] if capacity is None else [offer_told(model) for model in capacity.models],
                     "slots_free": None if capacity is None else capacity.slots_free,
                     "slots_total": None if capacity is None else capacity.slots_total,
                     "queue_length": None if capacity is None else capacity.queue_length,
@@ -281,17 +342,10 @@ class NodeState:
             "models": [asdict(facts) for facts in hosting.runtime.all_facts()],
             "linears": None if (linears := hosting.runtime.linears) is None else asdict(linears),
             "device": hosting.runtime.device,
-            "engine": asdict(hosting.statistics()),
+            "engine": engine_told(hosting.statistics()),
             **hosting.details(),
             "running": hosting.requests_running,
         }
-
-
-def _short(training: dict[str, Any]) -> dict[str, Any]:
-    """What the status says of a run: its own route has its rounds and members."""
-    return {name: told for name, told in training.items() if name not in ("rounds", "members", "run", "wanted")} | {
-        "run": None if training["run"] is None else training["run"]["name"]
-    }
 
 
 def clock_problem(offset_ms: int | None, peers: int) -> str:
@@ -303,47 +357,3 @@ def clock_problem(offset_ms: int | None, peers: int) -> str:
         f"this machine's clock is {abs(offset_ms) // 1000} s {side} those of most of the {peers} peers heard: set it"
         " (NTP); until then they refuse what this node says, and it what they say"
     )
-
-
-def _disk(known: Sequence[FileStatus]) -> dict[str, Any]:
-    """What cannot be saved now and since when, what was moved aside at start, and each file's counts."""
-    return {
-        "degraded": [
-            {"what": file.what, "reason": file.reason, "since": told_time(file.since_s), "sentence": file.problem}
-            for file in known
-            if file.problem
-        ],
-        "set_aside": [file.set_aside for file in known if file.set_aside],
-        "files": [
-            {
-                "what": file.what,
-                "path": file.path,
-                "saved": told_time(file.saved_s),
-                "writes": file.writes,
-                "failures": file.failures,
-            }
-            for file in known
-        ],
-    }
-
-
-def _row(offer: ModelOffer, peers: int, *, local: bool) -> ModelRow:
-    return ModelRow(
-        id=offer.name,
-        revision=offer.revision,
-        kind=str(offer.kind),
-        peers=peers,
-        context_tokens=offer.context_tokens,
-        local=local,
-        embeds=offer.kind is ModelKind.ENCODER or offer.embeds,
-    )
-
-
-def _offer_json(offer: ModelOffer) -> dict[str, Any]:
-    return {
-        "name": offer.name,
-        "revision": offer.revision,
-        "kind": str(offer.kind),
-        "context_tokens": offer.context_tokens,
-        "dtype": offer.dtype,
-    }

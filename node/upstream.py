@@ -16,6 +16,7 @@ from typing import Any
 
 import trio
 
+from model.call_format import HERMES
 from model.config import ModelFacts
 from model.requests import EngineStatistics
 from node.embed_queue import EMBED_QUEUE_MAX
@@ -197,7 +198,8 @@ class Upstream:
         facts = self._admit(work.model, work.revision, "causal")
         assert self._nursery is not None
         send, receive = trio.open_memory_channel[AnswerItem | RequestError](PIECES_HELD)
-        started = Started(served_by=self._peer, model=facts.name, revision=facts.revision, prompt_tokens=0)
+        calls = None if work.tools is None else HERMES  # as node/upstream_telling.py writes what the server calls
+        started = Started(served_by=self._peer, model=facts.name, revision=facts.revision, prompt_tokens=0, calls=calls)
         job = Job(work=work, telling=Telling(work, started), send=send, began=trio.current_time())
         self._jobs.append(job)
         self._nursery.start_soon(self._answer, job)

@@ -86,7 +86,7 @@ class Asking:
             async with self._server.stream(ask.path, ask.body) as content:
                 job.is_there = True
                 async for chunk in self._chunks(content, job):
-                    if not began_flow and (chunk.text or chunk.has_reasoning):
+                    if not began_flow and (chunk.text or chunk.calls or chunk.has_reasoning):
                         began_flow = True
                         self._room.began(trio.current_time())
                     await self._hand_on(job, chunk)
@@ -120,7 +120,8 @@ class Asking:
                 if event == DONE:
                     return
                 chunk = chunk_of(event, top=top)
-                if chunk.text or chunk.has_reasoning or chunk.finish or chunk.prefilled_tokens is not None:
+                is_work = chunk.text or chunk.calls or chunk.has_reasoning
+                if is_work or chunk.finish or chunk.prefilled_tokens is not None:
                     heard = trio.current_time()
                 yield chunk
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from node.errors import BadRequest, PeerFailed
-from node.work import GenerateWork
+from node.tools import Tooling, functions_of
+from node.work import GenerateWork, Message
 
 SEED_BITS = 31  # llama.cpp takes 32, and keeps the last of them for "random"
 
@@ -35,6 +36,8 @@ class Dialect:
     extra: dict[str, object] | None = None  # fields by which it tells more of its work
     usage: dict[str, object] | None = None  # stream_options
     is_alone: bool = False  # one request at a time, and any other call under /v1 ends that with half an answer
+    choices: tuple[str, ...] = ()  # of a tool_choice: "required", "function", those that it keeps to
+    takes_tools: bool = True
     refuses_long: bool = False  # what to embed, when it is longer than the model reads; others may cut it
 
 
@@ -48,6 +51,7 @@ VLLM = Dialect(
     takes_tokens=True,
     continues_chat=_CONTINUES,
     usage={"include_usage": True, "continuous_usage_stats": True},
+    choices=("required", "function"),
     refuses_long=True,
 )
 LLAMA_CPP = Dialect(
@@ -61,6 +65,7 @@ LLAMA_CPP = Dialect(
     continues_chat=_CONTINUES,
     extra={"timings_per_token": True, "return_progress": True},
     usage=_USAGE,
+    choices=("required",),  # it has no words for one function
     refuses_long=True,
 )
 LLAMA_CPP_PYTHON = Dialect(
@@ -70,6 +75,7 @@ LLAMA_CPP_PYTHON = Dialect(
     top_k_off=0,
     says_neutral=True,
     is_alone=True,
+    takes_tools=False,  # most of its templates drop them, and it does not say which
 )
 OLLAMA = Dialect(name="ollama", usage=_USAGE)
 OPENAI = Dialect(
@@ -78,6 +84,7 @@ OPENAI = Dialect(
     repetition=("repetition_penalty", "repeat_penalty"),  # LM Studio has the second
     takes_tokens=True,
     usage=_USAGE,
+    choices=("required", "function"),
 )
 DIALECTS: Final = {each.name: each for each in (VLLM, LLAMA_CPP, LLAMA_CPP_PYTHON, OLLAMA, OPENAI)}
 
@@ -120,7 +127,9 @@ def _check_delivered(work: GenerateWork) -> None:
 
 def _chat(work: GenerateWork, dialect: Dialect, body: dict[str, Any]) -> Ask:
     assert work.messages is not None
-    body["messages"] = [{"role": each.role, "content": each.content} for each in work.messages]
+    body["messages"] = [_message(each) for each in work.messages]
+    if work.tools is not None:
+        body |= _tools(work.tools, dialect)
     if work.sampling.logprobs is not None:
         body |= {"logprobs": True, "top_logprobs": work.sampling.logprobs}
     kept = work.delivered_text.rstrip()
@@ -132,6 +141,40 @@ def _chat(work: GenerateWork, dialect: Dialect, body: dict[str, Any]) -> Ask:
         body["messages"].append({"role": "assistant", "content": kept})
         body |= dialect.continues_chat
     return Ask(path="/v1/chat/completions", body=body, seam=work.delivered_text[len(kept) :])
+
+
+def _message(message: Message) -> dict[str, Any]:
+    told: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        told["content"] = message.content or None
+        told["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments or "{}"}}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        told["tool_call_id"] = message.tool_call_id
+    return told
+
+
+def _tools(tooling: Tooling, dialect: Dialect) -> dict[str, Any]:
+    """Raises BadRequest for a server that would pass over what is asked."""
+    if not dialect.takes_tools:
+        raise BadRequest(f"the server of this model ({dialect.name}) is not known to take tools", param="tools")
+    choice = "function" if tooling.function is not None else tooling.choice
+    if choice != "auto" and choice not in dialect.choices:
+        raise BadRequest(
+            f"the server of this model ({dialect.name}) does not keep to this tool_choice: leave it out, or send "
+            '"auto" or "none"',
+            param="tool_choice",
+        )
+    told: dict[str, Any] = {"tools": functions_of(tooling)}
+    if choice == "function":
+        told["tool_choice"] = {"type": "function", "function": {"name": tooling.function}}
+    elif choice != "auto":
+        told["tool_choice"] = choice
+    if not tooling.parallel:
+        told["parallel_tool_calls"] = False
+    return told
 
 
 def _prompt(work: GenerateWork, dialect: Dialect) -> object:

@@ -100,8 +100,19 @@ class _Logprobs(Struct):
     top_logprobs: list[dict[str, float | None] | None] | None = None
 
 
+class _Function(Struct):
+    name: str | None = None
+    arguments: Any = None
+
+
+class _CallPart(Struct):
+    index: Count = 0
+    function: _Function | None = None
+
+
 class _Delta(Struct):
     content: str | None = None
+    tool_calls: list[_CallPart] | None = None
     reasoning_content: Any = None
     reasoning: Any = None
 
@@ -142,10 +153,20 @@ _events: Final = msgspec.json.Decoder(_Event)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CallPart:
+    """A part of an answer's call number `index`: the name comes once, the arguments in pieces of their JSON."""
+
+    index: int
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """What one event tells. completion_tokens: all so far; prompt_tokens: as this server cut them; None: not told."""
 
     text: str = ""
+    calls: tuple[CallPart, ...] = ()
     has_reasoning: bool = False
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: str | None = None
@@ -177,6 +198,7 @@ def chunk_of(content: bytes, *, top: int | None) -> Chunk:
         completion_tokens = timings.predicted_n
     return Chunk(
         text=(delta.content if choice.delta is not None else choice.text) or "",
+        calls=tuple(_call_part(part) for part in delta.tool_calls or ()),
         has_reasoning=bool(delta.reasoning_content or delta.reasoning),
         logprobs=() if top is None or choice.logprobs is None else _logprobs(choice.logprobs, top),
         finish=choice.finish_reason,
@@ -184,6 +206,14 @@ def chunk_of(content: bytes, *, top: int | None) -> Chunk:
         prefilled_tokens=None if prefill is None else min(prefill.processed, prefill.total),
         completion_tokens=completion_tokens,
     )
+
+
+def _call_part(part: _CallPart) -> CallPart:
+    function = part.function or _Function()
+    told = function.arguments
+    # some servers give the object itself, all at once
+    arguments = told if isinstance(told, str) else "" if told is None else msgspec.json.encode(told).decode()
+    return CallPart(index=part.index, name=function.name or "", arguments=arguments)
 
 
 def message_of(told: object) -> str:

@@ -4,14 +4,17 @@ Rules: core. The items keep to node/work.py: Started, pieces, one Finished that 
 counted as the server counts them while it streams, else one for each chunk with text, and put right at the end by its
 usage where that is more; never beyond max_tokens. An answer is whole when the server says why it ended; a stream that
 ends without is broken off. A rest that does not begin with the white space that is to come first does not fit what the
-client has, and is refused.
+client has, and is refused. A call of a function is told when it is whole, as text: who takes an answer over, and who
+keeps it, knows text only.
 """
 
 from __future__ import annotations
 
 from node.errors import BadRequest, PeerFailed
 from node.judge import TOKEN_CHARS_MAX
-from node.upstream_stream import Chunk
+from node.tool_calls import written
+from node.tools import ARGUMENTS_CHARS_MAX, CALLS_MAX
+from node.upstream_stream import CallPart, Chunk
 from node.work import (
     PIECE_TOKENS_MAX,
     PROMPT_CHARS_MAX,
@@ -43,6 +46,8 @@ class Telling:
         self.counted = 0  # tokens of this server
         self.finish: str | None = None
         self.has_text = False
+        self._call: CallPart | None = None  # one that may go on
+        self._calls = 0
 
     @property
     def revision(self) -> str:
@@ -72,8 +77,8 @@ class Telling:
             whole = self._started.prompt_tokens + self._delivered
             prefilled = min(chunk.prefilled_tokens, whole)
             items.append(Progress(engine_steps=steps, prefilled_tokens=prefilled, queue_position=0))
-        text = self._joined(chunk.text)
-        tokens = self._new_tokens(chunk)
+        text = self._joined(chunk.text) + self._called(chunk)
+        tokens = self._new_tokens(chunk, text)
         if text or tokens:
             items += self._pieces(text, tokens, chunk)
         self.finish = chunk.finish or self.finish
@@ -105,8 +110,36 @@ class Telling:
                 model=self._started.model,
                 revision=self._started.revision,
                 prompt_tokens=self._prompt_tokens,
+                calls=self._started.calls,
             )
         return self.start()
+
+    def _called(self, chunk: Chunk) -> str:
+        """The calls that are whole with this chunk, as text in the format that Started tells. Raises PeerFailed."""
+        if self._work.tools is None:
+            return ""
+        whole = ""
+        for part in chunk.calls:
+            before = self._call
+            if before is None or part.index != before.index:
+                whole += self._written()
+                self._call = part
+            else:
+                self._call = CallPart(
+                    index=part.index, name=before.name or part.name, arguments=before.arguments + part.arguments
+                )
+            if len(self._call.arguments) > ARGUMENTS_CHARS_MAX:
+                raise PeerFailed(f"the server behind this node sent a call of over {ARGUMENTS_CHARS_MAX} characters")
+        return whole + self._written() if chunk.finish else whole
+
+    def _written(self) -> str:
+        call, self._call = self._call, None
+        if call is None:
+            return ""
+        self._calls += 1
+        if self._calls > CALLS_MAX:
+            raise PeerFailed(f"the server behind this node sent over {CALLS_MAX} calls")
+        return written(call.name, call.arguments)
 
     def _joined(self, text: str) -> str:
         """The chunk's text without what of it the client has."""
@@ -124,14 +157,14 @@ class Telling:
             f"{text[:20]!r}"
         )
 
-    def _new_tokens(self, chunk: Chunk) -> int:
+    def _new_tokens(self, chunk: Chunk, text: str) -> int:
         room = self._work.sampling.max_tokens - self._delivered - self.counted
         if chunk.completion_tokens is not None:
             new = max(chunk.completion_tokens - self.counted, 0)
         else:
-            new = len(chunk.logprobs) or int(bool(chunk.text or chunk.has_reasoning))
-        if chunk.text:
-            short = -(-(self._chars + len(chunk.text)) // TOKEN_CHARS_MAX) - self._delivered - self.counted
+            new = len(chunk.logprobs) or int(bool(chunk.text or chunk.calls or chunk.has_reasoning))
+        if text:
+            short = -(-(self._chars + len(text)) // TOKEN_CHARS_MAX) - self._delivered - self.counted
             new = max(new, short)
         return max(0, min(new, room))
 
@@ -141,7 +174,7 @@ class Telling:
         self._chars += len(text)
         if self._chars > TOKEN_CHARS_MAX * (self._delivered + self.counted) or len(text) > PROMPT_CHARS_MAX:
             raise PeerFailed(f"the server behind this node sent {self._chars} characters for {self.counted} tokens")
-        if text and not self.has_text and self._work.sampling.logprobs is not None and not chunk.logprobs:
+        if chunk.text and not self.has_text and self._work.sampling.logprobs is not None and not chunk.logprobs:
             raise BadRequest("the server of this model gives no logprobs: leave them out", param="logprobs")
         self.has_text = self.has_text or bool(text)
         if len(chunk.logprobs) > LOGPROBS_OF_PIECE_MAX:

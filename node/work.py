@@ -18,6 +18,7 @@ from msgspec import Meta, Struct
 from crypto.canonical import Limits, convert
 from crypto.errors import BadEncoding
 from node.requester import LOCAL
+from node.tools import CALLS_MAX, CallId, ToolCall, Tooling
 from p2p.errors import RemoteProtocolError
 from p2p.transport import FRAME_BYTES_MAX
 
@@ -40,17 +41,25 @@ Text = Annotated[str, Meta(max_length=PROMPT_CHARS_MAX)]
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
 
 
-# What a frame of the inference protocol may hold. The most elements that are needed: 1,000 messages, 5,000.
-WORK_LIMITS: Final = Limits(bytes_max=FRAME_BYTES_MAX, str_max=4 * PROMPT_CHARS_MAX, bin_max=FRAME_BYTES_MAX)
+# What a frame of the inference protocol may hold. The most elements that are needed: 1,000 messages, 5,000; of half of
+# them calls and of half their results, with TOOLS_MAX functions, 11,000.
+WORK_LIMITS: Final = Limits(
+    bytes_max=FRAME_BYTES_MAX, str_max=4 * PROMPT_CHARS_MAX, bin_max=FRAME_BYTES_MAX, items_max=12_288
+)
 ID_BYTES: Final = 4
 TAG_CHARS_MAX: Final = 32
+GENERATE: Final = "generate"
+GENERATE_TOOLS: Final = "generate_tools"
 
 
-class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One message of a chat, rendered by the serving model's own template."""
+class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One message of a chat, rendered by the serving model's own template. tool_calls: that the assistant made in it;
+    tool_call_id: whose result it is."""
 
     role: Annotated[str, Meta(min_length=1, max_length=32)]
     content: Text
+    tool_calls: Annotated[tuple[ToolCall, ...], Meta(max_length=CALLS_MAX)] = ()
+    tool_call_id: CallId | None = None
 
 
 class Sampling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,7 +85,8 @@ class GenerateWork(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     delivered_chars: characters of their text that the client already has. delivered_text: these characters, when the
     ids are UNKNOWN_TOKEN. remaining_ms: time left to the deadline. private: nothing of it is shared with others. keep:
     the answer may be kept for this asker, and be one that was: it wants so, speaks for one client, and the answer is
-    always the same (greedy, or of a seed that was chosen).
+    always the same (greedy, or of a seed that was chosen). tools: functions that the answer may call; its calls are in
+    its text, written as Started says.
     """
 
     request_id: RequestId
@@ -92,11 +102,18 @@ class GenerateWork(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     remaining_ms: Annotated[int, Meta(ge=1, le=REMAINING_MS_MAX)] = 120_000
     private: bool = False
     keep: bool = False
+    tools: Tooling | None = None
 
     @property
     def may_be_kept(self) -> bool:
         """Whether the answer may be kept, and be one that was."""
         return self.keep and not self.private
+
+    @property
+    def method(self) -> str:
+        """By which method a peer is asked: who does not know of tools lacks the second, and another is asked then."""
+        has_calls = any(message.tool_calls or message.tool_call_id for message in self.messages or ())
+        return GENERATE if self.tools is None and not has_calls else GENERATE_TOOLS
 
 
 class EmbedWork(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="embed"):
@@ -117,13 +134,15 @@ class EmbedWork(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, t
 
 class Started(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="started"):
     """The request was admitted to an engine. prompt_tokens 0: not counted yet, Finished says. cached: the answer was
-    kept from an earlier one: its speed is not the engine's."""
+    kept from an earlier one: its speed is not the engine's. calls: the format in which the answer's text has calls of
+    the request's tools (model/call_format.py); None: in none, or in one that is not known."""
 
     served_by: Name
     model: Name
     revision: Name
     prompt_tokens: Count
     cached: bool = False
+    calls: Annotated[str, Meta(min_length=1, max_length=32)] | None = None
 
 
 class Progress(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="progress"):
@@ -193,6 +212,9 @@ def to_wire(struct: Struct) -> Any:
     for field in _MARKS:
         if plain.get(field) is False:
             del plain[field]
+    for field in _LATER:  # who does not know the field yet can still read the rest
+        if field in plain and plain[field] is None:
+            del plain[field]
     if isinstance(struct, GenerateWork):
         for field in _TOKEN_FIELDS:
             if plain[field] is not None:
@@ -243,6 +265,7 @@ def sent_on(work: GenerateWork | EmbedWork, account: str) -> GenerateWork | Embe
 
 
 _MARKS: Final = ("private", "keep", "cached")
+_LATER: Final = ("tools", "calls")
 _TOKEN_FIELDS: Final = ("tokens", "delivered")
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import trio
 
 from node.errors import RequestError, UnknownModel
-from node.front import FrontStatistics, ModelRow, Readiness, RouteHint
+from node.front import FrontStatistics, Measured, ModelRow, Readiness, RouteHint
+from node.recent import Recent
+from node.sealed import SealedCall
 from node.state import NoTraining
 from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Piece, Started, TokenLogprob
@@ -104,6 +106,9 @@ class FakeFront:
         self.changed = trio.Event()
         self.embed_wait_s = 0.0
         self.trains = FakeTraining()
+        self.seals: list[tuple[SealedCall, str, str]] = []
+        self.frames: list[bytes | RequestError] = []
+        self.recent = Recent()
 
     def _change(self) -> None:
         self.changed.set()
@@ -170,6 +175,24 @@ class FakeFront:
             prompt_tokens=7,
         )
 
+    @asynccontextmanager
+    async def sealed(self, call: SealedCall, peer: str, account: str) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The frames of `frames`; a RequestError among them is raised."""
+        self.seals.append((call, peer, account))
+
+        async def passing() -> AsyncIterator[bytes]:
+            for frame in self.frames:
+                await trio.lowlevel.checkpoint()
+                if isinstance(frame, RequestError):
+                    raise frame
+                yield frame
+
+        yield passing()
+
+    async def sealing_key(self, peer: str) -> bytes:
+        await trio.lowlevel.checkpoint()
+        return f"statement of {peer}".encode()
+
     def models(self) -> list[ModelRow]:
         return self.rows
 
@@ -188,6 +211,9 @@ class FakeFront:
             "model": {"name": "fairy"},
             "readiness": {"ready": self.ready.ready, "reason": self.ready.reason, "loading": self.ready.loading},
         }
+
+    def measured(self) -> Measured:
+        return Measured(training=self.trains.status())
 
     def peers(self) -> list[dict[str, Any]]:
         return [{"peer_id": PEER, "rtt_ms": 1.25, "models": [{"name": "fairy", "revision": "sha256-0123456789ab"}]}]

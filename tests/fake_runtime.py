@@ -6,16 +6,19 @@ turn cost; `Turns` spends it on Trio's clock, so that a test on a MockClock need
 
 from __future__ import annotations
 
+import json
 import struct
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import trio
 
 from model.config import UNPACKED, LinearFacts, ModelFacts
-from model.errors import BadInput, EngineFull, ModelError
+from model.errors import BadInput, EngineFull, ModelError, TooLong
 from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress, TokenLogprob
+from model.timings import Timings
 
 VOCABULARY = 50_000
 DIMENSIONS = 4
@@ -80,6 +83,7 @@ class FakeRuntime:
     _waiting: deque[_Run] = field(default_factory=deque)
     _running: list[_Run] = field(default_factory=list)
     _steps: int = 0
+    _timings: Timings = field(default_factory=Timings)
 
     @property
     def embedding_facts(self) -> ModelFacts:
@@ -116,8 +120,11 @@ class FakeRuntime:
         self.adopted.append(ready)
         self.facts = self.facts.at(revision)
 
-    def render(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
-        return self.encode("".join(f"{role}:{content}\n" for role, content in messages))
+    def render(
+        self, messages: Sequence[tuple[str, str] | Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[int, ...]:
+        rows = [f"{row[0]}:{row[1]}\n" if isinstance(row, tuple) else f"{json.dumps(row)}\n" for row in messages]
+        return self.encode("".join(rows) + ("" if tools is None else json.dumps(tools)))
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(ord(letter) % VOCABULARY for letter in text)
@@ -127,19 +134,30 @@ class FakeRuntime:
         if not request.prompt:
             raise BadInput("the prompt has no tokens; give at least one")
         if wanted > self.facts.context_tokens:
-            raise BadInput(f"{wanted} tokens are more than the {self.facts.context_tokens}", param="max_tokens")
+            raise TooLong(f"{wanted} tokens are more than the {self.facts.context_tokens}", param="max_tokens")
         if any(token >= VOCABULARY for token in request.delivered):
             raise BadInput("a token id is outside the vocabulary")
         if self.holds >= self.slots + self.queue_max:
             raise EngineFull(f"{self.queue_max} requests are queued here already")
         self.added.append(request)
         self._waiting.append(_Run(request))
+        self._timings.came(request.request_id, self._steps * self.step_s)
 
     def step(self) -> list[Output]:
+        outputs = self._stepped()
+        now = self._steps * self.step_s
+        self._timings.stepped(len(outputs), {output.request_id for output in outputs if output.tokens}, now)
+        for output in outputs:
+            if output.error is not None or output.finish is not None:
+                self._timings.ended(output.request_id, now, is_finished=output.error is None)
+        return outputs
+
+    def _stepped(self) -> list[Output]:
         self._steps += 1
         self.takes_s += self.step_s
         while self._waiting and len(self._running) < self.slots:
             self._running.append(self._waiting.popleft())
+            self._timings.runs([self._running[-1].request.request_id], (self._steps - 1) * self.step_s)
         outputs, room = [], self.prefill_chunk
         for run in list(self._running):
             if self.fails is not None:
@@ -180,6 +198,7 @@ class FakeRuntime:
         )
 
     def cancel(self, request_id: str) -> None:
+        self._timings.ended(request_id, 0.0, is_finished=False)
         self._waiting = deque(run for run in self._waiting if run.request.request_id != request_id)
         self._running = [run for run in self._running if run.request.request_id != request_id]
 
@@ -221,6 +240,7 @@ class FakeRuntime:
             steps=self._steps,
             decode_tok_s=10.0,
             prefill_tok_s=100.0,
+            timings=self._timings.read(),
         )
 
     def device_free_bytes(self) -> int:

@@ -22,6 +22,8 @@ from node.front import RouteHint
 from node.hosting import Hosting
 from node.inference import INFER_PROTOCOL, Inference
 from node.remote import Network
+from node.sealed_relay import SealedRelay
+from node.sealed_serving import SealedServing
 from node.serving import Serving
 from node.state import AGENT, NodeState, Parts
 from node.work import WORK_LIMITS, AnswerItem, Finished, GenerateWork, Piece, Sampling, Started
@@ -45,6 +47,7 @@ class Node:
     serving: Serving
     inference: Inference
     state: NodeState
+    relay: SealedRelay
     runtime: FakeRuntime | None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
@@ -150,6 +153,8 @@ class Swarm:
                     node.state.backend = other = backend(node)
                     await nursery.start(other.run)
                     node.inference.hosting = other
+                if node.inference.hosting is not None:
+                    node.relay.begin(node.state, rng)
                 node.state.phase = "running"
                 node.offer()
                 task_status.started(node)
@@ -162,14 +167,19 @@ def _assembled(identity: Identity, transport: LoopbackTransport, rng: random.Ran
     gossip_config = GossipConfig(network="main", agent=AGENT, instance=instance, wall_clock_ms=wall_clock_ms)
     gossip = GossipService(transport, identity, gossip_config, rng)
     serving = Serving()
-    infer = Calls(transport, INFER_PROTOCOL, {**serving.handlers(), **lies}, limits=WORK_LIMITS)
+    sealed = SealedServing(identity, "main")
+    handlers = {**serving.handlers(), **sealed.handlers(), **lies}
+    infer = Calls(transport, INFER_PROTOCOL, handlers, limits=WORK_LIMITS)
     network = Network(
         transport=transport, peering=Peering(transport, book, peering_config, rng), calls=infer, gossip=gossip
     )
     inference = serving.inference = Inference(network)
     config = NodeConfig(data_dir=Path("unused"), http="off", model="none")
-    state = NodeState(Parts(config=config, network=network, inference=inference))
-    return Node(network=network, infer=infer, serving=serving, inference=inference, state=state, runtime=None)
+    relay = SealedRelay(network, inference, sealed)
+    state = NodeState(Parts(config=config, network=network, inference=inference, relay=relay))
+    return Node(
+        network=network, infer=infer, serving=serving, inference=inference, state=state, relay=relay, runtime=None
+    )
 
 
 def wall_clock_ms() -> int:

@@ -69,6 +69,9 @@ class Engine:
         self._stepping = False
         self._told_at = 0.0
 
+    def facts(self, kind: str) -> None:
+        """No request here is longer than a context."""
+
     def serves(self, model: str | None, revision: str | None, kind: str) -> bool:
         return model in (None, self.model) and revision in (None, REVISION) and kind == ModelKind.CAUSAL
 

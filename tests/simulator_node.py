@@ -112,6 +112,7 @@ class Process:
             preference=preference,
         )
         self.finder = Finder(self)
+        self.loading = None
         self.hosting: Engine | None = Engine(self, peer.model) if peer.serves else None
         self.seen: dict[bytes, None] = {}  # oldest first
         self._callers: dict[Link, tuple[Rpc, dict[int, RemoteAsk]]] = {}
@@ -140,6 +141,8 @@ class Process:
 
     def rank(self, need: Need) -> tuple[Candidate, ...] | WhyNot:
         return rank(need, self.directory.offers(self.now), self.observations, self.now, self.rng)
+
+    loading = None
 
     def served_names(self) -> set[str]:
         return {model.name for model in self.directory.models(self.now)}

@@ -6,6 +6,7 @@ twice is a violation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,13 @@ class Ask:
             return self._end(exc.code)
         self.process.after(0.0, self._if_still(self._attempt, self.go))
 
+    def hurried(self, target: Candidate) -> None:
+        """It said nothing in time: others first."""
+        self._leave = lambda: None
+        self.pursuit.hurried(target)
+        self.process.net.history.note("passed_over", self.number, target.peer[-6:])
+        self.process.after(0.0, self._if_still(self._attempt, self.go))
+
     def serving(self, leave: Callable[[], None]) -> None:
         self._leave = leave
 
@@ -130,12 +138,16 @@ class RemoteAsk:
         self.began = self.process.now
         self.over = False
         self._waits: Timer | None = None
+        self._hurry: Timer | None = None
         self._waits_from = 0.0
         self._call: tuple[Link, CallId] | None = None
 
     def begin(self) -> None:
         self.process.observations.started(self.candidate.peer, self.process.now)
         self.ask.serving(self._leave)
+        hurry_s = self.ask.pursuit.hurry_s(self.candidate)
+        if hurry_s < math.inf:
+            self._hurry = self.process.after(hurry_s, self._silent)
         self._is_new = self.candidate.peer not in self.process.links
         self.process.net.dial(self.process, self.candidate.peer, self._dialled)
 
@@ -155,6 +167,8 @@ class RemoteAsk:
 
     def item(self, body: Any) -> None:
         """An item of the peer's."""
+        if self._hurry is not None:
+            self._hurry.cancel()
         try:
             item = item_from_wire(body)
             self.judge.waited(self.process.now - self._waits_from)
@@ -179,6 +193,12 @@ class RemoteAsk:
         watch.finished(peer, self.judge.tokens_received, now - self.began - (first_s or 0.0), now)
         self._close(tell=False)
         self.ask.take(item)
+
+    def _silent(self) -> None:
+        if not self.over:
+            self._close(tell=True)
+            if self.ask.is_at(self.attempt):
+                self.ask.hurried(self.candidate)
 
     def fail(self, failure: P2PError | PeerFailed) -> None:
         """The attempt is over; the pursuit goes on elsewhere."""

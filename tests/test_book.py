@@ -70,6 +70,7 @@ def new_book(**bounds: int) -> Book:
         (f"/ip4/10.0.0.1/tcp/1/p2p/rubbish/p2p-circuit/p2p/{IDS[0]}", "not a peer id"),
         (f"/dns/{'a' * 300}/tcp/1/p2p/{IDS[0]}", "at most"),
     ],
+    ids=lambda text: text.replace(IDS[0], "PEER").replace(IDS[1], "OTHER"),  # drawn anew in each process
 )
 def test_a_bad_address_is_refused_with_the_reason(text: str, wanted: str) -> None:
     with pytest.raises(BadAddress, match=wanted):

@@ -368,7 +368,7 @@ def test_doctor_without_a_node(settings_file: list[str], closed_url: str) -> Non
     assert "identity key" in result.stdout
     result = cli("doctor", *settings_file, "--json", "--node", closed_url)
     assert result.exit_code == 1
-    rows = {row["check"]: row for row in json.loads(result.stdout)}
+    rows = {row["check"]: row for row in json.loads(result.stdout)["checks"]}
     assert rows["running node"]["verdict"] == "bad"
 
 

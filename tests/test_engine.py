@@ -418,6 +418,24 @@ def test_speeds_are_zero_until_measured_and_then_a_mean(llama: Loaded) -> None:
     assert engine.statistics().prefill_tok_s == pytest.approx(40.0)
 
 
+def test_stages_steps_and_the_prefix_cache_are_measured(llama: Loaded) -> None:
+    engine = Engine(llama, EngineConfig(slots=1, block_tokens=4))
+    prompt = prompt_of(40)
+    run(engine, make(prompt, "a"), make(prompt, "b"))
+    engine.add(make(prompt, "left"))
+    engine.step()
+    engine.cancel("left")
+    told = engine.statistics()
+    assert told.timings is not None
+    assert (told.timings.queue_s.count, told.timings.prefill_s.count, told.timings.decode_s.count) == (3, 3, 2)
+    assert told.timings.queue_s.sum > 0, "one waited for the other"
+    assert told.timings.step_tokens.sum == told.prefilled_tokens + told.decoded_tokens
+    assert told.queried_tokens == 3 * len(prompt)
+    assert 0 < told.reused_tokens < told.queried_tokens
+    assert told.queried_tokens == told.prefilled_tokens + told.reused_tokens - told.recomputed_tokens
+    assert len(engine._timings) == 0
+
+
 def test_rate_forgets_slowly() -> None:
     rate = Rate()
     rate.note(10, 0.0)

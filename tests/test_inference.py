@@ -12,7 +12,8 @@ from gossip.breaker import State
 from model.errors import ComputeFailed
 from node.errors import BadRequest, DeadlinePassed, NoRoom, NotReady, PeerFailed, RequestError, UnknownModel
 from node.front import Route, RouteHint
-from node.judge import STALL_S
+from node.judge import ACCEPT_S, STALL_S
+from node.pursuit import HURRY_S
 from node.work import EmbedWork, GenerateWork, Piece, Progress
 from p2p.errors import RemoteError
 from tests.fake_runtime import FakeRuntime, facts, vector_of
@@ -164,6 +165,49 @@ async def test_a_frozen_peer_is_replaced_after_its_patience(swarm: Swarm, autoju
     assert got.is_right("hello", LONG)
     assert door.score(server.id) < 0  # SECURITY.md 6: timeout after accept
     assert door.inference.counts["peer_failed:stalled"] == 1
+
+
+async def test_a_takeover_waits_for_no_silent_peer_while_another_is_there(
+    swarm: Swarm, autojump_clock: MockClock
+) -> None:
+    door = await swarm.start()
+    peers = [await swarm.start(FakeRuntime()) for _ in range(3)]
+    await swarm.settled()
+    got = Got()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: ask(door, work(tokens=LONG), got=got))
+        await started(got, tokens=10)
+        first = next(peer for peer in peers if peer.engine.busy)
+        silent, third = (peer for peer in peers if peer is not first)
+        swarm.wire.partition(door.id, silent.id)  # nobody is told
+        prefer(door, silent, third)  # of two it asks the better one
+        await swarm.crash(first)
+        count = len(got.tokens)
+        took_s = await eventually(lambda: len(got.tokens) > count + 1, 20)
+    assert HURRY_S <= took_s < HURRY_S + 0.5 < ACCEPT_S
+    assert got.is_right("hello", LONG)
+    assert door.inference.counts["passed_over"] == 1
+    assert door.score(silent.id) == 0  # it may be slow: a hurry blames nobody
+    assert third.engine.added
+
+
+async def test_a_takeover_is_patient_with_the_last_peer(swarm: Swarm, autojump_clock: MockClock) -> None:
+    door = await swarm.start()
+    peers = [await swarm.start(FakeRuntime()) for _ in range(2)]
+    await swarm.settled()
+    got = Got()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: ask(door, work(tokens=LONG), got=got))
+        await started(got, tokens=10)
+        first = next(peer for peer in peers if peer.engine.busy)
+        last = next(peer for peer in peers if peer is not first)
+        swarm.wire.partition(door.id, last.id)
+        await swarm.crash(first)
+        await trio.sleep(HURRY_S + 0.5)
+        swarm.wire.heal()
+    assert got.is_right("hello", LONG)
+    assert door.inference.counts["passed_over"] == 0
+    assert len(last.engine.added) == 1
 
 
 async def test_a_failing_engine_here_is_replaced_by_a_peer(swarm: Swarm, autojump_clock: MockClock) -> None:

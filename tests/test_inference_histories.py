@@ -141,6 +141,12 @@ def check_quiet(node: Node) -> None:
     assert node.inference.running == 0
     errors = sum(n for name, n in counts.items() if name.startswith("error:"))
     assert counts["requests"] == counts["finished"] + counts["cancelled"] + errors == figures.requests
+    rows = node.state.measured().models
+    assert sum(sum(row.finished.values()) + row.embedded for row in rows) == counts["finished"]
+    assert sum(row.cancelled for row in rows) == counts["cancelled"]
+    assert sum(sum(row.errors.values()) for row in rows) == errors
+    assert sum(row.request_s.count + row.embed_s.count for row in rows) == counts["finished"]
+    assert sum(row.generation_tokens for row in rows) >= counts["completion_tokens"]
     assert node.infer.statistics().calls_in_open == 0
     if node.runtime is not None:
         assert node.runtime.holds == 0

@@ -63,7 +63,7 @@ def test_a_share_of_the_time_is_kept_for_another_peer() -> None:
     [
         (RemoteError("no_room", "full", retryable=True), NoRoom, "no_room", None),
         (RemoteError("busy", "full", retryable=True), NoRoom, "busy", None),
-        (RemoteError("strange", "?", retryable=True), PeerFailed, "strange", None),
+        (RemoteError("strange", "?", retryable=True), PeerFailed, "another_word", None),
         (RemoteProtocolError("lies"), PeerFailed, "protocol", Fault.MALFORMED),
         (LocalProtocolError("too large"), BadRequest, "bad_request", None),
         (Refused("no such protocol"), NoRoom, "busy", None),

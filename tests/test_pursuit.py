@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import pytest
@@ -11,9 +12,11 @@ from crypto.identity import PeerId
 from gossip.messages import Advert, Capacity, ModelKind, ModelOffer
 from gossip.offer import Offer
 from gossip.routing import Candidate, Need, Why, WhyNot
-from node.errors import NoRoom, PeerFailed, UnknownModel
+from node.errors import BadRequest, NoRoom, NotReady, PeerFailed, TooLong, UnknownModel
 from node.front import Route, RouteHint
-from node.pursuit import Pursuit, Seek, lineage_of, pursue
+from node.lineage import lineage_of
+from node.loading import Loading
+from node.pursuit import HURRY_S, Pursuit, Seek, pursue
 from node.work import GenerateWork, Sampling, Started
 
 TALE = ModelOffer(name="tale", revision="r1", kind=ModelKind.CAUSAL, context_tokens=100, dtype="bf16")
@@ -35,6 +38,7 @@ class Around:
     why: Why = Why.NONE_SERVES
     own = PeerId("us")
     hosting = None
+    loading: Loading | None = None
 
     def rank(self, need: Need) -> tuple[Candidate, ...] | WhyNot:
         names = self.known if need.revision in (None, self.revision) else []
@@ -156,3 +160,85 @@ def test_the_same_revision_comes_before_a_later_one() -> None:
     around.known = ["far"]
     assert isinstance(one.step(), Candidate)
     assert one.continued(0.0).revision == "tales-r7-0123456789ab"
+
+
+def test_only_a_takeover_with_a_choice_is_in_a_hurry() -> None:
+    around = Around(["near", "far"])
+    one = pursuit(around)
+    target = one.step()
+    assert one.hurry_s(target) == math.inf  # the client has nothing yet
+    one.take(Started(served_by="near", model="tale", revision="r1", prompt_tokens=1))
+    one.failed(target, PeerFailed("gone"))
+    around.known.append("farther")
+    assert one.hurry_s(one.step()) == HURRY_S
+    around.known.remove("farther")
+    assert one.hurry_s(candidate("far")) == math.inf  # nobody else
+
+
+def test_who_was_passed_over_is_asked_again_when_nobody_else_is_left() -> None:
+    around = Around(["near", "far", "farther"])
+    one = pursuit(around)
+    target = one.step()
+    one.take(Started(served_by="near", model="tale", revision="r1", prompt_tokens=1))
+    one.failed(target, PeerFailed("gone"))
+    far = one.step()
+    one.hurried(far)
+    farther = one.step()
+    assert [each.peer for each in (far, farther) if isinstance(each, Candidate)] == ["far", "farther"]
+    one.failed(farther, PeerFailed("gone"))
+    again = one.step()
+    assert isinstance(again, Candidate)
+    assert again.peer == "far"
+    assert one.hurry_s(again) == math.inf
+    one.failed(again, PeerFailed("gone"))
+    assert one.step() == Seek("tale")
+    with pytest.raises(PeerFailed):
+        one.step()
+
+
+def test_what_nobody_can_ever_serve_is_said_at_once() -> None:
+    made = pursuit(Around())
+    assert made.step() == Seek("tale")
+    with pytest.raises(UnknownModel) as caught:
+        made.step()
+    assert caught.value.more == {"is_possible": False, "models": []}
+    long = pursuit(Around(why=Why.TOO_LONG))
+    with pytest.raises(TooLong) as too_long:
+        long.step()
+    assert too_long.value.more["is_possible"] is False
+    assert isinstance(too_long.value, BadRequest)
+
+
+def test_who_has_a_longer_context_is_asked_before_that_is_said() -> None:
+    around = Around(["short", "long"])
+    asked = pursuit(around)
+    first = asked.step()
+    asked.failed(first, TooLong("150 tokens"))  # type: ignore[arg-type]
+    assert asked._need().tokens == TALE.context_tokens + 1
+    second = asked.step()
+    assert second != first
+    asked.failed(second, TooLong("150 tokens"))  # type: ignore[arg-type]
+    with pytest.raises(TooLong, match="150 tokens") as caught:
+        asked.step()
+    assert caught.value.more["is_possible"] is False
+
+
+def test_while_those_with_a_longer_context_are_full_it_is_possible() -> None:
+    asked = pursuit(Around(["short"], why=Why.ALL_FULL))
+    asked.failed(asked.step(), TooLong("150 tokens"))  # type: ignore[arg-type]
+    with pytest.raises(NoRoom) as caught:
+        asked.step()
+    assert not caught.value.more
+
+
+def test_a_model_that_is_loading_here_may_be_asked_for_again() -> None:
+    loading = Loading(model="tale")
+    loading.note(3, 7)
+    made = pursuit(Around(loading=loading))
+    made.step()
+    with pytest.raises(NotReady, match="tale is loading") as caught:
+        made.step()
+    progress = {"tensors_loaded": 3, "tensors_total": 7}
+    assert caught.value.more == {"loading": {"state": "loading", "model": "tale", "progress": progress}}
+    assert caught.value.retry_after_s == 1.0
+    assert Loading(model="m", state="waiting for its server").told()["progress"] is None

@@ -56,6 +56,7 @@ TASKS = {
     "peering": "p2p.peering.Peering.run",
     "reaching": "p2p.reaching.Reaching.run",
     "measure": "node.run.Node._measure",
+    "watch": "node.process.Process.watch",
     "host the model": "node.run.Node._host_model",
     "hosting": "node.hosting.Hosting.run",
     "training": "node.training.Training.run",
@@ -292,7 +293,7 @@ async def test_a_long_prompt_is_a_frame_of_inference_and_none_of_control(tmp_pat
         long = GenerateWork(request_id="q", tokens=(1,) * 100_000, sampling=Sampling(max_tokens=1))
         with pytest.raises(RemoteError) as caught:  # the fake runtime has a small context
             await calls.call(here.transport.peer_id, "generate", to_wire(long))
-        assert caught.value.code == "bad_request"
+        assert caught.value.code == "context_length_exceeded"
         assert here.breaches() == 0
         stream = await calls._transport.open_stream(here.transport.peer_id, RPC_PROTOCOL)
         await stream.send(encode_frame(Call(1, "generate", to_wire(long)), WORK_LIMITS))

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -303,9 +304,18 @@ def test_elsewhere_it_is_a_line_a_change(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [json.loads(each)["step"] for each in rows] == [3, 4, 4, 3]
 
 
+@pytest.fixture
+def listening_to_ctrl_c() -> Iterator[None]:
+    """A shell starts what it puts into the background with SIGINT ignored, and so would all that the tests start: the
+    watch would not hear it, and end with 69 when the served node does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for a process")
-async def test_watching_ends_with_ctrl_c_and_no_traceback() -> None:
+async def test_watching_ends_with_ctrl_c_and_no_traceback(listening_to_ctrl_c: None) -> None:
     async with served() as node:
         node.front.trains.tells = RUN
         url = f"http://127.0.0.1:{node.port}"

@@ -17,7 +17,10 @@ from gossip.round_service import Work
 from model.linears import kinds_here
 from model.load import load
 from node.errors import BadRequest, NotReady
-from node.pursuit import lineage_of
+from node.front import Measured
+from node.lineage import lineage_of
+from node.metrics import prometheus_text
+from node.metrics_network import TRAININGS
 from node.training_pause import PausePolicy
 from node.training_plan import plan_of
 from node.training_wish import Privacy, Wished
@@ -49,6 +52,9 @@ async def test_one_member_alone_trains_and_serves_what_it_learnt(tmp_path: Path,
         assert [each["round"] for each in status["rounds"]] == list(range(len(status["rounds"])))
         assert all(each["contributed"] == (one.id,) for each in status["rounds"])
         assert all(each["moved"] > 0 for each in status["rounds"])
+        metrics = prometheus_text({}, Measured(training=status))
+        untold = {metric.name for metric in TRAININGS if f'\n{metric.name}{{run="tales"}} ' not in metrics}
+        assert untold == ({"openagi_training_held_out_loss"} if status["held_out_loss"] is None else set())
         await until(lambda: one.revision == one.status["revision"] and one.revision.startswith("tales-r"))
 
 

@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from node.errors import BadRequest, PeerFailed
+from node.tools import Tool, ToolCall, Tooling
 from node.upstream_dialect import DIALECTS, LLAMA_CPP, LLAMA_CPP_PYTHON, OLLAMA, OPENAI, VLLM, Dialect, ask_of
 from node.work import UNKNOWN_TOKEN, GenerateWork, Message, Sampling
 
@@ -157,3 +158,51 @@ def test_without_the_text_nothing_is_gone_on_with(dialect: Dialect) -> None:
     for lacking in (replace(begun("hello"), delivered_text=""), replace(begun("hello"), delivered_text="hell")):
         with pytest.raises(PeerFailed, match="are needed"):
             ask_of(lacking, dialect, "m")
+
+
+TOOLING = Tooling(tools=(Tool(name="weather", description="d", parameters='{"type": "object"}'),))
+CALL = ToolCall(id="c1", name="weather", arguments='{"a":1}')
+CALLED = (
+    *CHAT,
+    Message(role="assistant", content="", tool_calls=(CALL,)),
+    Message(role="tool", content="21", tool_call_id="c1"),
+)
+
+
+@pytest.mark.parametrize("dialect", [d for d in DIALECTS.values() if d.takes_tools], ids=lambda d: d.name)
+def test_tools_and_calls_are_passed_on(dialect: Dialect) -> None:
+    body = ask_of(work(text=None, messages=CALLED, tools=replace(TOOLING, parallel=False)), dialect, "m").body
+    function = {"name": "weather", "description": "d", "parameters": {"type": "object"}}
+    assert body["tools"] == [{"type": "function", "function": function}]
+    assert body["parallel_tool_calls"] is False
+    assert "tool_choice" not in body
+    assert body["messages"][2:] == [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"a":1}'}},
+            ],
+        },
+        {"role": "tool", "content": "21", "tool_call_id": "c1"},
+    ]
+    assert "tools" not in ask_of(work(text=None, messages=CALLED), dialect, "m").body
+
+
+def test_a_choice_is_sent_to_who_keeps_to_it() -> None:
+    must, named = replace(TOOLING, choice="required"), replace(TOOLING, function="weather")
+    for dialect in (VLLM, LLAMA_CPP, OPENAI):
+        assert ask_of(work(text=None, messages=CHAT, tools=must), dialect, "m").body["tool_choice"] == "required"
+    for dialect in (VLLM, OPENAI):
+        body = ask_of(work(text=None, messages=CHAT, tools=named), dialect, "m").body
+        assert body["tool_choice"] == {"type": "function", "function": {"name": "weather"}}
+    for dialect, tooling in ((OLLAMA, must), (OLLAMA, named), (LLAMA_CPP, named)):
+        with pytest.raises(BadRequest, match="does not keep to this tool_choice") as caught:
+            ask_of(work(text=None, messages=CHAT, tools=tooling), dialect, "m")
+        assert caught.value.param == "tool_choice"
+
+
+def test_tools_are_refused_where_nobody_knows_what_becomes_of_them() -> None:
+    with pytest.raises(BadRequest, match="is not known to take tools") as caught:
+        ask_of(work(text=None, messages=CHAT, tools=TOOLING), LLAMA_CPP_PYTHON, "m")
+    assert caught.value.param == "tools"

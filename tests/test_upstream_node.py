@@ -175,6 +175,7 @@ async def test_a_node_with_a_server_behind_it(tmp_path: Path) -> None:
         assert verdicts(status)["backend"] is Verdict.BAD
         metrics = prometheus_text(status)
         assert 'openagi_backend_up{kind="openai",server="llama.cpp"} 0' in metrics
+        assert "openagi_num_requests" not in metrics, "nothing is assumed of another's engine"
         assert 'openagi_drops_total{part="backend.failures",reason="unreached"}' in metrics
         assert b" 200 " in await get(here, "/readyz"), "it is a door still"
         signal_me()

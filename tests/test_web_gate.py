@@ -23,7 +23,7 @@ from node.web.app import build_app
 from node.web.door import BODY_BYTES_MAX, DoorConfig
 from node.web.gate import GateConfig
 from node.web.serve import serve
-from node.web.settings import door_config, gate_config
+from node.web.settings import WebConfig, door_config, gate_config
 from tests.fake_front import PEER, FakeFront, finished, started, tale
 from tests.test_api_keys import made
 from tests.test_signed import client as signing
@@ -42,7 +42,7 @@ class Bench:
         self.path = folder / KEYS_FILE
         self.keep(*keys)
         given = {"keys": KeyFile(self.path), "required": True, "audience": PEER, **config}
-        self.app = build_app(self.front, Random(7), door, GateConfig(**given))
+        self.app = build_app(self.front, Random(7), WebConfig(door=door or DoorConfig(), gate=GateConfig(**given)))
 
     def keep(self, *keys: ApiKey) -> None:
         with changing_keys(self.path) as kept:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from node import work
 from node.errors import BadRequest, DeadlinePassed, NoRoom, NotReady, RequestError, TooLarge
 from node.front import Route
+from node.web.asker import deadline_s_of, route_of
 from node.web.door import host_allowed, origin_allowed
 from node.web.embeddings import bytes_of, floats_of
 from node.web.errors import RETRY_AFTER_S_MAX, SlowBody, error_answer, retry_after_s, row_of
@@ -22,11 +23,9 @@ from node.web.schema import (
     EmbeddingsRequest,
     Generation,
     InferenceRequest,
-    deadline_s_of,
     messages_of,
     parse,
     prompts_of,
-    route_of,
     stops_of,
 )
 
@@ -57,7 +56,9 @@ def refusal(**fields: object) -> BadRequest:
         ({"n": 17}, "n"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usages": True}}, "stream_options.include_usages"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"tool_choice": "sometimes"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {}}}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"store": 0}, "store"),
         ({"logit_bias": {"50256": -100}}, "logit_bias"),
@@ -186,7 +187,7 @@ def test_messages() -> None:
         ({"role": "user"}, "messages.0.content"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages.0.content"),
         ({"role": "user", "content": []}, "messages.0.content"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages.0"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages.0.tool_calls.0.id"),
     ],
 )
 def test_a_bad_message_is_named(message: object, param: str) -> None:
@@ -294,6 +295,7 @@ def test_every_kind_of_error_has_its_row() -> None:
     statuses = {code: row_of(kind("x")).status for code, kind in REQUEST_ERRORS.items()}
     assert statuses == {
         "bad_request": 400,
+        "context_length_exceeded": 400,
         "too_large": 413,
         "unknown_model": 404,
         "no_room": 503,
@@ -315,7 +317,7 @@ def test_retry_after_is_whole_bounded_seconds() -> None:
 
 
 def test_the_error_shape_is_openais() -> None:
-    status, headers, body = error_answer(NoRoom("full", retry_after_s=2), "req-1")
+    status, headers, body = error_answer(NoRoom("full", retry_after_s=2), "req-1", "/v1/models")
     assert (status, headers["retry-after"]) == (503, "2")
     assert json.loads(body) == {
         "error": {

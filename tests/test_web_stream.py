@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -82,6 +83,14 @@ async def calling(front: FakeFront, path: str, body: dict[str, Any]) -> AsyncIte
 
 
 STREAMED = {"prompt": "a", "stream": True}
+HELLO = {"messages": [{"role": "user", "content": "a"}]}
+MESSAGES = {"max_tokens": 5, **HELLO}
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/messages", {**MESSAGES, "stream": True}),
+    ("/v1/responses", {"input": "a", "stream": True}),
+    ("/api/chat", {"model": "fairy", **HELLO}),
+    ("/api/generate", {"model": "fairy", "prompt": "a"}),
+]
 
 
 async def test_the_head_waits_for_the_start_but_not_for_ever(autojump_clock: MockClock) -> None:
@@ -132,6 +141,54 @@ async def test_progress_is_told_as_comments_that_clients_skip(autojump_clock: Mo
     assert json.loads(line.removeprefix(": prefill_progress "))["prefilled_tokens"] == 512
 
 
+IDLE = {
+    "/v1/messages": 'event: ping\ndata: {"type":"ping"}\n\n',
+    "/v1/responses": ": keep-alive\n\n",
+    "/api/chat": '"message":{"role":"assistant","content":""},"done":false}\n',
+    "/api/generate": '"response":"","done":false}\n',
+}
+
+
+@pytest.mark.parametrize(("path", "body"), OTHERS)
+async def test_every_protocol_has_something_to_say_in_silence(
+    path: str, body: dict[str, Any], autojump_clock: MockClock
+) -> None:
+    front = FakeFront(lambda work: [HEAD_HOLD_S * 2, started(), KEEP_ALIVE_S * 3.5, *tale(["x"])[1:]])
+    async with calling(front, path, body) as call:
+        pass
+    head_at = call.head_at()
+    assert head_at is not None
+    assert call.text().count(IDLE[path]) >= 5, "also before anybody has begun"
+    lines = call.text().splitlines() if path.startswith("/api/") else []
+    assert all(json.loads(line)["model"] == "fairy" for line in lines), "each line is an object"
+
+
+@pytest.mark.parametrize(("path", "body"), OTHERS)
+async def test_progress_does_not_silence_a_protocol_without_a_place_for_it(
+    path: str, body: dict[str, Any], autojump_clock: MockClock
+) -> None:
+    step: list[Step] = [KEEP_ALIVE_S * 0.4, Progress(engine_steps=1, prefilled_tokens=1, queue_position=0)]
+    front = FakeFront(lambda work: [started(), *step * 10, *tale(["x"])[1:]])
+    async with calling(front, path, body) as call:
+        pass
+    said = [at for at, message in call.sent if message.get("body")]
+    assert max(after - before for before, after in pairwise(said)) <= KEEP_ALIVE_S * 1.5
+
+
+@pytest.mark.parametrize(("path", "body"), OTHERS)
+async def test_every_protocol_has_a_word_for_a_failure_that_comes_late(
+    path: str, body: dict[str, Any], autojump_clock: MockClock
+) -> None:
+    front = FakeFront(lambda work: [HEAD_HOLD_S * 2, NotReady("draining")])
+    async with calling(front, path, body) as call:
+        pass
+    assert call.sent[0][1]["status"] == 200
+    last = call.text().strip().splitlines()[-1].removeprefix("data: ")
+    assert "draining" in last
+    if path == "/v1/responses":
+        assert call.text().index("response.created") < call.text().index("response.failed")
+
+
 def waiting(front: FakeFront) -> bool:
     return front.running > 0
 
@@ -144,6 +201,11 @@ CASES: list[Case] = [
     ("/v1/completions", {"prompt": "a", "n": 3}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
     ("/api/v1/model/inference", {"text": ["a", "b"]}),
+    ("/v1/messages", {**MESSAGES, "stream": True}),
+    ("/v1/messages", MESSAGES),
+    ("/v1/responses", {"input": "a", "stream": True}),
+    ("/api/chat", {"model": "fairy", **HELLO}),
+    ("/api/generate", {"model": "fairy", "prompt": "a", "stream": False}),
 ]
 SILENT: list[Callable[[], list[Step]]] = [
     lambda: [3600.0],  # before it started
@@ -167,7 +229,7 @@ async def test_when_the_client_goes_the_work_ends_at_once(
         await front.until(lambda front: front.running == 0)
         assert trio.current_time() == left_at
     assert front.cancelled == len(front.works) > 0
-    if not body.get("stream"):
+    if not body.get("stream", path == "/api/chat"):
         assert call.sent == []
 
 

@@ -26,7 +26,16 @@ CONNECT_S_MAX = 5.0
 READ_S_MAX = 130.0  # above the node's own deadline, whose error says more
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
-NodeUrl = Annotated[str, typer.Option("--node", help="HTTP address of a running node.")]
+NodeUrl = Annotated[
+    str, typer.Option("--node", metavar="URL", envvar="OPENAGI_NODE", help="HTTP address of a running node.")
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key", metavar="KEY", envvar="OPENAGI_API_KEY", help="The key that the node wants, if it wants one."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 class CommandFailed(Exception):
@@ -58,11 +67,9 @@ class Event:
 class NodeClient:
     """One node's HTTP door. Close it, or use it as a context manager."""
 
-    def __init__(self, url: str) -> None:
-        """Raises CommandFailed when the address is none."""
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        """Raises CommandFailed when the address is none, or the key cannot be one."""
         import httpx  # only a command that talks to a node pays for it
-
-        from node.config import client_key
 
         text = url if "://" in url else f"http://{url}"
         try:
@@ -72,16 +79,14 @@ class NodeClient:
             good = False
         if not good:
             raise CommandFailed(f"--node {url!r} is not an address like {NODE_URL}", EXIT_USAGE)
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
+            raise CommandFailed("--api-key is no key: wanted letters, digits and signs, in one line", EXIT_USAGE)
         self.url = text.rstrip("/")
-        key = client_key()
-        if key is not None and not (key.isascii() and key.isprintable()):
-            raise CommandFailed("OPENAGI_API_KEY holds characters that no API key has", EXIT_USAGE)
-        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         timeout = httpx.Timeout(READ_S_MAX, connect=CONNECT_S_MAX)
         # a proxy of the environment cannot reach this machine's own loopback
-        self._http = httpx.Client(
-            base_url=self.url, timeout=timeout, trust_env=parts.hostname not in LOOPBACK, headers=headers
-        )
+        trusts = parts.hostname not in LOOPBACK
+        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=trusts, headers=headers)
 
     def __enter__(self) -> NodeClient:
         return self
@@ -163,9 +168,11 @@ def _failure(body: dict[str, Any], status: int) -> CommandFailed:
     error = body.get("error")
     told = error if isinstance(error, dict) else {}
     message = str(told.get("message") or f"HTTP {status}")
+    if status == 401:
+        message += "; give the node's key by --api-key or OPENAGI_API_KEY"
     if told.get("retryable"):
         return CommandFailed(message, EXIT_TRY_LATER)
-    return CommandFailed(message, EXIT_USAGE if status in (400, 404, 413) else EXIT_FAILED)
+    return CommandFailed(message, EXIT_USAGE if status in (400, 401, 403, 404, 413) else EXIT_FAILED)
 
 
 def route_headers(route: str, peer: str | None) -> dict[str, str]:

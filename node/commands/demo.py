@@ -7,21 +7,29 @@ command ends, however it ends. What is printed was measured in this run.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from node.commands.client import AsJson
+from node.commands.pages import page
 from node.commands.processes import Cluster, NodeProcess, NotStarted
+from node.commands.tables import print_json
 
 FOUND_S_MAX = 60.0
 ANSWER_S_MAX = 120.0
 PROMPT = "Once upon a time there was a poor woodcutter"
 KILL_AFTER_PIECES = 8
+DEMO_PAGE = page(
+    ["python -m node demo", "python -m node demo --tokens 400 --keep-logs", "python -m node demo --json | jq .killed"],
+    {0: "the answer completed, unchanged", 1: "it did not; the nodes' logs follow", 130: "Ctrl-C; all have ended"},
+)
 
 
 class DemoFailed(Exception):
@@ -41,44 +49,58 @@ class Answer:
 
 
 def demo(
-    tokens: Annotated[int, typer.Option(help="Length of the answer that is interrupted.")] = 200,
+    tokens: Annotated[int, typer.Option(metavar="N", min=20, help="Length of the answer that is interrupted.")] = 200,
     keep_logs: Annotated[bool, typer.Option("--keep-logs", help="Print the nodes' logs at the end.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Three nodes on this machine: ask through one without a model, kill the one that answers, see it complete."""
+    """Three nodes on this machine: ask through one without a model, kill the one that answers, see it complete.
+
+    With --json what is told meanwhile goes to stderr, and what was measured to stdout.
+    """
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="openagi-demo-") as place:
         root = Path(place)
         try:
             with Cluster(root) as cluster:
-                typer.echo("starting three nodes ...")
+                say = _say_aside if as_json else _say
+                say("starting three nodes ...")
                 seed = cluster.reserve("server-1")
                 servers = [cluster.start("server-1"), cluster.start("server-2", join=[seed])]
                 door = cluster.start("door", "--model", "none", join=[seed])
-                _show([node.wait_ready() for node in (door, *servers)], tokens, began)
+                figures = _show([node.wait_ready() for node in (door, *servers)], tokens, began, say)
         except (DemoFailed, NotStarted) as exc:
             typer.echo(f"demo: {exc}", err=True)
             _logs(root)
             raise typer.Exit(1) from exc
         if keep_logs:
             _logs(root)
+    if as_json:
+        return print_json({**figures, "seconds": round(time.monotonic() - began, 3)})
     typer.echo(f"done in {time.monotonic() - began:.1f} s; all processes ended, nothing is left behind")
 
 
-def _show(nodes: Sequence[NodeProcess], tokens: int, began: float) -> None:
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _say_aside(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _show(nodes: Sequence[NodeProcess], tokens: int, began: float, say: Callable[[str], None]) -> dict[str, object]:
+    """Ask twice and kill once; what was measured. Raises DemoFailed."""
     door, *servers = nodes
     names = {node.peer_id: node.name for node in nodes}
     for node in nodes:
-        typer.echo(f"{node.name}: {node.peer_id}  {node.url}  model {node.ready['model'] or 'none'}")
+        say(f"{node.name}: {node.peer_id}  {node.url}  model {node.ready['model'] or 'none'}")
     model = servers[0].ready["model"]
     _await_model(door, model, len(servers))
-    typer.echo(
-        f"the door sees {len(servers)} peers that serve {model} ({time.monotonic() - began:.1f} s from the start)"
-    )
+    say(f"the door sees {len(servers)} peers that serve {model} ({time.monotonic() - began:.1f} s from the start)")
 
     calm = _ask(door, model, tokens)
-    typer.echo(f"\nasked the door, which holds no model: answered by {names[calm.served_by]}")
-    typer.echo(f"  first token after {calm.first_token_s * 1000:.0f} ms, {tokens} tokens in {calm.total_s:.2f} s")
-    typer.echo("  " + PROMPT + calm.text[:300].replace("\n", " ") + " ...")
+    say(f"\nasked the door, which holds no model: answered by {names[calm.served_by]}")
+    say(f"  first token after {calm.first_token_s * 1000:.0f} ms, {tokens} tokens in {calm.total_s:.2f} s")
+    say("  " + PROMPT + calm.text[:300].replace("\n", " ") + " ...")
 
     by_peer = {node.peer_id: node for node in nodes}
     killed: list[str] = []
@@ -88,11 +110,19 @@ def _show(nodes: Sequence[NodeProcess], tokens: int, began: float) -> None:
         killed.append(served_by)
 
     stormy = _ask(door, model, tokens, kill)
-    typer.echo(f"\nasked again; {names[killed[0]]} served and was killed after {KILL_AFTER_PIECES} pieces")
-    typer.echo(f"  the answer went on after {stormy.longest_gap_s * 1000:.0f} ms and ended by {stormy.finish!r}")
+    say(f"\nasked again; {names[killed[0]]} served and was killed after {KILL_AFTER_PIECES} pieces")
+    say(f"  the answer went on after {stormy.longest_gap_s * 1000:.0f} ms and ended by {stormy.finish!r}")
     if stormy.text != calm.text:
         raise DemoFailed("the interrupted answer differs from the undisturbed one")
-    typer.echo("  it is byte for byte the undisturbed answer")
+    say("  it is byte for byte the undisturbed answer")
+    return {
+        "nodes": names,
+        "model": model,
+        "killed": killed[0],
+        "undisturbed": asdict(calm),
+        "interrupted": asdict(stormy),
+        "identical": True,
+    }
 
 
 def _await_model(door: NodeProcess, model: str, servers: int) -> None:

@@ -6,7 +6,6 @@ it mends nothing.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,27 +14,41 @@ from typing import Annotated, Any
 import typer
 
 from node.commands.checks import Check, Verdict, bad, local_checks, look, ok
-from node.commands.client import EXIT_UNREACHABLE, CommandFailed, NodeClient, plainly
+from node.commands.client import EXIT_UNREACHABLE, ApiKey, AsJson, CommandFailed, NodeClient, plainly
 from node.commands.node_settings import settings
-from node.commands.tables import print_table
+from node.commands.pages import page
+from node.commands.tables import print_json, print_table
 from p2p.reach import FORWARD
 
 PLAINLY = "it serves, more slowly; choose another --dtype or --quantize to be served by packed layers"
+DOCTOR_PAGE = page(
+    [
+        "python -m node doctor",
+        "python -m node doctor --config app_config.json",
+        "python -m node doctor --json | jq '.checks[] | select(.verdict != \"ok\")'",
+    ],
+    {0: "nothing needs attention", 1: "something does: the table says what to do", 2: "a flag or setting is wrong"},
+    {"OPENAGI_...": "the node's settings, as at run", "OPENAGI_API_KEY": "as --api-key, and not seen in ps"},
+)
 TOLD_MAX = 8  # of failed or refused peers; more say nothing new
 
 
 def doctor(
-    config: Annotated[Path | None, typer.Option(help="app_config.json of the node.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="The node's data directory.")] = None,
-    http: Annotated[str | None, typer.Option(help="HOST:PORT of the node's HTTP door.")] = None,
-    bootstrap_file: Annotated[Path | None, typer.Option(help="The node's bootstrap file.")] = None,
-    model: Annotated[str | None, typer.Option(help="The node's model.")] = None,
-    backend: Annotated[str | None, typer.Option(help="The node's backend.")] = None,
-    backend_key_file: Annotated[Path | None, typer.Option(help="The key of the server behind the node.")] = None,
-    node: Annotated[str | None, typer.Option("--node", help="HTTP address of the running node.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="app_config.json of the node.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="The node's data directory.")] = None,
+    http: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="The node's HTTP door.")] = None,
+    bootstrap_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The node's bootstrap file.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="The node's model.")] = None,
+    backend: Annotated[str | None, typer.Option(metavar="BACKEND", help="The node's backend.")] = None,
+    backend_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The key of that backend.")] = None,
+    node: Annotated[str | None, typer.Option("--node", metavar="URL", help="The running node, if elsewhere.")] = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Check this node and say what to do. Give it the flags that the node runs with."""
+    """Check this node and say what to do: settings, key, files, ports, clock, disk, peers. It mends nothing.
+
+    Give it the flags that the node runs with. docs/operators/troubleshooting.md has all that it can say.
+    """
     with plainly():
         node_config = settings(
             data_dir,
@@ -49,14 +62,15 @@ def doctor(
     checks = list(local_checks(node_config, now_s=time.time()))
     running = any(check.name == "data directory" and check.found.startswith("in use") for check in checks)
     url = node or _url_of(node_config.http_address())
-    checks += node_checks(url, expected=running or node is not None) if url else []
+    checks += node_checks(url, expected=running or node is not None, api_key=api_key) if url else []
+    is_well = all(check.verdict is Verdict.OK for check in checks)
     if as_json:
         rows = [{"check": c.name, "verdict": c.verdict.value, "result": c.found, "advice": c.advice} for c in checks]
-        print(json.dumps(rows, ensure_ascii=False, indent=2))
+        print_json({"ok": is_well, "checks": rows})
     else:
         rows_told = [(check.name, check.verdict.value, check.found, check.advice) for check in checks]
         print_table("", ("check", "", "result", "what to do"), rows_told)
-    raise typer.Exit(0 if all(check.verdict is Verdict.OK for check in checks) else 1)
+    raise typer.Exit(0 if is_well else 1)
 
 
 def _url_of(address: Any) -> str | None:
@@ -67,10 +81,10 @@ def _url_of(address: Any) -> str | None:
     return f"http://[{host}]:{address.port}" if ":" in host else f"http://{host}:{address.port}"
 
 
-def node_checks(url: str, *, expected: bool) -> Iterator[Check]:
+def node_checks(url: str, *, expected: bool, api_key: str | None = None) -> Iterator[Check]:
     """What a running node says of itself. `expected`: one should be there."""
     try:
-        with NodeClient(url) as client:
+        with NodeClient(url, api_key) as client:
             told = client.get("/api/v1/status")
     except CommandFailed as failure:
         if failure.exit_code == EXIT_UNREACHABLE and not expected:

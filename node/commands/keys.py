@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from node.commands.api_keys import create, listed, revoke
-from node.commands.client import EXIT_FAILED, EXIT_USAGE, CommandFailed, plainly
+from node.commands.client import EXIT_FAILED, EXIT_USAGE, AsJson, CommandFailed, plainly
 from node.commands.node_settings import ConfigFile, DataDir, settings
+from node.commands.pages import LOCAL_EXITS, page
+from node.commands.tables import print_json
 
 if TYPE_CHECKING:
     from node.config import NodeConfig
@@ -25,39 +27,62 @@ if TYPE_CHECKING:
 EXIT_LOCKED, EXIT_UNSAFE_KEY = 75, 78
 
 keys = typer.Typer(help="Keys of this node.", no_args_is_help=True, pretty_exceptions_enable=False)
-identity = typer.Typer(help="The key that is the node's identity.", no_args_is_help=True)
+_IDENTITY_PAGE = page(
+    [
+        "python -m node keys identity show",
+        "python -m node keys identity export ~/node.key",
+        "python -m node keys identity rotate --yes",
+    ],
+    {**LOCAL_EXITS, 75: "a node runs on that data directory", 78: "others can read the key"},
+)
+identity = typer.Typer(help="The key that is the node's identity.", no_args_is_help=True, epilog=_IDENTITY_PAGE)
 keys.add_typer(identity, name="identity")
+_API_PAGE = page(
+    [
+        "python -m node keys create --name phone --limit 2/s --expires 30d",
+        "python -m node keys create --name grafana --scope metrics",
+        "python -m node keys list --json",
+        "python -m node keys revoke 0f3c9a5d11e2",
+    ],
+    LOCAL_EXITS,
+)
 for name, command in (("create", create), ("list", listed), ("revoke", revoke)):
-    keys.command(name)(command)
+    keys.command(name, epilog=_API_PAGE)(command)
 
 
-@identity.command()
-def show(data_dir: DataDir = None, config: ConfigFile = None) -> None:
+@identity.command(epilog=_IDENTITY_PAGE)
+def show(data_dir: DataDir = None, config: ConfigFile = None, as_json: AsJson = False) -> None:
     """Print the peer id, the public key and where the key is kept."""
     with plainly(), _key_failures():
         path = identity_path(settings(data_dir, config))
         own = _load(path)
+        if as_json:
+            return print_json({"peer_id": own.peer_id, "public_key": own.public_key.hex(), "path": str(path)})
         print(f"peer id     {own.peer_id}\npublic key  {own.public_key.hex()}\nkept in     {path}")
 
 
-@identity.command()
+@identity.command(epilog=_IDENTITY_PAGE)
 def export(
     file: Annotated[Path, typer.Argument(help="A new file for the copy of the key.")],
     data_dir: DataDir = None,
     config: ConfigFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Copy the secret key to a new file, for its owner alone. Whoever has it is this node."""
     with plainly(), _key_failures():
         own = _load(identity_path(settings(data_dir, config)))
         own.save(file)
+        if as_json:
+            return print_json({"peer_id": own.peer_id, "path": str(file)})
         print(f"wrote the secret key of {own.peer_id} to {file}; never run two nodes with it at a time")
 
 
-@identity.command()
+@identity.command(epilog=_IDENTITY_PAGE)
 def rotate(
     data_dir: DataDir = None,
     config: ConfigFile = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a new identity; the old key is kept beside it. Peers will know this node as somebody new."""
     from crypto.identity import Identity  # PyNaCl: not for --help
@@ -67,7 +92,8 @@ def rotate(
         path = identity_path(settings(data_dir, config))
         folder = path.parent
         old = _load(path)
-        if not yes and not typer.confirm(f"Give up the identity {old.peer_id} and make a new one?"):
+        question = f"Give up the identity {old.peer_id} and make a new one?"
+        if not yes and not typer.confirm(question, err=as_json):
             raise CommandFailed("nothing was changed", EXIT_FAILED)
         with locked(folder):
             kept = folder / f"{path.name}.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
@@ -78,6 +104,8 @@ def rotate(
             finally:
                 if not path.exists():
                     kept.rename(path)
+        if as_json:
+            return print_json({"peer_id": fresh.peer_id, "old_peer_id": old.peer_id, "kept": str(kept)})
         print(f"new peer id {fresh.peer_id}\nthe old key ({old.peer_id}) is kept in {kept}")
 
 

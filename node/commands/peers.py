@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from node.commands.client import NODE_URL, ApiKey, AsJson, NodeClient, NodeUrl, plainly
+from node.commands.pages import CLIENT_EXITS, CLIENT_VARIABLES, page
+from node.commands.tables import flattened, leaf, print_json, print_table
 
-from node.commands.client import NODE_URL, NodeClient, NodeUrl, plainly
-from node.commands.tables import flattened, leaf, print_table
+PEERS_PAGE = page(
+    [
+        "python -m node peers",
+        "python -m node peers --json | jq '.peers[] | [.peer_id, .rtt_ms]'",
+    ],
+    CLIENT_EXITS,
+    CLIENT_VARIABLES,
+)
 
 
-def peers(
-    node: NodeUrl = NODE_URL,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the node's own JSON.")] = False,
-) -> None:
-    """Show the peers of a running node."""
-    with plainly(), NodeClient(node) as client:
+def peers(node: NodeUrl = NODE_URL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
+    """Show the peers of a running node: what they offer, how far away they are, what was seen of them."""
+    with plainly(), NodeClient(node, api_key) as client:
         told = client.get("/api/v1/peers")
         if as_json:
-            print(json.dumps(told, ensure_ascii=False, indent=2))
+            print_json(told)
             return
         rows = [row for row in told.get("peers", ()) if isinstance(row, Mapping)]
         if not rows:

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 VALUE_CHARS_MAX = 300
 PIPED_COLUMNS = 1000
 
 
+def print_piece(text: str) -> None:
+    """A piece of an answer, as it comes; raw where no terminal reads."""
+    print(spoken(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def print_json(value: object, *, is_line: bool = False) -> None:
+    """One JSON value on stdout, for programs. is_line: on one line, and at once."""
+    print(json.dumps(value, ensure_ascii=False, indent=None if is_line else 2), flush=is_line)
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """One table on stdout; plain text when that is no terminal."""
     from rich.console import Console  # only what prints a table pays for it
-    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:  # piped output is for grep: a row must not be folded at 80 columns
+        console = Console(width=PIPED_COLUMNS)
+    console.print(table_of(title, columns, rows))
+
+
+def table_of(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table for rich to draw; its cells are text, and no markup."""
+    from rich.table import Table  # see print_table
     from rich.text import Text
 
     table = Table(title=title or None, title_justify="left", expand=False)
@@ -19,15 +45,17 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    console = Console()
-    if not console.is_terminal:  # piped output is for grep: a row must not be folded at 80 columns
-        console = Console(width=PIPED_COLUMNS)
-    console.print(table)
+    return table
 
 
 def printable(text: str) -> str:
     """Text of peers without control characters: a peer must not write to the user's terminal."""
     return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def spoken(text: str) -> str:
+    """Text of a model as a terminal may have it: lines and tabs, and no escape sequence of whoever made it."""
+    return "".join(char if char in "\n\t" or unicodedata.category(char) != "Cc" else "?" for char in text)
 
 
 def flattened(value: object, name: str = "") -> Iterator[tuple[str, str]]:

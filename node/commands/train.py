@@ -6,43 +6,84 @@ no node (train_export.py).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from node.commands.client import NODE_URL, NodeClient, NodeUrl, plainly
-from node.commands.tables import print_table
+from node.commands.client import NODE_URL, ApiKey, AsJson, NodeClient, NodeUrl, plainly
+from node.commands.pages import CLIENT_EXITS, CLIENT_VARIABLES, LOCAL_EXITS, page
+from node.commands.tables import print_json, print_table
 from node.commands.train_export import export
 from node.commands.train_watch import watch as follow
 
-train = typer.Typer(help="Train a model together with others, on text that stays here.", no_args_is_help=True)
-Data = Annotated[list[Path], typer.Option("--data", help="Text to train on, file or folder; may be repeated.")]
-Epsilon = Annotated[float | None, typer.Option(help="Train privately (docs/PRIVACY.md), spending at most this.")]
-Delta = Annotated[float, typer.Option(help="The delta of --epsilon: well below 1 / rows of the text.")]
+train = typer.Typer(
+    help="Train a model together with others, on text that stays here.",
+    no_args_is_help=True,
+    epilog=page(
+        [
+            "python -m node train start tales --data ~/my-texts",
+            "python -m node train join tales --data ~/other-texts",
+            "python -m node train status --watch",
+            "python -m node train export tales --to ~/models/tales",
+        ],
+        CLIENT_EXITS,
+        CLIENT_VARIABLES,
+    ),
+)
+Data = Annotated[
+    list[Path], typer.Option("--data", metavar="PATH", help="Text to train on, file or folder; may be repeated.")
+]
+Epsilon = Annotated[
+    float | None, typer.Option(metavar="E", help="Train privately (docs/PRIVACY.md), spending at most this.")
+]
+Delta = Annotated[float, typer.Option(metavar="D", help="The delta of --epsilon: well below 1 / rows of the text.")]
 ROUNDS_SHOWN = 10  # the newest
-train.command()(export)
 
 
-@train.command()
+def _page(*examples: str) -> str:
+    return page([f"python -m node train {example}" for example in examples], CLIENT_EXITS, CLIENT_VARIABLES)
+
+
+train.command(
+    epilog=page(
+        [
+            "python -m node train export tales --to ~/models/tales",
+            "python -m node train export tales --adapters --to ~/tales-lora",
+        ],
+        {**LOCAL_EXITS, 75: "the run has no weights on the disk yet"},
+    )
+)(export)
+
+
+@train.command(epilog=_page("start tales --data ~/my-texts", "start tales --data ~/my-texts --lora-rank 8 --json"))
 def start(
     name: Annotated[str, typer.Argument(help="What others join it by: a-z 0-9 . _ -")],
     data: Data,
     node: NodeUrl = NODE_URL,
-    founder: Annotated[list[str] | None, typer.Option(help="Peer id of another founder; may be repeated.")] = None,
-    member: Annotated[list[str] | None, typer.Option(help="Peer id that may join; none: anybody.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimiser steps in a round.")] = 20,
-    rows: Annotated[int, typer.Option(help="Rows of text at once: how long a request may wait.")] = 2,
-    context: Annotated[int, typer.Option(help="Tokens of a row.")] = 128,
-    accumulation: Annotated[int, typer.Option(help="Times `rows` that make a step.")] = 4,
-    rate: Annotated[float, typer.Option(help="Rate of the optimiser.")] = 3e-4,
-    codec: Annotated[str | None, typer.Option(help="int4, int8, bf16, fp32, ef64.2b or ef256.2b.")] = None,
-    rule: Annotated[str, typer.Option(help="How updates are merged: adaptive, weighted, multi_krum, ...")] = "adaptive",
-    probation: Annotated[int, typer.Option(help="Rounds before a newcomer counts.")] = 3,
-    lora_rank: Annotated[int | None, typer.Option(help="Train LoRA adapters of this rank only.")] = None,
+    api_key: ApiKey = None,
+    founder: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="Peer id of another founder; may be repeated.")
+    ] = None,
+    member: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="Peer id that may join; none: anybody.")
+    ] = None,
+    steps: Annotated[int, typer.Option(metavar="N", help="Optimiser steps in a round.")] = 20,
+    rows: Annotated[int, typer.Option(metavar="N", help="Rows of text at once: how long a request may wait.")] = 2,
+    context: Annotated[int, typer.Option(metavar="N", help="Tokens of a row.")] = 128,
+    accumulation: Annotated[int, typer.Option(metavar="N", help="Times `rows` that make a step.")] = 4,
+    rate: Annotated[float, typer.Option(metavar="R", help="Rate of the optimiser.")] = 3e-4,
+    codec: Annotated[
+        str | None, typer.Option(metavar="CODEC", help="int4, int8, bf16, fp32, ef64.2b or ef256.2b.")
+    ] = None,
+    rule: Annotated[
+        str, typer.Option(metavar="RULE", help="How updates are merged: adaptive, weighted, multi_krum, ...")
+    ] = "adaptive",
+    probation: Annotated[int, typer.Option(metavar="N", help="Rounds before a newcomer counts.")] = 3,
+    lora_rank: Annotated[int | None, typer.Option(metavar="N", help="Train LoRA adapters of this rank only.")] = None,
     epsilon: Epsilon = None,
     delta: Delta = 1e-6,
+    as_json: AsJson = False,
 ) -> None:
     """Begin a run from the model that the node hosts."""
     asked = {
@@ -61,64 +102,78 @@ def start(
         "lora_rank": lora_rank,
         "privacy": _privacy(epsilon, delta),
     }
-    told = _said(node, "start", asked)
+    told = _said(node, api_key, "start", asked)
+    if as_json:
+        return print_json(told)
     print(f"run {told['name']} has begun; others join by: python -m node train join {told['name']} --data THEIR_TEXT")
     print(f"its id is {told['id']}")
 
 
-@train.command()
+@train.command(epilog=_page("join tales --data ~/other-texts", "join 3f9a01c2 --data ~/texts --epsilon 4"))
 def join(
     run: Annotated[str, typer.Argument(help="The run's name, or the first 8 or more digits of its id.")],
     data: Data,
     node: NodeUrl = NODE_URL,
+    api_key: ApiKey = None,
     epsilon: Epsilon = None,
     delta: Delta = 1e-6,
+    as_json: AsJson = False,
 ) -> None:
     """Join a run that a connected peer is in."""
-    _said(node, "join", {"run": run, "data": _paths(data), "privacy": _privacy(epsilon, delta)})
+    asked = {"run": run, "data": _paths(data), "privacy": _privacy(epsilon, delta)}
+    told = _said(node, api_key, "join", asked)
+    if as_json:
+        return print_json(told)
     print(f"joining {run}; `python -m node train status` says how far it is")
 
 
-@train.command()
+@train.command(epilog=_page("status", "status --watch", "status --json | jq .round"))
 def status(
     node: NodeUrl = NODE_URL,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the node's own JSON.")] = False,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="One line that follows the round, until Ctrl-C.")] = False,
 ) -> None:
     """Show the run: rounds, losses, members, what was refused and why."""
-    with plainly(), NodeClient(node) as client:
+    with plainly(), NodeClient(node, api_key) as client:
         if watch:
             follow(client, as_json=as_json)
         told = client.get("/api/v1/training")
         if as_json:
-            print(json.dumps(told, ensure_ascii=False, indent=2))
+            print_json(told)
         else:
             _show(told)
 
 
-@train.command()
-def pause(node: NodeUrl = NODE_URL) -> None:
+@train.command(epilog=_page("pause"))
+def pause(node: NodeUrl = NODE_URL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
     """Train no more until `resume`; the node stays a member, and sits rounds out."""
-    _said(node, "pause", {})
+    told = _said(node, api_key, "pause", {})
+    if as_json:
+        return print_json(told)
     print("paused; `python -m node train resume` goes on")
 
 
-@train.command()
-def resume(node: NodeUrl = NODE_URL) -> None:
+@train.command(epilog=_page("resume"))
+def resume(node: NodeUrl = NODE_URL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
     """Train again."""
-    _said(node, "resume", {})
+    told = _said(node, api_key, "resume", {})
+    if as_json:
+        return print_json(told)
     print("training goes on")
 
 
-@train.command()
-def leave(node: NodeUrl = NODE_URL) -> None:
+@train.command(epilog=_page("leave"))
+def leave(node: NodeUrl = NODE_URL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
     """Leave the run, and tell the others. What was learnt is served until the node ends."""
-    _said(node, "leave", {})
+    told = _said(node, api_key, "leave", {})
+    if as_json:
+        return print_json(told)
     print("leaving; the others go on without this node")
 
 
-def _said(node: str, what: str, body: dict[str, Any]) -> dict[str, Any]:
-    with plainly(), NodeClient(node) as client:
+def _said(node: str, api_key: str | None, what: str, body: dict[str, Any]) -> dict[str, Any]:
+    with plainly(), NodeClient(node, api_key) as client:
         told, _ = client.post(f"/api/v1/training/{what}", body, {})
         answer: dict[str, Any] = told
         return answer

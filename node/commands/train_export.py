@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 
 from node.collector import importing
-from node.commands.client import EXIT_TRY_LATER, EXIT_USAGE, CommandFailed, plainly
+from node.commands.client import EXIT_TRY_LATER, EXIT_USAGE, AsJson, CommandFailed, plainly
+from node.commands.tables import print_json
 
 
 def export(
@@ -21,6 +22,7 @@ def export(
     adapters: Annotated[bool, typer.Option("--adapters", help="LoRA adapters alone, as peft has them.")] = False,
     data_dir: Annotated[Path | None, typer.Option(help="The node's own, as at `run`.")] = None,
     config: Annotated[Path | None, typer.Option(help="The node's app_config.json, as at `run`.")] = None,
+    as_json: AsJson = False,
     model: Annotated[str | None, typer.Option(help="The model that the run starts from, if it has moved.")] = None,
 ) -> None:
     """Write what the run has learnt here as a model: python -m node run --model FOLDER."""
@@ -44,6 +46,8 @@ def export(
             raise CommandFailed(str(exc)) from None
         except (BadRequest, ConfigError, ModelError) as exc:
             raise CommandFailed(str(exc), EXIT_USAGE) from None
+    if as_json:
+        return print_json({**told, "to": str(to)})
     what = "adapters" if adapters else "model"
     print(f"the {what} of run {told['run']} after {told['rounds']} rounds ({told['revision']}) is in {to}")
     if newer := told["rounds_committed"] - told["rounds"]:

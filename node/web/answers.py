@@ -17,6 +17,8 @@ from starlette.types import Receive
 
 from node.errors import DeadlinePassed, InternalError, RequestError
 from node.front import Front, RouteHint
+from node.tool_calls import Reading
+from node.tools import ToolCall
 from node.web.shapes import Answer
 from node.work import AnswerItem, Finished, GenerateWork
 
@@ -25,7 +27,7 @@ ITEMS_QUEUED_MAX = 64  # between the answers and a slow client; then the answers
 
 Result = TypeVar("Result")
 # index of the answer, and what came of it
-Told = tuple[int, AnswerItem | RequestError]
+Told = tuple[int, AnswerItem | ToolCall | RequestError]
 
 
 class ClientGone(Exception):
@@ -78,14 +80,17 @@ def out_of_time(deadline_s: float) -> DeadlinePassed:
 
 async def gather(front: Front, works: Sequence[GenerateWork], hint: RouteHint) -> list[Answer]:
     """All answers, whole. Raises the first RequestError; the others are then cancelled."""
-    answers = [Answer(index=index) for index in range(len(works))]
+    now = trio.current_time()
+    answers = [Answer(index=index, asked_s=now) for index in range(len(works))]
     failed: list[RequestError] = []
 
     async def collect(answer: Answer, work: GenerateWork, scope: trio.CancelScope) -> None:
+        reading = Reading(work)
         try:
             async with front.answer(work, hint) as items:
                 async for item in items:
-                    answer.take(item)
+                    for told in reading.take(item):
+                        answer.take(told, trio.current_time())
             if answer.finished is None:
                 raise unfinished(work)
         except RequestError as exc:
@@ -103,14 +108,16 @@ async def gather(front: Front, works: Sequence[GenerateWork], hint: RouteHint) -
 async def feed(
     front: Front, index: int, work: GenerateWork, hint: RouteHint, told: trio.MemorySendChannel[Told]
 ) -> None:
-    """Send one answer's items, in order, ending in its Finished or its error. Closes `told`."""
+    """Send one answer's items, its calls among them, in order, ending in its Finished or its error. Closes `told`."""
+    reading = Reading(work)
     async with told:
         try:
             async with front.answer(work, hint) as items:
                 finished = False
                 async for item in items:
                     finished = finished or isinstance(item, Finished)
-                    await told.send((index, item))
+                    for part in reading.take(item):
+                        await told.send((index, part))
             if not finished:
                 raise unfinished(work)
         except RequestError as exc:

@@ -15,6 +15,7 @@ from random import Random
 from typing import Any, cast
 
 import msgspec
+import trio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -24,16 +25,23 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from node.errors import InternalError, NotReady, RequestError, UnknownModel
 from node.front import Front, ModelRow
-from node.metrics import CONTENT_TYPE, prometheus_text
+from node.metrics import CONTENT_TYPE, OPENMETRICS_TYPE, pieces, wants_openmetrics
+from node.tallies import model_rows
 from node.web.answers import ClientGone
-from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, DoorConfig, WebCounts
+from node.web.anthropic import Anthropic
+from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, WebCounts
 from node.web.embeddings import Embeddings
 from node.web.errors import MethodNotAllowed, NotFound, error_answer
-from node.web.gate import Gate, GateConfig
+from node.web.gate import Gate
 from node.web.generation import Generations
 from node.web.meter import Meter
 from node.web.metered import MeteredFront
+from node.web.ollama import Ollama
+from node.web.pages import page_routes
+from node.web.responses import Responses
+from node.web.sealed import Sealed
 from node.web.session import SessionRoutes
+from node.web.settings import WebConfig
 from node.web.training import Training
 from node.web.wallets import SignIns
 
@@ -42,33 +50,28 @@ log = logging.getLogger("node.web")
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]  # a Response is an ASGI application too
 
 
-def build_app(front: Front, rng: Random, config: DoorConfig | None = None, gate: GateConfig | None = None) -> Door:
-    """The application of a node. `rng` draws the seeds of requests that name none."""
-    gate, meter, counts = gate or GateConfig(), Meter(), WebCounts()
+def build_app(front: Front, rng: Random, config: WebConfig | None = None, *, stop: trio.Event | None = None) -> Door:
+    """The application of a node. `rng` draws the seeds of requests that name none; at `stop` live pages end."""
+    config = config or WebConfig()
+    gate, meter, counts = config.gate, Meter(), WebCounts()
     front = cast(Front, MeteredFront(front, meter, counts.drops))  # what it does not meter it hands on
     sign_ins = SignIns(gate.audience, gate.wallets)
     session = SessionRoutes(sign_ins)
     embeddings = Embeddings(front)
-    generations = Generations(front, rng, embeddings)
+    generations = Generations(front, rng, embeddings, config.defaults)
     facts = Facts(front)
     training = Training(front)
-
-    def get(path: str, endpoint: Endpoint) -> Route:
-        return Route(path, endpoint, methods=["GET"])
-
-    def post(path: str, endpoint: Endpoint) -> Route:
-        return Route(path, endpoint, methods=["POST"])
-
+    sealed = Sealed(front)
     routes = [
-        post("/v1/chat/completions", generations.chat),
-        post("/v1/completions", generations.completions),
-        post("/v1/embeddings", embeddings.embeddings),
-        post("/api/v1/model/inference", generations.inference),
+        *work_routes(generations, embeddings),
+        post("/api/v1/sealed", sealed.sealed),
+        get("/api/v1/peers/{peer}/sealing-key", sealed.key),
         get("/v1/models", facts.models),
         get("/v1/models/{model:path}", facts.model),
         get("/healthz", facts.healthz),
         get("/readyz", facts.readyz),
         get("/metrics", facts.metrics),
+        get("/api/v1/metrics/model", facts.metrics_model),
         get("/api/v1/status", facts.status),
         get("/api/v1/peers", facts.peers),
         post("/api/v1/session/challenge", session.challenge),
@@ -79,7 +82,37 @@ def build_app(front: Front, rng: Random, config: DoorConfig | None = None, gate:
         post("/api/v1/training/pause", training.pause),
         post("/api/v1/training/resume", training.resume),
         post("/api/v1/training/leave", training.leave),
+        *Anthropic(front, generations).routes(),
+        *Responses(generations).routes(),
+        *Ollama(front, generations, embeddings).routes(),
     ]
+    routes += page_routes(front, trio.Event() if stop is None else stop, frozenset(route.path for route in routes))
+    inner = Gate(application(routes), gate, meter, sign_ins)
+    return Door(inner, config.door, counts, inner.early)
+
+
+def get(path: str, endpoint: Endpoint) -> Route:
+    """A route that tells."""
+    return Route(path, endpoint, methods=["GET"])
+
+
+def post(path: str, endpoint: Endpoint) -> Route:
+    """A route that does."""
+    return Route(path, endpoint, methods=["POST"])
+
+
+def work_routes(generations: Generations, embeddings: Embeddings) -> list[Route]:
+    """What models are asked for: over HTTP, and inside of sealed requests."""
+    return [
+        post("/v1/chat/completions", generations.chat),
+        post("/v1/completions", generations.completions),
+        post("/v1/embeddings", embeddings.embeddings),
+        post("/api/v1/model/inference", generations.inference),
+    ]
+
+
+def application(routes: list[Route]) -> Starlette:
+    """These routes, with the table of errors."""
     handlers: Any = {
         RequestError: _on_request_error,
         ClientGone: _on_client_gone,
@@ -88,8 +121,7 @@ def build_app(front: Front, rng: Random, config: DoorConfig | None = None, gate:
     }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
-    inner = Gate(app, gate, meter, sign_ins)
-    return Door(inner, config or DoorConfig(), counts, inner.early)
+    return app
 
 
 class Facts:
@@ -109,6 +141,7 @@ class Facts:
             raise UnknownModel(
                 f"no live peer serves the model {wanted[:200]!r}; served are: {', '.join(rows) or 'none'}",
                 param="model",
+                more={"is_possible": False, "models": sorted(rows)},
             )
         return json_response(self._model(rows[wanted]))
 
@@ -137,15 +170,23 @@ class Facts:
         told["degraded"] = list(readiness.degraded)
         if readiness.ready:
             return json_response(told)
-        error = NotReady(readiness.reason, retry_after_s=readiness.retry_after_s)
-        status, headers, body = error_answer(error, request.scope[REQUEST_ID_KEY])
+        more = {"loading": readiness.progress} if readiness.progress is not None else None
+        error = NotReady(readiness.reason, retry_after_s=readiness.retry_after_s, more=more)
+        status, headers, body = error_answer(error, request.scope[REQUEST_ID_KEY], request.scope["path"])
         return json_response({**told, **msgspec.json.decode(body)}, status=status, headers=headers)
 
     async def status(self, request: Request) -> Response:
         return json_response(self._status(request))
 
     async def metrics(self, request: Request) -> Response:
-        return Response(prometheus_text(self._status(request)), media_type=CONTENT_TYPE)
+        is_open, written = wants_openmetrics(request.headers.get("accept", "")), list[str]()
+        for piece in pieces(self._status(request), self._front.measured(), is_open=is_open):
+            written.append(piece)
+            await trio.lowlevel.checkpoint()  # others wait for one piece, and not for all
+        return Response("".join(written), media_type=OPENMETRICS_TYPE if is_open else CONTENT_TYPE)
+
+    async def metrics_model(self, request: Request) -> Response:
+        return json_response({"models": model_rows(self._front.measured().models)})
 
     def _status(self, request: Request) -> dict[str, Any]:
         counts = request.scope[COUNTS_KEY]
@@ -177,7 +218,7 @@ class _NoResponse(Response):
 
 
 def _refused(request: Request, error: RequestError, **more: str) -> Response:
-    status, headers, body = error_answer(error, request.scope[REQUEST_ID_KEY])
+    status, headers, body = error_answer(error, request.scope[REQUEST_ID_KEY], request.scope["path"])
     return Response(body, status, {**headers, **more})
 
 

@@ -8,17 +8,18 @@ Source: RFC 7239 (Forwarded); RFC 9110 section 7.6.3 (Via); RFC 9111 section 5.2
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from starlette.types import Scope
 
 from node.errors import BadRequest
-from node.front import RouteHint
+from node.front import Route, RouteHint
 from node.requester import account_of
 from node.web.caller import Caller
 from node.web.door import CALLER_KEY, headers_of
-from node.web.schema import deadline_s_of, route_of
+from node.web.schema import shown
 
 # what proxies add; of X-Forwarded-For, -Host, -Proto and their kin the beginning is enough
 PROXY_HEADERS = frozenset({
@@ -27,6 +28,10 @@ PROXY_HEADERS = frozenset({
     "cf-ray", "fastly-client-ip", "fly-client-ip", "proxy-connection", "tailscale-user-login",
 })  # fmt: skip
 PROXY_PREFIX = "x-forwarded"
+SEALED_KEY = "openagi.sealed"  # in the scope of a request that was opened here: its RouteHint
+DEADLINE_S_DEFAULT = 120.0
+DEADLINE_S_MAX = 86_400.0
+_PEER = re.compile(r"[1-9A-HJ-NP-Za-km-z]{8,128}")
 UNCACHED = frozenset({"no-store", "no-cache"})
 TRUTH = {"true": True, "false": False}
 
@@ -46,6 +51,9 @@ def asker_of(scope: Scope) -> Asker:
     """Of one request. Raises BadRequest, naming the header."""
     headers = headers_of(scope)
     private = private_of(headers)
+    sealed: RouteHint | None = scope.get(SEALED_KEY)
+    if sealed is not None:  # who sealed it is not known: nothing is kept, and nobody else answers
+        return Asker(hint=sealed, deadline_s=deadline_s_of(headers), private=private, keeps=False)
     wants = {word.strip().lower() for word in headers.get("cache-control", "").split(",")}
     return Asker(
         hint=replace(route_of(headers), account=account_of_scope(scope)),
@@ -73,3 +81,28 @@ def private_of(headers: Mapping[str, str]) -> bool:
 def proxy_header(headers: Mapping[str, str]) -> str | None:
     """The name of a header that says that somebody handed the request on."""
     return next((name for name in headers if name in PROXY_HEADERS or name.startswith(PROXY_PREFIX)), None)
+
+
+def route_of(headers: Mapping[str, str]) -> RouteHint:
+    """Where the client wants its answer from: x-route, x-peer. Raises BadRequest."""
+    name, peer = headers.get("x-route", Route.AUTO.value), headers.get("x-peer")
+    routes = {route.value: route for route in Route}
+    if name not in routes:
+        raise BadRequest(f"x-route is {shown(name)}, wanted one of {', '.join(routes)}", param="x-route")
+    if peer is not None and not _PEER.fullmatch(peer):
+        raise BadRequest(f"x-peer is {shown(peer)}, wanted a peer id like 12D3KooW...", param="x-peer")
+    return RouteHint(route=routes[name], peer=peer)
+
+
+def deadline_s_of(headers: Mapping[str, str]) -> float:
+    """Seconds that the client gives the answer: x-timeout-s. Raises BadRequest."""
+    text = headers.get("x-timeout-s")
+    if text is None:
+        return DEADLINE_S_DEFAULT
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.001 <= seconds <= DEADLINE_S_MAX:
+        raise BadRequest(f"x-timeout-s is {shown(text)}, wanted 0.001 to {DEADLINE_S_MAX:.0f}", param="x-timeout-s")
+    return seconds

@@ -153,7 +153,7 @@ def new_request_id() -> str:
 
 async def refuse(scope: Scope, send: Send, error: RequestError) -> None:
     """Answer with an error, whatever of the body is unread."""
-    status, headers, body = error_answer(error, scope[REQUEST_ID_KEY])
+    status, headers, body = error_answer(error, scope[REQUEST_ID_KEY], scope["path"])
     headers["content-length"] = str(len(body))
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": status, "headers": pairs})
@@ -222,7 +222,9 @@ class Door:
             self.counts.drops["client_gone"] += 1
         log.debug("%s %s %s -> %s", scope[REQUEST_ID_KEY], scope["method"], scope["path"], exchange.status or "gone")
 
-    def early(self, raw_headers: Iterable[tuple[bytes, bytes]]) -> tuple[int, list[tuple[bytes, bytes]], bytes] | None:
+    def early(
+        self, path: str, raw_headers: Iterable[tuple[bytes, bytes]]
+    ) -> tuple[int, list[tuple[bytes, bytes]], bytes] | None:
         """Status, headers and body, when this head alone is refused; None: it must come in."""
         if self._early is None:
             return None
@@ -233,7 +235,7 @@ class Door:
         self.counts.requests += 1
         self.counts.drops[error.counter] += 1
         request_id = new_request_id()
-        status, told, body = error_answer(error, request_id)
+        status, told, body = error_answer(error, request_id, path)
         told |= {"content-length": str(len(body)), "x-request-id": request_id, "x-content-type-options": "nosniff"}
         log.debug("%s refused early: %s", request_id, error.counter)
         return status, [(name.encode(), value.encode()) for name, value in told.items()], body

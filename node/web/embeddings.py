@@ -39,11 +39,8 @@ class Embeddings:
     async def embeddings(self, request: Request) -> Response:
         asked = parse(await read_body(request.scope, request.receive), EmbeddingsRequest)
         texts = prompts_of(asked.input, "input", count_max=TEXTS_MAX)
-        embedded = await self._embed(request, asked.model_asked(), texts)
-        if asked.dimensions is not None and asked.dimensions > embedded.dimensions:
-            raise BadRequest(
-                f"dimensions is {asked.dimensions}, {embedded.model} has {embedded.dimensions}", param="dimensions"
-            )
+        embedded = await self.embed(request, asked.model_asked(), texts)
+        check_dimensions(embedded, asked.dimensions)
         rows = []
         for index, vector in enumerate(embedded.vectors):
             values = floats_of(vector, asked.dimensions)
@@ -54,17 +51,14 @@ class Embeddings:
             rows.append(msgspec.Raw(msgspec.json.encode(row)))
             await trio.lowlevel.checkpoint()
         body = {"object": "list", "data": rows, "model": embedded.model, "usage": _usage(embedded)}
-        return Response(msgspec.json.encode(body), 200, _served(embedded), media_type="application/json")
+        return Response(msgspec.json.encode(body), 200, served_by(embedded), media_type="application/json")
 
     async def inference(
         self, request: Request, model: str | None, texts: Sequence[Prompt], *, several: bool
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """The answer of /api/v1/model/inference, without its latency, and its headers."""
-        embedded = await self._embed(request, model, texts)
-        vectors = []
-        for vector in embedded.vectors:
-            vectors.append(msgspec.Raw(msgspec.json.encode(list(floats_of(vector, None)))))
-            await trio.lowlevel.checkpoint()
+        embedded = await self.embed(request, model, texts)
+        vectors = await vectors_of(embedded, None)
         told = {
             "model": embedded.model,
             "revision": embedded.revision,
@@ -74,9 +68,10 @@ class Embeddings:
             "usage": _usage(embedded),
             "served_by": embedded.served_by,
         }
-        return told, _served(embedded)
+        return told, served_by(embedded)
 
-    async def _embed(self, request: Request, model: str | None, texts: Sequence[Prompt]) -> Embedded:
+    async def embed(self, request: Request, model: str | None, texts: Sequence[Prompt]) -> Embedded:
+        """Vectors of these texts. Raises RequestError, ClientGone."""
         asker = asker_of(request.scope)
         work = EmbedWork(
             request_id=request.scope[REQUEST_ID_KEY],
@@ -89,6 +84,21 @@ class Embeddings:
         return await unless_gone(
             request.receive, lambda: self._front.embed(work, asker.hint), deadline_s=asker.deadline_s
         )
+
+
+def check_dimensions(embedded: Embedded, dimensions: int | None) -> None:
+    """Raises BadRequest when a model has fewer dimensions than were asked for."""
+    if dimensions is not None and dimensions > embedded.dimensions:
+        raise BadRequest(f"dimensions is {dimensions}, {embedded.model} has {embedded.dimensions}", param="dimensions")
+
+
+async def vectors_of(embedded: Embedded, dimensions: int | None) -> list[msgspec.Raw]:
+    """The vectors as lists of JSON numbers."""
+    vectors = []
+    for vector in embedded.vectors:
+        vectors.append(msgspec.Raw(msgspec.json.encode(list(floats_of(vector, dimensions)))))
+        await trio.lowlevel.checkpoint()
+    return vectors
 
 
 def floats_of(vector: bytes, dimensions: int | None) -> array[float]:
@@ -115,5 +125,6 @@ def _usage(embedded: Embedded) -> dict[str, int]:
     return {"prompt_tokens": embedded.prompt_tokens, "total_tokens": embedded.prompt_tokens}
 
 
-def _served(embedded: Embedded) -> dict[str, str]:
+def served_by(embedded: Embedded) -> dict[str, str]:
+    """The headers that say who made the vectors, by which weights."""
     return {"x-served-by": embedded.served_by, "x-model-revision": embedded.revision}

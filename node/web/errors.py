@@ -1,9 +1,11 @@
-"""How every failure looks over HTTP: one table from kinds of error to status and type, one shape of body.
+"""How every failure looks over HTTP: one table from kinds of error to status and type, one shape of body a protocol.
 
 Rules: each RequestError kind has its row, a kind without one is a bug of ours and so a 500. 499 and 422 are never
-sent. The body is OpenAI's error object, with request_id and retryable beside its fields.
+sent. The body is OpenAI's error object, with request_id and retryable beside its fields; on the paths of Anthropic's
+and Ollama's clients it is theirs, whatever went wrong there, a foreign Host and a missing route included.
 
-Source: docs of the OpenAI API, "Error codes"; RFC 9110 section 10.2.3 (Retry-After).
+Source: docs of the OpenAI API, "Error codes"; of the Claude API, "Errors"; of the Ollama API, "Errors"; RFC 9110
+section 10.2.3 (Retry-After).
 """
 
 from __future__ import annotations
@@ -84,6 +86,10 @@ TABLE: dict[type[errors.RequestError], Row] = {
     Forbidden: Row(status=403, type="permission_error"),
     NotFound: Row(status=404, type="invalid_request_error"),
     errors.UnknownModel: Row(status=404, type="invalid_request_error"),
+    errors.UnknownPeer: Row(status=404, type="invalid_request_error"),
+    errors.SealBroken: Row(status=400, type="invalid_request_error"),
+    errors.SealReplayed: Row(status=409, type="invalid_request_error"),
+    errors.WrongSealingKey: Row(status=409, type="invalid_request_error"),
     MethodNotAllowed: Row(status=405, type="invalid_request_error"),
     errors.DeadlinePassed: Row(status=408, type="timeout_error"),
     SlowBody: Row(status=408, type="timeout_error"),
@@ -95,6 +101,22 @@ TABLE: dict[type[errors.RequestError], Row] = {
     errors.InternalError: Row(status=500, type="server_error"),
 }
 _UNKNOWN = TABLE[errors.InternalError]
+
+# which clients ask on which path
+ANTHROPIC_PATH = "/v1/messages"
+OLLAMA_PREFIX = "/api/"
+OWN_PREFIX = "/api/v1/"
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 def row_of(error: errors.RequestError) -> Row:
@@ -112,6 +134,7 @@ def error_object(error: errors.RequestError, request_id: str) -> dict[str, objec
             "param": error.param,
             "request_id": request_id,
             "retryable": error.retryable,
+            **error.more,
         }
     }
 
@@ -127,12 +150,30 @@ def retry_after_s(error: errors.RequestError) -> int | None:
     return math.ceil(min(max(wanted, 1.0), max(most, 1.0)))
 
 
-def error_answer(error: errors.RequestError, request_id: str) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of a failed request."""
+def anthropic_error(error: errors.RequestError, request_id: str) -> dict[str, object]:
+    """Anthropic's error object; the same over JSON and inside a stream."""
+    kind = ANTHROPIC_TYPES.get(row_of(error).status, "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
+
+
+def ollama_error(error: errors.RequestError, request_id: str) -> dict[str, object]:
+    """Ollama's error object; the same over JSON and as a line of a stream."""
+    return {"error": error.message, "code": error.code, "request_id": request_id}
+
+
+def error_answer(error: errors.RequestError, request_id: str, path: str) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of a failed request for `path`, in the shape that the path's clients read."""
     headers = {"content-type": "application/json"}
     wait_s = retry_after_s(error)
     if wait_s is not None:
         headers["retry-after"] = str(wait_s)
     if row_of(error).authenticate:
         headers["www-authenticate"] = AUTHENTICATE
-    return row_of(error).status, headers, msgspec.json.encode(error_object(error, request_id))
+    if path == ANTHROPIC_PATH or path.startswith(ANTHROPIC_PATH + "/"):
+        told = anthropic_error(error, request_id)
+        headers["request-id"] = request_id
+    elif path.startswith(OLLAMA_PREFIX) and not path.startswith(OWN_PREFIX):
+        told = ollama_error(error, request_id)
+    else:
+        told = error_object(error, request_id)
+    return row_of(error).status, headers, msgspec.json.encode(told)

@@ -8,7 +8,7 @@ the model's context, so that a small model does not refuse what nobody asked for
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 from typing import Any
 
@@ -29,6 +29,7 @@ from node.web.schema import (
     COMPLETION_TOKENS_DEFAULT,
     ChatRequest,
     CompletionRequest,
+    Defaults,
     Generation,
     InferenceRequest,
     Prompt,
@@ -39,29 +40,31 @@ from node.web.schema import (
 )
 from node.web.shapes import Answer, ChatShape, CompletionShape, Head, Shape, usage_of
 from node.web.sse import EventStream, StreamRequest, served_headers
+from node.web.writer import AnswerWriter, ChunkWriter
 from node.work import TEXTS_MAX, GenerateWork
 
 
 class Generations:
     """See the module."""
 
-    def __init__(self, front: Front, rng: Random, embeddings: Embeddings) -> None:
+    def __init__(self, front: Front, rng: Random, embeddings: Embeddings, defaults: Defaults | None = None) -> None:
         self._front = front
+        self._defaults = defaults or Defaults()
         self._rng = rng
         self._embeddings = embeddings
 
     async def chat(self, request: Request) -> ASGIApp:
         asked = parse(await read_body(request.scope, request.receive), ChatRequest)
         logprobs = asked.logprobs_asked()
-        prompts = [{"messages": messages_of(asked.messages)}]
-        works = self._works(request, asked, prompts, tokens_default=CHAT_TOKENS_DEFAULT, logprobs=logprobs)
+        prompts = [{"messages": messages_of(asked.messages), "tools": asked.tooling()}]
+        works = self.works(request, asked, prompts, tokens_default=CHAT_TOKENS_DEFAULT, logprobs=logprobs)
         return await self._answer(request, asked, works, ChatShape(logprobs=asked.logprobs, n=asked.n))
 
     async def completions(self, request: Request) -> ASGIApp:
         asked = parse(await read_body(request.scope, request.receive), CompletionRequest)
         texts = prompts_of(asked.prompt, "prompt", count_max=CHOICES_MAX, empty_allowed=True)
         prompts = [_prompt_field(text) for text in texts]
-        works = self._works(request, asked, prompts, tokens_default=COMPLETION_TOKENS_DEFAULT, logprobs=asked.logprobs)
+        works = self.works(request, asked, prompts, tokens_default=COMPLETION_TOKENS_DEFAULT, logprobs=asked.logprobs)
         shape = CompletionShape(logprobs=asked.logprobs is not None, n=asked.n)
         return await self._answer(request, asked, works, shape)
 
@@ -69,6 +72,8 @@ class Generations:
         """Text or embeddings, by the kind of the model."""
         began_s = time.monotonic()
         asked = parse(await read_body(request.scope, request.receive), InferenceRequest)
+        if asked.n > 1:
+            raise BadRequest("n is not offered here; send the text several times", param="n")
         several = isinstance(asked.text, list)
         texts = prompts_of(asked.text, "text", count_max=TEXTS_MAX)
         if self._kind(asked.model_asked()) == "encoder":
@@ -81,46 +86,45 @@ class Generations:
     async def _inference_text(
         self, request: Request, asked: InferenceRequest, texts: Sequence[Prompt], *, several: bool
     ) -> tuple[dict[str, Any], dict[str, str]]:
-        if asked.n > 1:
-            raise BadRequest("n is not offered here; send the text several times", param="n")
-        works = self._works(
+        works = self.works(
             request, asked, [_prompt_field(text) for text in texts], tokens_default=CHAT_TOKENS_DEFAULT, logprobs=None
         )
         answers = await self._gather(request, works)
-        started = answers[0].started
         made = ["".join(answer.text) for answer in answers]
         reasons = [answer.finished.reason if answer.finished else None for answer in answers]
         told = {
-            "model": started.model if started else None,
-            "revision": started.revision if started else None,
+            "model": _each(one.started.model for one in answers if one.started),
+            "revision": _each(one.started.revision for one in answers if one.started),
             "model_type": "causal",
             "text": made if several else made[0],
             "finish_reason": reasons if several else reasons[0],
             "truncated": [False] * len(answers) if several else False,  # a prompt that does not fit is an error
             "usage": usage_of(answers),
-            "served_by": ", ".join(dict.fromkeys(one.started.served_by for one in answers if one.started)),
+            "served_by": _each(one.started.served_by for one in answers if one.started),
         }
         return told, served_headers(answers)
 
     async def _answer(self, request: Request, asked: Streamed, works: Sequence[GenerateWork], shape: Shape) -> ASGIApp:
+        writer = ChunkWriter(shape=shape, include_usage=asked.usage_in_stream())
+        return await self.answer(request, works, writer, stream=asked.stream)
+
+    async def answer(
+        self, request: Request, works: Sequence[GenerateWork], writer: AnswerWriter, *, stream: bool
+    ) -> ASGIApp:
+        """The response to a request: as it comes, or whole. Raises RequestError, ClientGone."""
         request_id = request.scope[REQUEST_ID_KEY]
-        if asked.stream:
+        if stream:
             asker = asker_of(request.scope)
-            stream = StreamRequest(
-                request_id=request_id,
-                works=works,
-                hint=asker.hint,
-                shape=shape,
-                include_usage=asked.usage_in_stream(),
-                deadline_s=asker.deadline_s,
+            wanted = StreamRequest(
+                request_id=request_id, works=works, hint=asker.hint, writer=writer, deadline_s=asker.deadline_s
             )
-            return EventStream(self._front, stream)
+            return EventStream(self._front, wanted)
         answers = await self._gather(request, works)
         started = answers[0].started
         assert started is not None, "the node told of an answer before Started"
         head = Head(request_id=request_id, created_s=int(time.time()), model=started.model, revision=started.revision)
-        body = msgspec.json.encode(shape.whole(head, answers))
-        return Response(body, 200, served_headers(answers), media_type="application/json")
+        headers = {**served_headers(answers), **writer.headers(head)}
+        return Response(writer.whole(head, answers), 200, headers, media_type="application/json")
 
     async def _gather(self, request: Request, works: Sequence[GenerateWork]) -> list[Answer]:
         asker = asker_of(request.scope)
@@ -128,7 +132,7 @@ class Generations:
             request.receive, lambda: gather(self._front, works, asker.hint), deadline_s=asker.deadline_s
         )
 
-    def _works(
+    def works(
         self,
         request: Request,
         asked: Generation,
@@ -137,6 +141,8 @@ class Generations:
         tokens_default: int,
         logprobs: int | None,
     ) -> list[GenerateWork]:
+        """One a prompt and choice, in order. `prompts`: for each the field of GenerateWork that holds it. Raises
+        BadRequest."""
         count = len(prompts) * asked.n
         if count > CHOICES_MAX:
             raise BadRequest(
@@ -144,9 +150,10 @@ class Generations:
                 param="n",
             )
         asker = asker_of(request.scope)  # a bad header is found before any work is made
+        asked = self._defaults.applied(asked)
         is_repeatable = asked.temperature == 0 or asked.seed is not None
         request_id, seed = request.scope[REQUEST_ID_KEY], self._rng.getrandbits(62)
-        tokens = self._tokens_default(asked.model_asked(), tokens_default)
+        tokens = self._tokens_default(asked.model_asked(), self._defaults.max_tokens or tokens_default)
         return [
             GenerateWork(
                 request_id=request_id if count == 1 else f"{request_id}-{index}",
@@ -170,6 +177,11 @@ class Generations:
         if model is None:
             return "encoder" if self._front.default_model("causal") is None else "causal"
         return next((row.kind for row in self._front.models() if row.id == model), "causal")
+
+
+def _each(names: Iterable[str]) -> str:
+    """Each name once: several texts may be answered by several peers, under several revisions of one model."""
+    return ", ".join(dict.fromkeys(names))
 
 
 def _prompt_field(prompt: Prompt) -> dict[str, Any]:

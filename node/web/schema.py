@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema
 
+from crypto.identity import PEER_ID_CHARS_MAX
 from node import work
 from node.errors import BadRequest, TooLarge
-from node.front import Route, RouteHint
+from node.tools import ToolCall, Tooling
+from node.web.schema_tools import ChatMessage, MadeCall, ToolChoice, Tools, calls_of, check_calls, tooling_of
 
 CHOICES_MAX = 16  # answers of one request: n times the prompts
 CHAT_TOKENS_DEFAULT = 256
 COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's own
 USER_CHARS_MAX = 512
-DEADLINE_S_DEFAULT = 120.0
-DEADLINE_S_MAX = 86_400.0
 DEFAULT_MODEL_ALIAS = "default"
 DIMENSIONS_MAX = 65_536
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -54,21 +56,48 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "web_search_options": (),
 }
 
+
+def _shown_as(kind: Any) -> WithJsonSchema:
+    """How the description of the routes (node/web/openapi.py) shows a field that is read by hand, for better errors."""
+    return WithJsonSchema(TypeAdapter(kind).json_schema(ref_template="#/components/schemas/{model}"))
+
+
+TokenList = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=work.TOKENS_MAX)]
+Texts = str | list[str] | TokenList | list[TokenList]
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Stops = _Stop | Annotated[list[_Stop], Field(max_length=work.STOPS_MAX)] | None
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
-Asked = TypeVar("Asked", bound="Request")
+Asked = TypeVar("Asked", bound="Strict")
 
 
-class Request(BaseModel):
-    """Strict: a wrong type is an error and never a guess."""
+class Strict(BaseModel):
+    """A JSON body. A wrong type is an error and never a guess.
+
+    neutral: fields that are taken only with a value that asks for nothing. refusals: what is said of those whose other
+    values deserve more than a standing sentence.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    refusals: ClassVar[Mapping[str, str]] = {}
+
+
+class Body(Strict):
+    """A body that names a model."""
+
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = NEUTRAL
 
     model: ModelName | None = None
-    user: str | None = Field(default=None, max_length=USER_CHARS_MAX)
 
     def model_asked(self) -> str | None:
         """The model by name, None for the default one."""
         return None if self.model == DEFAULT_MODEL_ALIAS else self.model
+
+
+class Request(Body):
+    """What all of OpenAI's routes share."""
+
+    user: str | None = Field(default=None, max_length=USER_CHARS_MAX)
 
 
 class StreamOptions(BaseModel):
@@ -91,7 +120,7 @@ class Generation(Request):
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 64)
-    stop: Any = None
+    stop: Annotated[Any, _shown_as(Stops)] = None
     n: int = Field(default=1, ge=1, le=CHOICES_MAX)
 
     def sampling(self, *, index: int, seed: int, tokens_default: int, logprobs: int | None = None) -> work.Sampling:
@@ -116,6 +145,20 @@ class Generation(Request):
         return self.max_tokens
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What the operator gives to a request that names none; None: as each route has it."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+
+    def applied(self, asked: Generation) -> Generation:
+        """The request, at the operator's temperature if it names none."""
+        if self.temperature is None or "temperature" in asked.model_fields_set:
+            return asked
+        return asked.model_copy(update={"temperature": self.temperature})
+
+
 class Streamed(Generation):
     """Routes with OpenAI's streaming."""
 
@@ -130,13 +173,20 @@ class Streamed(Generation):
 class ChatRequest(Streamed):
     """POST /v1/chat/completions."""
 
-    messages: list[Any] = Field(min_length=1)
+    messages: Annotated[list[Any], _shown_as(list[ChatMessage])] = Field(min_length=1)
+    tools: Tools = []
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: int | None = Field(default=None, ge=1, le=work.TOKENS_MAX)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=work.LOGPROBS_MAX)
 
     def tokens_max(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def tooling(self) -> Tooling | None:
+        """What may be called in the answer. Raises BadRequest, TooLarge."""
+        return tooling_of(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def logprobs_asked(self) -> int | None:
         """None for none, else how many alternatives. Raises BadRequest."""
@@ -148,14 +198,14 @@ class ChatRequest(Streamed):
 class CompletionRequest(Streamed):
     """POST /v1/completions."""
 
-    prompt: Any
+    prompt: Annotated[Any, _shown_as(Texts)]
     logprobs: int | None = Field(default=None, ge=0, le=work.LOGPROBS_MAX)
 
 
 class EmbeddingsRequest(Request):
     """POST /v1/embeddings."""
 
-    input: Any
+    input: Annotated[Any, _shown_as(Texts)]
     encoding_format: str = Field(default="float", pattern="^(float|base64)$")
     dimensions: int | None = Field(default=None, ge=1, le=DIMENSIONS_MAX)
 
@@ -163,7 +213,18 @@ class EmbeddingsRequest(Request):
 class InferenceRequest(Generation):
     """POST /api/v1/model/inference: text in, text or embeddings out, by the kind of the model."""
 
-    text: Any
+    text: Annotated[Any, _shown_as(Texts)]
+
+
+class SealedRequest(Strict):
+    """POST /api/v1/sealed. All but peer are base64."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    peer: str = Field(min_length=1, max_length=PEER_ID_CHARS_MAX)
+    key: str = Field(max_length=64)
+    request_id: str = Field(max_length=64)
+    sealed: str
 
 
 def parse(body: bytes, kind: type[Asked]) -> Asked:
@@ -173,11 +234,12 @@ def parse(body: bytes, kind: type[Asked]) -> Asked:
     except ValueError as exc:
         raise BadRequest(f"the body is not JSON: {exc}; wanted an object of {_fields(kind)}") from exc
     if not isinstance(raw, dict):
-        raise BadRequest(f"the body is {_shown(raw)}, wanted a JSON object with {_fields(kind)}")
+        raise BadRequest(f"the body is {shown(raw)}, wanted a JSON object with {_fields(kind)}")
     given = {key: value for key, value in raw.items() if value is not None}
-    for key in given.keys() & NEUTRAL.keys() - kind.model_fields.keys():
-        if not any(given[key] == value and type(given[key]) is type(value) for value in NEUTRAL[key]):
-            raise BadRequest(f"the field {key!r} is not supported by this node: leave it out", param=key)
+    for key in given.keys() & kind.neutral.keys() - kind.model_fields.keys():
+        if not any(given[key] == value and type(given[key]) is type(value) for value in kind.neutral[key]):
+            standing = f"the field {key!r} is not supported by this node: leave it out"
+            raise BadRequest(kind.refusals.get(key, standing), param=key)
         del given[key]
     try:
         return kind.model_validate(given)
@@ -185,21 +247,27 @@ def parse(body: bytes, kind: type[Asked]) -> Asked:
         raise _refusal(exc, kind) from exc
 
 
-def _refusal(exc: ValidationError, kind: type[BaseModel]) -> BadRequest:
+def _refusal(exc: ValidationError, kind: type[BaseModel], within: str = "") -> BadRequest:
     problem = exc.errors(include_url=False, include_context=False)[0]
-    param = ".".join(str(part) for part in problem["loc"])[:200]
+    # behind the field a union tells which of its kinds did not fit, and they are no fields of the client's
+    path = takewhile(lambda part: isinstance(part, int) or _FIELD.fullmatch(part), problem["loc"])
+    param = ".".join(str(part) for part in (within, *path) if part != "")[:200] or str(problem["loc"][0])[:200]
     if problem["type"] == "extra_forbidden":
-        return BadRequest(f"unknown field {param!r}; the fields are {_fields(kind)}", param=param)
+        fields = f"; the fields are {_fields(kind)}" if len(problem["loc"]) == 1 else ": leave it out"
+        return BadRequest(f"unknown field {param!r}{fields}", param=param)
     if problem["type"] == "missing":
         return BadRequest(f"the field {param!r} is missing", param=param)
-    return BadRequest(f"{param} = {_shown(problem['input'])}: {problem['msg']}", param=param)
+    return BadRequest(f"{param} = {shown(problem['input'])}: {problem['msg']}", param=param)
+
+
+_FIELD: Final = re.compile("[a-z_0-9]+")
 
 
 def _fields(kind: type[BaseModel]) -> str:
     return ", ".join(sorted(kind.model_fields))
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A short picture of what came, for error messages."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -211,10 +279,10 @@ def stops_of(value: object) -> tuple[str, ...]:
     if stops is None:
         return ()
     if not isinstance(stops, list) or len(stops) > work.STOPS_MAX:
-        raise BadRequest(f"stop is {_shown(value)}, wanted a string or up to {work.STOPS_MAX} strings", param="stop")
+        raise BadRequest(f"stop is {shown(value)}, wanted a string or up to {work.STOPS_MAX} strings", param="stop")
     for stop in stops:
         if not isinstance(stop, str) or not 1 <= len(stop) <= 256:
-            raise BadRequest(f"stop holds {_shown(stop)}, wanted strings of 1 to 256 characters", param="stop")
+            raise BadRequest(f"stop holds {shown(stop)}, wanted strings of 1 to 256 characters", param="stop")
     return tuple(stops)
 
 
@@ -223,32 +291,60 @@ def messages_of(values: Sequence[object]) -> tuple[work.Message, ...]:
     if len(values) > work.MESSAGES_MAX:
         raise TooLarge(f"{len(values)} messages came, at most {work.MESSAGES_MAX} are taken", param="messages")
     messages = tuple(_message(value, f"messages.{index}") for index, value in enumerate(values))
-    _check_chars(sum(len(message.content) for message in messages), "messages")
+    calls = [call for message in messages for call in message.tool_calls]
+    check_calls(len(calls))
+    arguments = sum(len(call.arguments) for call in calls)
+    _check_chars(arguments + sum(len(message.content) for message in messages), "messages")
     return messages
 
 
 def _message(value: object, param: str) -> work.Message:
     if not isinstance(value, dict):
-        raise BadRequest(f"{param} is {_shown(value)}, wanted an object with role and content", param=param)
-    for key in value.keys() - {"role", "content", "name", "refusal"}:
+        raise BadRequest(f"{param} is {shown(value)}, wanted an object with role and content", param=param)
+    for key in value.keys() - {"role", "content", "name", "refusal", "tool_calls", "tool_call_id"}:
         if value[key] not in (None, []):
             raise BadRequest(f"{param}.{str(key)[:60]} is not supported by this node: leave it out", param=param)
     role = value.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        raise BadRequest(f"{param}.role is {_shown(role)}, wanted one of {', '.join(ROLES)}", param=f"{param}.role")
-    return work.Message(role=ROLES[role], content=_content(value.get("content"), f"{param}.content"))
+        raise BadRequest(f"{param}.role is {shown(role)}, wanted one of {', '.join(ROLES)}", param=f"{param}.role")
+    calls, call_id = _calls(value, role, param), value.get("tool_call_id")
+    if call_id is not None and (role != "tool" or not isinstance(call_id, str) or not 1 <= len(call_id) <= 64):
+        wanted = "the id of a call, of 1 to 64 characters, in a message of role tool"
+        raise BadRequest(f"{param}.tool_call_id is {shown(call_id)}, wanted {wanted}", param=f"{param}.tool_call_id")
+    content = value.get("content")
+    return work.Message(
+        role=ROLES[role],
+        content="" if calls and content in (None, []) else _content(content, f"{param}.content"),
+        tool_calls=calls,
+        tool_call_id=call_id,
+    )
+
+
+def _calls(value: dict[str, Any], role: str, param: str) -> tuple[ToolCall, ...]:
+    given, param = value.get("tool_calls"), f"{param}.tool_calls"
+    if given in (None, []):
+        return ()
+    if role != "assistant":
+        raise BadRequest(f"{param} came in a message of role {role}: only an assistant calls", param=param)
+    try:
+        return calls_of(_MADE.validate_python(given), param)
+    except ValidationError as exc:
+        raise _refusal(exc, MadeCall, within=param) from exc
+
+
+_MADE: Final = TypeAdapter(list[MadeCall])
 
 
 def _content(value: object, param: str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
-        raise BadRequest(f"{param} is {_shown(value)}, wanted a string or text parts", param=param)
+        raise BadRequest(f"{param} is {shown(value)}, wanted a string or text parts", param=param)
     parts: list[str] = []
     for part in value:
         text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
         if not isinstance(text, str):
-            raise BadRequest(f"{param} holds {_shown(part)}; only text parts are supported", param=param)
+            raise BadRequest(f"{param} holds {shown(part)}; only text parts are supported", param=param)
         parts.append(text)
     return "".join(parts)
 
@@ -269,7 +365,7 @@ def prompts_of(value: object, param: str, *, count_max: int, empty_allowed: bool
         values = []
     if not values:
         wanted = "a string, a list of strings, token ids or a list of lists of token ids"
-        raise BadRequest(f"{param} is {_shown(value)}, wanted {wanted}", param=param)
+        raise BadRequest(f"{param} is {shown(value)}, wanted {wanted}", param=param)
     if len(values) > count_max:
         raise TooLarge(f"{param} holds {len(values)} texts, at most {count_max} are taken at a time", param=param)
     prompts = tuple(_prompt(one, param, empty_allowed) for one in values)
@@ -283,7 +379,7 @@ def _prompt(value: object, param: str, empty_allowed: bool) -> Prompt:
             raise BadRequest(f"{param} is empty, wanted at least one character", param=param)
         return value
     if not _is_tokens(value):
-        raise BadRequest(f"{param} holds {_shown(value)}, wanted a string or a list of token ids", param=param)
+        raise BadRequest(f"{param} holds {shown(value)}, wanted a string or a list of token ids", param=param)
     assert isinstance(value, list)
     if len(value) > work.TOKENS_MAX:
         raise TooLarge(f"{param} holds {len(value)} tokens, at most {work.TOKENS_MAX} are taken", param=param)
@@ -299,31 +395,3 @@ def _is_tokens(value: object) -> bool:
 def _check_chars(chars: int, param: str) -> None:
     if chars > work.PROMPT_CHARS_MAX:
         raise TooLarge(f"{param} has {chars} characters, at most {work.PROMPT_CHARS_MAX} are taken", param=param)
-
-
-_PEER = re.compile(r"[1-9A-HJ-NP-Za-km-z]{8,128}")
-
-
-def route_of(headers: Mapping[str, str]) -> RouteHint:
-    """Where the client wants its answer from: x-route, x-peer. Raises BadRequest."""
-    name, peer = headers.get("x-route", Route.AUTO.value), headers.get("x-peer")
-    routes = {route.value: route for route in Route}
-    if name not in routes:
-        raise BadRequest(f"x-route is {_shown(name)}, wanted one of {', '.join(routes)}", param="x-route")
-    if peer is not None and not _PEER.fullmatch(peer):
-        raise BadRequest(f"x-peer is {_shown(peer)}, wanted a peer id like 12D3KooW...", param="x-peer")
-    return RouteHint(route=routes[name], peer=peer)
-
-
-def deadline_s_of(headers: Mapping[str, str]) -> float:
-    """Seconds that the client gives the answer: x-timeout-s. Raises BadRequest."""
-    text = headers.get("x-timeout-s")
-    if text is None:
-        return DEADLINE_S_DEFAULT
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.001 <= seconds <= DEADLINE_S_MAX:
-        raise BadRequest(f"x-timeout-s is {_shown(text)}, wanted 0.001 to {DEADLINE_S_MAX:.0f}", param="x-timeout-s")
-    return seconds

@@ -264,7 +264,7 @@ class _Http11Only(H11Protocol):
             return None
         if len(cast(h11.Connection, self.connection).trailing_data[0]) < int(length):
             return None
-        return door.early(request.headers)
+        return door.early(request.target.partition(b"?")[0].decode("latin-1"), request.headers)
 
     async def _send_whole(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """A whole answer in one write, and on to the next request."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,11 +19,30 @@ from node.config import NodeConfig
 from node.errors import ConfigError
 from node.web.door import DoorConfig
 from node.web.gate import GateConfig
+from node.web.schema import Defaults
 
 WALLETS_BYTES_MAX = 1 << 20  # 20,000 addresses
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9_])?")
 
 _log = logging.getLogger("node.web")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebConfig:
+    """What the application is told at start."""
+
+    door: DoorConfig = field(default_factory=DoorConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    defaults: Defaults = field(default_factory=Defaults)
+
+
+def web_config(config: NodeConfig, peer: str) -> WebConfig:
+    """All of it. peer: this node. Raises ConfigError."""
+    return WebConfig(
+        door=door_config(config),
+        gate=gate_config(config, peer),
+        defaults=Defaults(max_tokens=config.max_tokens, temperature=config.temperature),
+    )
 
 
 def door_config(config: NodeConfig) -> DoorConfig:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from node.tools import ToolCall
 from node.work import AnswerItem, Finished, Piece, Progress, Started, TokenLogprob
 
 LOGPROB_MIN = -9999.0
@@ -23,24 +24,39 @@ Json = dict[str, Any]
 
 @dataclass(slots=True, kw_only=True)
 class Answer:
-    """One answer as it grows. Owned by the task that collects it."""
+    """One answer as it grows. Owned by the task that collects it. Times are monotonic seconds, as this door saw it."""
 
     index: int
+    asked_s: float
+    first_s: float | None = None  # its first token
+    finished_s: float | None = None
     started: Started | None = None
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
     finished: Finished | None = None
 
-    def take(self, item: AnswerItem) -> None:
+    @property
+    def reason(self) -> str | None:
+        """Why it ended: stop, length, or tool_calls; None while it goes on."""
+        if self.finished is None:
+            return None
+        return "tool_calls" if self.calls and self.finished.reason == "stop" else self.finished.reason
+
+    def take(self, item: AnswerItem | ToolCall, now: float) -> None:
         """Note one item."""
         match item:
+            case ToolCall():
+                self.calls.append(item)
             case Started():
                 self.started = self.started or item
             case Piece():
+                self.first_s = now if self.first_s is None else self.first_s
                 self.text.append(item.text)
                 self.logprobs.extend(item.logprobs)
             case Finished():
                 self.finished = item
+                self.finished_s = now
             case Progress():
                 pass
 
@@ -73,6 +89,9 @@ class Shape(Protocol):
     def piece(self, head: Head, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
         """New text."""
 
+    def call(self, head: Head, index: int, call: ToolCall, number: int) -> Json:
+        """A call of a function, the answer's `number`th from 0. Only of requests that have tools."""
+
     def ending(self, head: Head, index: int, reason: str) -> Json:
         """The end of one answer."""
 
@@ -103,6 +122,9 @@ class ChatShape:
     def piece(self, head: Head, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
         return self._chunk(head, index, {"content": text}, None, logprobs)
 
+    def call(self, head: Head, index: int, call: ToolCall, number: int) -> Json:
+        return self._chunk(head, index, {"tool_calls": [{"index": number, **_call(call)}]}, None)
+
     def ending(self, head: Head, index: int, reason: str) -> Json:
         return self._chunk(head, index, {}, reason)
 
@@ -114,9 +136,9 @@ class ChatShape:
         choices = [
             {
                 "index": answer.index,
-                "message": {"role": "assistant", "content": "".join(answer.text), "refusal": None},
+                "message": _message(answer),
                 "logprobs": self._logprobs(answer.logprobs),
-                "finish_reason": answer.finished.reason if answer.finished else None,
+                "finish_reason": answer.reason,
             }
             for answer in answers
         ]
@@ -133,7 +155,7 @@ class ChatShape:
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
         if not self.logprobs:
             return None
-        return {"content": [_chat_token(one) for one in logprobs], "refusal": None}
+        return {"content": [chat_token(one) for one in logprobs], "refusal": None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +170,9 @@ class CompletionShape:
 
     def piece(self, head: Head, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
         return self._object(head, [self._choice(index, text, logprobs, None)])
+
+    def call(self, head: Head, index: int, call: ToolCall, number: int) -> Json:
+        raise AssertionError("a completion has no tools")
 
     def ending(self, head: Head, index: int, reason: str) -> Json:
         return self._object(head, [self._choice(index, "", (), reason)])
@@ -170,11 +195,25 @@ class CompletionShape:
         return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
 
 
+def _message(answer: Answer) -> Json:
+    """What the assistant said; no content, null, beside calls alone, as at OpenAI."""
+    text = "".join(answer.text)
+    message: Json = {"role": "assistant", "content": text or (None if answer.calls else ""), "refusal": None}
+    if answer.calls:
+        message["tool_calls"] = [_call(call) for call in answer.calls]
+    return message
+
+
+def _call(call: ToolCall) -> Json:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
 def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else LOGPROB_MIN
 
 
-def _chat_token(one: TokenLogprob) -> Json:
+def chat_token(one: TokenLogprob) -> Json:
+    """A token's logprob as OpenAI's chats and responses have it."""
     top = [{"token": text, "logprob": _finite(value), "bytes": list(text.encode())} for text, value in one.top]
     own = {"token": one.text, "logprob": _finite(one.logprob), "bytes": list(one.text.encode())}
     return {**own, "top_logprobs": top}

@@ -1,9 +1,10 @@
-"""Streams answers as server-sent events, in OpenAI's shapes.
+"""Streams the answers of one request as they come, in the client's protocol (writer.py).
 
 Rules: the response head is held until the first answer has started, so that an error before that is a plain HTTP
 error and the headers name who serves; but no longer than HEAD_HOLD_S, so that a proxy sees life. While nothing
-comes, comments say so. What is ready together goes out as one event. The end is always explicit: finish reasons
-and `[DONE]`, or an `error` event and `[DONE]`. When the client goes, the work is cancelled at once.
+comes, something that clients pass over says so. What is ready together goes out as one event. The end is always
+explicit: every protocol has a word for a complete answer and one for a failure. When the client goes, the work is
+cancelled at once.
 
 Source: WHATWG HTML, "Server-sent events"; exo src/exo/master/api.py (keep-alive and prefill comments).
 """
@@ -12,24 +13,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import msgspec
 import trio
 from starlette.types import Receive, Scope, Send
 
 from node.errors import RequestError
 from node.front import Front, RouteHint
+from node.tools import ToolCall
 from node.web.answers import GRACE_S as GRACE_S
 from node.web.answers import ITEMS_QUEUED_MAX, Told, feed, out_of_time, wait_gone
-from node.web.errors import error_answer, error_object
-from node.web.shapes import Answer, Head, Json, Shape
+from node.web.errors import error_answer
+from node.web.shapes import Answer, Head
+from node.web.writer import AnswerWriter
 from node.work import Finished, GenerateWork, Piece, Progress, Started, TokenLogprob
 
 HEAD_HOLD_S = 15.0  # half of the shortest common proxy timeout (30 s)
 KEEP_ALIVE_S = 10.0
-DONE = b"data: [DONE]\n\n"
-KEEP_ALIVE = b": keep-alive\n\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,19 +39,22 @@ class StreamRequest:
     request_id: str
     works: Sequence[GenerateWork]
     hint: RouteHint
-    shape: Shape
-    include_usage: bool
+    writer: AnswerWriter
     deadline_s: float
 
 
 class EventStream:
-    """An ASGI response: one request's answers as events."""
+    """An ASGI response: one request's answers as they come."""
 
     def __init__(self, front: Front, request: StreamRequest) -> None:
         self._front = front
         self._request = request
-        self._answers = [Answer(index=index) for index in range(len(request.works))]
-        self._head: Head | None = None
+        self._writer = request.writer
+        now = trio.current_time()
+        self._answers = [Answer(index=index, asked_s=now) for index in range(len(request.works))]
+        asked = request.works[0].model or "default"
+        self._head = Head(request_id=request.request_id, created_s=int(time.time()), model=asked, revision="")
+        self._opened = False
         self._head_sent = False
         self._events: list[bytes] = []
 
@@ -69,7 +72,7 @@ class EventStream:
                 error = await self._run(send)
             if limit.cancelled_caught:
                 error = out_of_time(request.deadline_s)
-            await self._finish(send, error)
+            await self._finish(send, error, scope["path"])
             nursery.cancel_scope.cancel()
 
     async def _run(self, send: Send) -> RequestError | None:
@@ -86,18 +89,23 @@ class EventStream:
         return error
 
     async def _write(self, items: trio.MemoryReceiveChannel[Told], send: Send) -> RequestError | None:
-        held_until = trio.current_time() + HEAD_HOLD_S
+        told_at = trio.current_time()
+        held_until = told_at + HEAD_HOLD_S
         while any(answer.finished is None for answer in self._answers):
             batch: list[Told] = []
-            until = trio.current_time() + KEEP_ALIVE_S
+            until = told_at + KEEP_ALIVE_S
             with trio.move_on_at(until if self._head_sent else min(held_until, until)):
                 batch = await _receive_ready(items)
+            told = len(self._events)
             error = self._take(batch)
             if error is not None:
                 return error
-            if not batch:
-                self._events.append(KEEP_ALIVE)
-            if self._head_sent or self._head is not None or trio.current_time() >= held_until:
+            if len(self._events) > told:
+                told_at = trio.current_time()
+            elif trio.current_time() >= until:
+                self._events.append(self._writer.idle(self._head))
+                told_at = trio.current_time()
+            if self._head_sent or self._opened or trio.current_time() >= held_until:
                 await self._send(send)
         return None
 
@@ -113,45 +121,43 @@ class EventStream:
                 continue
             self._flush(text)
             if isinstance(item, Progress):
-                self._events.append(b": prefill_progress " + msgspec.json.encode(_progress(index, item)) + b"\n\n")
+                self._say(self._writer.progress(index, item))
                 continue
-            fresh = self._answers[index].started is None
-            self._answers[index].take(item)
+            answer = self._answers[index]
+            fresh = answer.started is None
+            answer.take(item, trio.current_time())
             if isinstance(item, Started) and fresh:
-                self._open(index, item)
+                self._open(answer, item)
+            elif isinstance(item, ToolCall):
+                assert self._opened, "the node told of an answer before Started"
+                self._say(self._writer.call(self._head, answer, item))
             elif isinstance(item, Finished):
-                self._event(self._request.shape.ending(self._opened(), index, item.reason))
+                assert self._opened, "the node told of an answer before Started"
+                self._say(self._writer.ending(self._head, answer, item))
         self._flush(text)
         return None
 
-    def _open(self, index: int, started: Started) -> None:
-        if self._head is None:
-            self._head = Head(
-                request_id=self._request.request_id,
-                created_s=int(time.time()),
-                model=started.model,
-                revision=started.revision,
-            )
-        opening = self._request.shape.opening(self._head, index)
-        if opening is not None:
-            self._event(opening)
-
-    def _opened(self) -> Head:
-        assert self._head is not None, "the node told of an answer before Started"
-        return self._head
+    def _open(self, answer: Answer, started: Started) -> None:
+        if not self._opened:
+            self._head = replace(self._head, model=started.model, revision=started.revision)
+            self._opened = True
+        self._say(self._writer.opening(self._head, answer))
 
     def _flush(self, text: dict[int, list[Piece]]) -> None:
         for index, pieces in text.items():
+            assert self._opened, "the node told of an answer before Started"
+            answer = self._answers[index]
+            if answer.first_s is None:
+                answer.first_s = trio.current_time()
             joined = "".join(piece.text for piece in pieces)
             logprobs: list[TokenLogprob] = [one for piece in pieces for one in piece.logprobs]
             if joined or logprobs:
-                self._event(self._request.shape.piece(self._opened(), index, joined, logprobs))
+                self._say(self._writer.piece(self._head, answer, joined, logprobs))
         text.clear()
 
-    def _event(self, chunk: Json) -> None:
-        if self._request.include_usage and "usage" not in chunk:
-            chunk["usage"] = None
-        self._events.append(b"data: " + msgspec.json.encode(chunk) + b"\n\n")
+    def _say(self, event: bytes) -> None:
+        if event:
+            self._events.append(event)
 
     async def _send(self, send: Send, *, more: bool = True) -> None:
         if not self._head_sent:
@@ -163,27 +169,25 @@ class EventStream:
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
         headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"content-type", self._writer.media_type.encode()),
             (b"cache-control", b"no-store"),
             (b"x-accel-buffering", b"no"),  # nginx must not hold events back
         ]
-        for name, value in served_headers(self._answers).items():
+        for name, value in {**served_headers(self._answers), **self._writer.headers(self._head)}.items():
             headers.append((name.encode(), value.encode()))
         return headers
 
-    async def _finish(self, send: Send, error: RequestError | None) -> None:
+    async def _finish(self, send: Send, error: RequestError | None, path: str) -> None:
         if error is not None and not self._head_sent:
-            status, headers, body = error_answer(error, self._request.request_id)
+            status, headers, body = error_answer(error, self._request.request_id, path)
             pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
             await send({"type": "http.response.start", "status": status, "headers": pairs})
             await send({"type": "http.response.body", "body": body})
             return
         if error is not None:
-            told = msgspec.json.encode(error_object(error, self._request.request_id))
-            self._events.append(b"event: error\ndata: " + told + b"\n\n")
-        elif self._request.include_usage:
-            self._event(self._request.shape.usage(self._opened(), self._answers))
-        self._events.append(DONE)
+            self._events.append(self._writer.failure(self._head, error))
+        else:
+            self._events.append(self._writer.closing(self._head, self._answers))
         await self._send(send, more=False)
 
 
@@ -209,12 +213,3 @@ async def _receive_ready(items: trio.MemoryReceiveChannel[Told]) -> list[Told]:
         except (trio.WouldBlock, trio.EndOfChannel):
             break
     return batch
-
-
-def _progress(index: int, item: Progress) -> Json:
-    return {
-        "index": index,
-        "engine_steps": item.engine_steps,
-        "prefilled_tokens": item.prefilled_tokens,
-        "queue_position": item.queue_position,
-    }

@@ -36,7 +36,7 @@ async def drops(node: NodeProcess) -> Counter[str]:
     async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
         text = (await client.get(f"{node.url}/metrics")).text
     rows = [line.split('reason="')[1].split('"} ') for line in text.splitlines() if line.startswith("openagi_drops")]
-    return Counter({reason: int(count) for reason, count in rows})
+    return Counter({reason: int(float(count)) for reason, count in rows})
 
 
 async def until(what: str, is_so: Callable[[], bool]) -> None:

@@ -148,7 +148,7 @@ def test_damaged_state_is_moved_aside_and_said_and_the_node_starts(cluster: Clus
         assert f"{name}.corrupt-1" in node.log
     assert degraded(node) == {}
     doctor = [sys.executable, "-m", "node", "doctor", "--data-dir", str(data), "--node", node.url, "--json"]
-    checks = json.loads(subprocess.run(doctor, capture_output=True, text=True, timeout=PATIENCE_S).stdout)
+    checks = json.loads(subprocess.run(doctor, capture_output=True, text=True, timeout=PATIENCE_S).stdout)["checks"]
     assert sum(check["check"] == "state on disk" for check in checks) == 2
     assert node.stop() == 0
 
