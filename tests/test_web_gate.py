@@ -12,6 +12,7 @@ import httpx
 import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from starlette.routing import Route
 from trio.testing import MockClock
 
 from crypto.wallet import WalletAddress
@@ -20,8 +21,10 @@ from node.api_keys import ApiKey, KeyScope
 from node.config import NodeConfig, load_config
 from node.errors import BadRequest, ConfigError
 from node.web.app import build_app
+from node.web.caller import Need, need_of
 from node.web.door import BODY_BYTES_MAX, DoorConfig
 from node.web.gate import GateConfig
+from node.web.ollama import OPERATORS
 from node.web.serve import serve
 from node.web.settings import WebConfig, door_config, gate_config
 from tests.fake_front import PEER, FakeFront, finished, started, tale
@@ -119,6 +122,22 @@ async def test_every_route_but_the_public_ones_wants_a_key(tmp_path: Path, autoj
     error_of(await bench.chat(authorization="Basic abc"), 401, "authentication_error")
     assert bench.drops["missing_key"] == 8
     assert bench.front.works == []
+
+
+def test_every_route_is_for_somebody_and_not_by_chance(tmp_path: Path) -> None:
+    """A route that caller.py does not name wants ADMIN: what is meant to is listed here."""
+    routes = [route for route in Bench(tmp_path).app._app._app.routes if isinstance(route, Route)]  # type: ignore[attr-defined]
+    needs = {(method, route.path): need_of(method, route.path) for route in routes for method in route.methods or ()}
+    assert needs["POST", "/v1/messages"] == needs["POST", "/v1/responses"] == needs["POST", "/api/chat"] == Need.INFER
+    assert needs["GET", "/api/v1/events"] == needs["GET", "/api/v1/metrics/model"] == Need.METRICS
+    assert {path for (_, path), need in needs.items() if need is Need.NOTHING} == {
+        "/",
+        "/chat",
+        "/healthz",
+        "/readyz",
+        "/static/{name}",
+    }
+    assert {path for (_, path), need in needs.items() if need is Need.ADMIN} == {f"/api/{name}" for name in OPERATORS}
 
 
 async def test_each_fault_of_a_key_has_its_sentence_and_none_quotes_it(tmp_path: Path) -> None:
