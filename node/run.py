@@ -204,7 +204,7 @@ class Node:
             if self._inference.draining:  # told to stop meanwhile
                 return
             self._inference.hosting, self._inference.loading = backend, None
-            self.state.relay.begin(self.state, self._rng)
+            self.state.relay.begin(self.state, self._rng, self._config)
             if isinstance(backend, Hosting) and self._config.training:
                 self._train(nursery)
         self.state.phase = "running"

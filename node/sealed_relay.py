@@ -17,6 +17,7 @@ import trio
 from crypto.errors import BadKey, BadSeal, Replayed, UnknownSealingKey
 from crypto.identity import PeerId, public_key_of
 from node.collector import importing
+from node.config import NodeConfig
 from node.errors import BadRequest, PeerFailed, RequestError, SealBroken, SealReplayed, UnknownPeer, WrongSealingKey
 from node.front import Front, Route, RouteHint
 from node.inference import Inference, single
@@ -59,12 +60,14 @@ class SealedRelay:
     def __init__(self, network: Network, inference: Inference, serving: SealedServing) -> None:
         self._network, self._inference, self.serving = network, inference, serving
 
-    def begin(self, front: Front, rng: Random) -> None:
+    def begin(self, front: Front, rng: Random, config: NodeConfig) -> None:
         """There is a model now: from here on this node answers what is sealed to it."""
         with importing():
+            from node.web.schema import Defaults
             from node.web.sealed_app import SealedApp
 
-        self.serving.answerer = SealedApp(front, rng)
+        defaults = Defaults(max_tokens=config.max_tokens, temperature=config.temperature)
+        self.serving.answerer = SealedApp(front, rng, defaults)
 
     async def key_of(self, peer: str) -> bytes:
         """A peer's statement of its present sealing key, unread: who seals reads it. Raises RequestError."""

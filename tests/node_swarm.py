@@ -154,7 +154,7 @@ class Swarm:
                     await nursery.start(other.run)
                     node.inference.hosting = other
                 if node.inference.hosting is not None:
-                    node.relay.begin(node.state, rng)
+                    node.relay.begin(node.state, rng, NodeConfig(max_tokens=7))
                 node.state.phase = "running"
                 node.offer()
                 task_status.started(node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import shutil
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from random import Random
@@ -17,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 from trio.testing import MockClock
 
 from crypto.identity import Identity
-from crypto.sealing import KIND_LAST, KIND_MORE, KIND_SALT, PAD_BYTES
+from crypto.sealing import KIND_LAST, KIND_MORE, KIND_SALT, PAD_BYTES, AnswerOpener, Context, seal_request
 from gossip.breaker import State
 from model.step import Priority
 from node.errors import NotReady, PeerFailed, RequestError
@@ -33,9 +34,11 @@ from tests.fake_front import FakeFront
 from tests.fake_runtime import FakeRuntime, facts
 from tests.node_swarm import Node, Swarm, ask, eventually, work
 from tests.sealed_client import load
+from tests.test_house import ROOT
 
 CLIENT = load()
 CANARY = "canary-3f9a77"
+IDS = (b"s" * 32, b"i" * 16)  # the secret of an asker, a request id
 CHAT = "/v1/chat/completions"
 ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": CANARY}], "max_tokens": 6, "seed": 1}
 
@@ -193,6 +196,11 @@ async def test_it_is_answered_on_the_account_of_the_peer_that_relays_it(
     assert three.entry.inference.counts["sealed_relayed"] == 1
 
 
+async def test_the_operators_defaults_count_for_what_is_sealed(three: Three, autojump_clock: MockClock) -> None:
+    _, body = await three.door.sealed(three.peer, {"messages": ASKED["messages"]})
+    assert json.loads(body)["usage"]["completion_tokens"] == 7
+
+
 async def test_it_is_never_routed_on(three: Three, autojump_clock: MockClock) -> None:
     three.other.engine.facts = facts(name="rare")
     three.other.offer()
@@ -206,10 +214,14 @@ async def test_it_is_never_routed_on(three: Three, autojump_clock: MockClock) ->
 
 
 async def test_nothing_of_it_is_kept(three: Three, autojump_clock: MockClock) -> None:
-    for _ in range(2):
-        head, _ = await three.door.sealed(three.peer, {**ASKED, "temperature": 0})
-        assert "x-cache" not in head["headers"]
-    assert len(three.peer.engine.added) == 2
+    body = {**ASKED, "temperature": 0}
+    for private in (True, False):
+        for _ in range(2):
+            text = json.dumps({"path": CHAT, "body": body, "private": private}).encode()
+            head, _ = await spelt(three, text + b" \n\t" * 100)
+            assert head["status"] == 200
+            assert "x-cache" not in head["headers"]
+    assert [asked.private for asked in three.peer.engine.added] == [True, True, False, False]
 
 
 async def test_a_long_answer_is_cut_into_frames(three: Three, autojump_clock: MockClock) -> None:
@@ -377,24 +389,24 @@ async def test_a_bad_request_is_refused_at_the_door(
     [b"", b"[]", b"{}", b'{"path":"/v1/completions"}', b'{"path":1,"body":{}}', b"\xff", b"[" * 100_000,
      b'{"path":"/v1/completions","body":' + b"[" * 100_000, b'{"path":"/v1/completions","body":{},"x":1}'],
 )  # fmt: skip
-async def test_a_bad_plain_text_is_a_sealed_error(
-    three: Three, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, text: bytes
-) -> None:
-    statement = await three.door.statement_of(three.peer.id)
-    monkeypatch.setattr(CLIENT.json, "dumps", lambda *args, **kwargs: _Text(text))
-    request = CLIENT.Request(three.peer.id, statement, CHAT, {})
-    monkeypatch.undo()
-    contents = [request.open(frame) for frame in frames_of((await three.door.send(request)).content)]
-    assert json.loads(contents[1])["status"] == 400
-    assert json.loads(contents[2])["error"]["code"] == "bad_request"
+async def test_a_bad_plain_text_is_a_sealed_error(three: Three, autojump_clock: MockClock, text: bytes) -> None:
+    head, body = await spelt(three, text)
+    assert head["status"] == 400
+    assert json.loads(body)["error"]["code"] == "bad_request"
 
 
-class _Text:
-    def __init__(self, text: bytes) -> None:
-        self._text = text
-
-    def encode(self) -> bytes:
-        return self._text
+async def spelt(three: Three, text: bytes) -> tuple[dict[str, Any], bytes]:
+    """The answer to this plain text."""
+    public, secret, request_id = CLIENT.key_of(await three.door.statement_of(three.peer.id), three.peer.id)[0], *IDS
+    context = Context(network="main", peer=three.peer.id, request_id=request_id)
+    sealed = seal_request(text, public=public, secret=secret, context=context)
+    fields = {"key": public, "request_id": request_id, "sealed": sealed}
+    body = {"peer": three.peer.id, **{name: base64.b64encode(value).decode() for name, value in fields.items()}}
+    response = await three.door.post("/api/v1/sealed", body)
+    opener = AnswerOpener(secret, context)
+    contents = [opener.open(frame) for frame in frames_of(response.content)]
+    assert opener.is_ended
+    return json.loads(contents[1]), b"".join(contents[2:])
 
 
 async def test_other_routes_of_the_door_are_not_there(three: Three, autojump_clock: MockClock) -> None:
@@ -606,6 +618,25 @@ async def test_the_client_starts_again_elsewhere_and_says_so() -> None:
                 text = await trio.to_thread.run_sync(ask)
             assert text.count("w") == 6
             assert good.relay.serving.statistics().answered == 1
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.interop
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+async def test_the_client_in_javascript_gets_the_same_answer() -> None:
+    """docs/clients/sealed.mjs: WebCrypto alone."""
+    async with Swarm().running() as swarm:
+        entry, peer = await swarm.start(), await swarm.start(FakeRuntime(step_s=0.001))
+        await swarm.settled()
+        async with trio.open_nursery() as nursery:
+            stop = trio.Event()
+            port = await nursery.start(partial(serve, build_app(entry.state, Random(7)), "127.0.0.1", 0, stop=stop))
+            command = ["node", str(ROOT / "docs/clients/sealed.mjs"), f"http://127.0.0.1:{port}", CANARY]
+            with trio.fail_after(60):
+                done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
+            assert done.returncode == 0, done.stderr.decode()
+            assert done.stdout.decode().count("w") == 64
+            assert peer.relay.serving.statistics().answered == 1
             nursery.cancel_scope.cancel()
 
 

@@ -25,6 +25,7 @@ from crypto.sealing import (
     sign_key,
 )
 from crypto.sealing_keys import GRACE_S, LIFE_S, RESIGN_S, SealingKeys
+from tests.test_house import ROOT
 
 ALICE, BOB = Identity(bytes(range(32))), Identity(bytes(range(1, 33)))
 NOW_MS = 1_800_000_000_000
@@ -93,6 +94,21 @@ def test_any_bytes_are_a_bad_seal_and_nothing_else(raw: bytes) -> None:
 def test_nothing_is_sealed_to_a_key_that_agrees_with_every_other() -> None:
     with pytest.raises(BadKey):
         seal_request(b"", public=bytes(32), secret=SECRET, context=CONTEXT)
+
+
+def test_golden() -> None:
+    """The bytes of docs/PROTOCOLS.md."""
+    text = (ROOT / "docs/PROTOCOLS.md").read_text()
+    head = "fa7a837979af94d3f2b1b549f347523db37e02a25f7f35f5756249d77204fd5c"
+    tail = text[text.index(head) + len(head) :].split()[0]
+    context = Context(network="main", peer=ALICE.peer_id, request_id=bytes(range(16)))
+    opened = open_request(bytes.fromhex(head + tail), PRIVATE, context)
+    assert (opened.secret, opened.content) == (b"\2" * 32, b"{}")
+    frame = AnswerSealer(b"\2" * 32, b"\3" * 32, context).seal(b"hello", is_last=True)
+    assert len(frame) == 529
+    assert frame[:16].hex() == "02aa70ba9c999ca05c067b7ff993cdb0"
+    assert frame[-16:].hex() == "e9fb5b8d3c9eef9cecd98c6f574037ea"
+    assert all(part in text for part in (frame[:16].hex(), frame[-16:].hex(), "d11dbd5dc568b9a83ba266a63f5db04d"))
 
 
 # --- the answer ---
@@ -172,6 +188,12 @@ def test_nothing_follows_the_last_frame() -> None:
         opener.open(frame)
     with pytest.raises(BadSeal):
         opener.open(frames[-1])
+    sealer, opener = AnswerSealer(SECRET, SALT, CONTEXT), AnswerOpener(SECRET, CONTEXT)
+    opener.open(sealer.opening())
+    opener.open(sealer.seal(b"head", is_last=True))
+    sealer.is_ended = False  # a serving peer that goes on
+    with pytest.raises(BadSeal, match="after the last"):
+        opener.open(sealer.seal(b"more", is_last=False))
 
 
 # --- who the key is of ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from pathlib import Path
@@ -276,6 +277,24 @@ async def test_vectors_cost_tokens_too(tmp_path: Path) -> None:
         return (await bench.ask("POST", "/v1/embeddings", body=body, x_api_key=text)).status_code
 
     assert [await ask(words) for words in (18, 18, 5, 50)] == [200, 429, 200, 413]
+
+
+async def test_what_is_sealed_costs_by_its_size(tmp_path: Path) -> None:
+    key, text = made(tokens_per_min=200)
+    bench = Bench(tmp_path, key)
+    bench.front.frames = [bytes(33), b"", b"\1" + bytes(528), b"\1" + bytes(528), b"\2" + bytes(528)]
+
+    async def ask(size: int) -> int:
+        given = {"key": bytes(32), "request_id": bytes(16), "sealed": bytes(size)}
+        body = {"peer": PEER, **{name: base64.b64encode(value).decode() for name, value in given.items()}}
+        return (await bench.ask("POST", "/api/v1/sealed", body=json.dumps(body).encode(), x_api_key=text)).status_code
+
+    assert [await ask(size) for size in (300, 300, 297, 240, 700)] == [200, 429, 429, 200, 413]  # 101 + 3, then 81 + 3
+    (tmp_path / "other").mkdir()
+    key, text = made(tokens_per_min=200)
+    bench = Bench(tmp_path / "other", key)
+    bench.front.frames = [bytes(33), b"\2" + bytes(2 * 512 + 16)]
+    assert [await ask(size) for size in (90, 90)] == [200, 429]  # a whole answer of 1,041 bytes: 347 tokens
 
 
 async def test_open_to_all_has_strangers_limits_by_address_and_network(

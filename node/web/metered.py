@@ -13,8 +13,10 @@ from typing import Any
 
 import trio
 
+from crypto.sealing import KIND_SALT, PAD_BYTES
 from node.errors import RequestError, TooLarge
 from node.front import Front, RouteHint
+from node.sealed import SealedCall
 from node.web.caller import Rate
 from node.web.errors import Limited
 from node.web.meter import Meter
@@ -69,6 +71,21 @@ class MeteredFront:
             self._meter.settle(route.account, rate, charged, used)
         return embedded
 
+    @asynccontextmanager
+    async def sealed(self, call: SealedCall, peer: str, account: str) -> AsyncIterator[AsyncIterator[bytes]]:
+        """See node.front.Front. By size, for what is sealed cannot be counted. Raises Limited and TooLarge besides."""
+        charged = len(call.sealed) // CHARS_PER_TOKEN + 1
+        rate = self._charge(account, charged)
+        async with self._front.sealed(call, peer, account) as frames:
+            if rate is None:
+                yield frames
+                return
+            told = _Frames(frames)
+            try:
+                yield told
+            finally:
+                self._meter.settle(account, rate, charged, charged + told.tokens)
+
     def _charge(self, account: str, tokens: int) -> Rate | None:
         try:
             return self._meter.charge(account, tokens, trio.current_time())
@@ -78,6 +95,24 @@ class MeteredFront:
         except TooLarge:
             self._drops["tokens_over_limit"] += 1
             raise
+
+
+class _Frames:
+    """A sealed answer's frames, and about how many tokens are in them: one in the smallest, as a stream has them, and
+    as many as text of that size in larger ones, as whole answers have them."""
+
+    def __init__(self, frames: AsyncIterator[bytes]) -> None:
+        self.tokens = 0
+        self._frames = frames
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        frame = await anext(self._frames)
+        if frame and frame[0] != KIND_SALT:
+            self.tokens += 1 if len(frame) < 2 * PAD_BYTES else len(frame) // CHARS_PER_TOKEN
+        return frame
 
 
 class _Told:

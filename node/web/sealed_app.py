@@ -23,14 +23,16 @@ from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, WebCounts
 from node.web.embeddings import Embeddings
 from node.web.errors import error_answer
 from node.web.generation import Generations
+from node.web.schema import Defaults
 
 
 class SealedApp:
     """Implements node.sealed_serving.Answerer."""
 
-    def __init__(self, front: Front, rng: Random) -> None:
+    def __init__(self, front: Front, rng: Random, defaults: Defaults) -> None:
+        """defaults: what requests get that do not say, as at the HTTP door."""
         embeddings = Embeddings(front)
-        self._app = application(work_routes(Generations(front, rng, embeddings), embeddings))
+        self._app = application(work_routes(Generations(front, rng, embeddings, defaults), embeddings))
         self._counts = WebCounts()
 
     async def __call__(self, ask: SealedAsk, reply: Reply) -> None:

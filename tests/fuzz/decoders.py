@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from tests.fuzz import model_targets, round_targets, state_targets, text_targets, wire_targets
+from tests.fuzz import model_targets, round_targets, sealed_targets, state_targets, text_targets, wire_targets
 from tests.fuzz.target import Target
 
 TARGETS: Final[Mapping[str, Callable[[], Target]]] = {
@@ -19,4 +19,5 @@ TARGETS: Final[Mapping[str, Callable[[], Target]]] = {
     **text_targets.TARGETS,
     **model_targets.TARGETS,
     **round_targets.TARGETS,
+    **sealed_targets.TARGETS,
 }
