@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1
 # The node with its default model. Build: docker build -t openagi-node .
-# Run: docker run -p 8765:8765 -p 4001:4001 -v openagi:/data openagi-node
+# Run: docker run -p 127.0.0.1:8765:8765 -p 4001:4001 -v openagi:/data openagi-node
+# (the door asks for no key, so only this machine may ask it). Three nodes: docs/operators/compose.yaml
 FROM python:3.11-slim
 
 ENV PYTHONUNBUFFERED=1 \

@@ -7,6 +7,7 @@ are the node's, and so is what NODE_KEYS names.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -108,4 +109,4 @@ def _below(given: Mapping[str, object], section: str) -> dict[str, object]:
 
 
 def _bad(name: str, value: object, wanted: str) -> BadSetting:
-    return BadSetting(f"{name} = {str(repr(value))[:80]}: wanted {wanted}", param=name)
+    return BadSetting(f"{name} = {reprlib.repr(value)[:80]}: wanted {wanted}", param=name)

@@ -8,6 +8,7 @@ given twice is an error. A key that begins with // is a comment. What is not in 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -82,7 +83,7 @@ def _turn(switch: str, value: object, found: dict[str, Setting]) -> None:
     """Apply one switch. Raises ConfigError for one that is no switch, or that contradicts its own service's setting."""
     name, off = SWITCHES[switch]
     if not isinstance(value, bool):
-        raise ConfigError(f"{switch} = {str(repr(value))[:80]}: wanted true or false")
+        raise ConfigError(f"{switch} = {reprlib.repr(value)[:80]}: wanted true or false")
     if not value:
         found[name] = Setting(switch, off)
     elif name in found and found[name].value == off:
@@ -100,7 +101,7 @@ def _flat(given: Mapping[str, object], prefix: str) -> Iterator[tuple[str, objec
         elif isinstance(value, Mapping) and key.startswith(("app.", "model.")) and key not in (*MODEL_KEYS, *SWITCHES):
             raise ConfigError(_unknown(key))
         elif key in ("app", "app.enable"):
-            raise ConfigError(f"{key} = {str(repr(value))[:80]}: wanted an object of keys")
+            raise ConfigError(f"{key} = {reprlib.repr(value)[:80]}: wanted an object of keys")
         else:
             yield key, value
 

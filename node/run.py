@@ -44,8 +44,9 @@ from node.remote import Network
 from node.sealed_relay import SealedRelay
 from node.sealed_serving import SealedServing
 from node.serving import Serving
-from node.state import AGENT, NodeState, Parts
+from node.state import NodeState, Parts
 from node.training_pause import PausePolicy, hours_of
+from node.version import AGENT
 from node.work import WORK_LIMITS
 from p2p.book import Book
 from p2p.bootstrap import BootstrapPeer, bootstrap_peer, read_bootstrap_file

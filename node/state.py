@@ -31,6 +31,7 @@ from node.sealed import SealedCall
 from node.sealed_relay import SealedRelay
 from node.state_told import disk_told, engine_told, offer_told, row_of, training_told
 from node.training_wish import Begin, Join
+from node.version import VERSION
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
 from p2p.address import is_relayed
 from p2p.calls import Calls
@@ -39,8 +40,6 @@ from p2p.reaching import Reaching
 
 EMBED_SLOTS = 8  # requests for vectors at a time that an encoder's advert takes for no crowd
 CLOCK_PEERS_MIN = 3  # of fewer nobody can say whose clock is wrong
-VERSION = "0.1.0"
-AGENT = f"openagi-node/{VERSION}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

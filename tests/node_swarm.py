@@ -25,7 +25,8 @@ from node.remote import Network
 from node.sealed_relay import SealedRelay
 from node.sealed_serving import SealedServing
 from node.serving import Serving
-from node.state import AGENT, NodeState, Parts
+from node.state import NodeState, Parts
+from node.version import AGENT
 from node.work import WORK_LIMITS, AnswerItem, Finished, GenerateWork, Piece, Sampling, Started
 from p2p.book import Book
 from p2p.calls import Calls, Handler

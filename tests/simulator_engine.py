@@ -12,6 +12,7 @@ from typing import Protocol
 
 from crypto.identity import PeerId
 from gossip.messages import ModelKind
+from model.config import ModelFacts
 from node.errors import NoRoom, RequestError
 from node.work import AnswerItem, Finished, GenerateWork, Piece, Progress, Started
 from tests.simulator_net import Timer
@@ -69,11 +70,11 @@ class Engine:
         self._stepping = False
         self._told_at = 0.0
 
-    def facts(self, kind: str) -> None:
-        """No request here is longer than a context."""
-
     def serves(self, model: str | None, revision: str | None, kind: str) -> bool:
         return model in (None, self.model) and revision in (None, REVISION) and kind == ModelKind.CAUSAL
+
+    def facts(self, kind: str) -> ModelFacts | None:
+        return None  # nobody here has a shorter context than another
 
     def has_room(self) -> bool:
         return len(self.running) + len(self.waiting) < self.slots

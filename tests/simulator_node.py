@@ -24,6 +24,7 @@ from gossip.saved import RESERVED, SAVE_S, SavedState
 from gossip.standing import Standing, Verdict
 from gossip.view import Preference
 from node.errors import NoRoom, RequestError
+from node.loading import Loading
 from node.work import (
     AnswerItem,
     Finished,
@@ -142,7 +143,7 @@ class Process:
     def rank(self, need: Need) -> tuple[Candidate, ...] | WhyNot:
         return rank(need, self.directory.offers(self.now), self.observations, self.now, self.rng)
 
-    loading = None
+    loading: Loading | None = None
 
     def served_names(self) -> set[str]:
         return {model.name for model in self.directory.models(self.now)}

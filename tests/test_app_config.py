@@ -131,6 +131,16 @@ def test_what_is_wrong_is_named_as_the_file_has_it(tmp_path: Path, settings: obj
     assert str(tmp_path / "app_config.json") in str(caught.value) or wanted.startswith("--")
 
 
+@pytest.mark.parametrize("key", ["app", "app.enable", "app.enable.http", "model", "model.device", "network", "x"])
+def test_a_value_may_be_nested_as_deep_as_it_likes(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "app_config.json"
+    for deep in ("[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900):
+        file.write_text("{" + json.dumps(key) + ":" + deep + "}")
+        with pytest.raises(ConfigError) as caught:
+            load_config({}, environment={}, file=file)
+        assert len(str(caught.value)) < 2_000
+
+
 def test_comments_are_left_out() -> None:
     assert settings_of({"//": "said", "// more": {"x": 1}, "model": {"//": 5, "device": "cpu"}}).keys() == {"device"}
 

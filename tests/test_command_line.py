@@ -32,9 +32,9 @@ from node.commands.client import CommandFailed, Event, NodeClient
 from node.commands.status import line, summary
 from node.commands.tables import spoken
 from node.config import KEY_FILE, NodeConfig
-from tests.fake_front import PEER, FakeFront
+from tests.fake_front import PEER, FakeFront, tale
 from tests.test_train_commands import RUN, Screen, listening_to_ctrl_c
-from tests.test_web_serve import served
+from tests.test_web_serve import endless, served
 
 __all__ = ["listening_to_ctrl_c"]
 ROOT = Path(__file__).parent.parent
@@ -289,11 +289,11 @@ def test_the_summary_says_what_is_of_use() -> None:
     assert told["model"] == "fairy sha256-1 on cpu"
     assert told["room"] == "15 of 16 slots free, 0 waiting, 41.2 tok/s"
     assert told["backend"] == "vLLM at http://127.0.0.1:8000, it is down"
-    assert told["answered"] == "9 requests, 2 errors, 1 running, 400 tokens made"
+    assert told["answered"] == "9 requests, 2 failed, 1 running, 400 tokens made"
     assert told["training"] == "tales, training"
     assert line(STATUS) == (
         "ready, 2 connected, 5 known, fairy sha256-1 on cpu, "
-        "9 requests, 2 errors, 1 running, 400 tokens made, tales, training"
+        "9 requests, 2 failed, 1 running, 400 tokens made, tales, training"
     )
 
 
@@ -412,6 +412,37 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(capsys: pytest.CaptureFixture[
     assert [turn["content"] for turn in chat.turns] == ["one", "Once upon", "two", "fine"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for a process")
+async def test_ctrl_c_in_a_real_chat_frees_the_peer_and_the_chat_goes_on(listening_to_ctrl_c: None) -> None:
+    async with served() as node:
+        node.front.script = lambda work: endless() if len(node.front.works) == 1 else tale(["fine"])
+        process = subprocess.Popen(  # noqa: ASYNC220  # it returns at once
+            [sys.executable, "-m", "node", "chat", "--node", f"http://127.0.0.1:{node.port}"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(b"one\n")
+            process.stdin.flush()
+            assert await trio.to_thread.run_sync(process.stdout.read, 1) == b"x"
+            process.send_signal(signal.SIGINT)
+            await node.idle()
+            out, err = await trio.to_thread.run_sync(process.communicate, b"two\n/quit\n")
+        finally:
+            process.kill()
+        assert process.returncode == 0, err
+        assert out.endswith(b"\nfine\n")
+        assert b" [stopped]" in err
+        assert b"Traceback" not in err
+        assert node.front.cancelled == 1
+
+
 def test_the_commands_of_a_chat(capsys: pytest.CaptureFixture[str]) -> None:
     node = Answers(["a"], ["b"])
     chat = talk(node, quiet=True)
@@ -444,6 +475,10 @@ def test_a_chat_in_json_says_how_each_answer_ended(capsys: pytest.CaptureFixture
     assert [(row["content"], row["end"]) for row in rows] == [("a", "complete"), ("b", "stopped"), ("c", "error")]
     assert rows[0]["served_by"] == PEER
     assert rows[2]["error"] == "it died"
+    chat = talk(Answers(["a"], [CommandFailed("the prompt has 600 tokens", 2)]))
+    chat.turn("one")
+    chat.turn("two")
+    assert capsys.readouterr().err.endswith("node: the prompt has 600 tokens\n/new forgets what was said\n")
 
 
 def test_a_model_cannot_write_escape_sequences_to_the_terminal() -> None:

@@ -25,12 +25,13 @@ from gossip.routing import Candidate
 from model.errors import BadModel, ModelError
 from model.requests import Output
 from node.config import NodeConfig
-from node.errors import ConfigError, PeerFailed
+from node.errors import ConfigError, NotReady, PeerFailed
+from node.front import RouteHint
 from node.inference import INFER_PROTOCOL
 from node.remote import Remote
 from node.run import Node, _bootstrap
 from node.start import leaves
-from node.work import WORK_LIMITS, Finished, GenerateWork, Sampling, from_wire, to_wire
+from node.work import WORK_LIMITS, EmbedWork, Finished, GenerateWork, Sampling, from_wire, to_wire
 from p2p.calls import Calls
 from p2p.errors import P2PError, RemoteError
 from p2p.hello import RPC_PROTOCOL
@@ -167,6 +168,15 @@ async def test_the_live_tree_of_tasks_is_the_one_in_the_documents(tmp_path: Path
                 assert names(child) == INSIDE.get(child.name, []), child.name
 
 
+async def test_a_node_whose_training_is_switched_off_has_no_task_of_it(tmp_path: Path) -> None:
+    async with running(tmp_path, training=False) as here:
+        await here.ready()
+        task = here.task()
+        assert task is not None
+        assert "node.hosting.Hosting.run" in names(task)
+        assert "node.training.Training.run" not in names(task)
+
+
 async def test_ready_means_ready(tmp_path: Path) -> None:
     async with running(tmp_path, http="127.0.0.1:0") as here:
         await here.ready()
@@ -228,6 +238,8 @@ async def test_a_signal_while_the_model_loads_does_not_wait_for_it(tmp_path: Pat
             await until(lambda: here.node.state.phase == "loading")
             readiness = here.node.state.readiness()
             assert (readiness.ready, readiness.loading) == (False, True)
+            with pytest.raises(NotReady, match="this node is not ready yet"):
+                await here.node.state.embed(EmbedWork(request_id="q", texts=("a",)), RouteHint())
             await trio.sleep(0.1)
             signal_me()
             await here.ended()

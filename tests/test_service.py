@@ -26,7 +26,7 @@ from tests.node_swarm import Node, Swarm
 from tests.tiny_models import CONTEXT, save_causal, save_encoder
 
 PROMPTS = ["Once upon a time", "Es war einmal", "Once"]
-pytestmark = pytest.mark.slow  # most load a model, each for itself
+HANG_S = 60.0  # a guard: nothing here takes this long
 CPU = {"device": "cpu", "dtype": "float32", "threads": 1}
 
 
@@ -343,9 +343,9 @@ def test_a_bug_leaves_nobody_waiting(paths: dict[str, Path], monkeypatch: pytest
     service = start_model_service(settings(paths["causal"]))
     monkeypatch.setattr(Runtime, "step", lambda self: 1 / 0)
     with pytest.raises(NotLoaded, match="has stopped"):
-        service.submit("Once").result()
+        service.submit("Once").result(timeout=HANG_S)
     with pytest.raises(NotLoaded, match="has stopped"):
-        service.submit("Once").result()
+        service.submit("Once").result(timeout=HANG_S)
     service.stop()
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 from trio.testing import MockClock
 
 from model.config import LinearFacts
+from node.config import NodeConfig
+from node.errors import NotReady
 from node.front import RouteHint
 from node.state import EMBED_SLOTS
 from node.work import EmbedWork
@@ -85,3 +88,11 @@ async def test_readiness_and_capacity_follow_the_phase(swarm: Swarm, autojump_cl
         assert readiness.retry_after_s
         assert not peer.state.capacity().accepting
         assert peer.state.capacity().models == ()
+
+
+async def test_training_that_is_switched_off_says_so(swarm: Swarm, autojump_clock: MockClock) -> None:
+    node = await swarm.start(FakeRuntime())
+    node.state._parts = replace(node.state._parts, config=NodeConfig(training=False))
+    assert "switched off at this node (--no-training" in node.state.training.status()["why"]
+    with pytest.raises(NotReady, match="switched off"):
+        await node.state.training.leave()

@@ -109,8 +109,8 @@ async def test_anthropic_errors(anthropic: Clients) -> None:
         with pytest.raises(module.NotFoundError, match="nope") as unknown:
             client.messages.create(**{**ASKED, "model": "nope"})
         assert unknown.value.request_id.startswith("req-")
-        with pytest.raises(module.BadRequestError, match="not offered by this node yet"):
-            client.messages.create(**ASKED, tools=[{"name": "f", "input_schema": {"type": "object"}}])
+        with pytest.raises(module.BadRequestError, match="no tools"):
+            client.messages.create(**ASKED, tool_choice={"type": "any"})
 
     await anthropic(failing)
     anthropic.node.front.script = lambda work: [*tale(["Once"], step_s=0.05)[:-1], 0.05, PeerFailed("the peer died")]

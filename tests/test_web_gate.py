@@ -135,6 +135,7 @@ def test_every_route_is_for_somebody_and_not_by_chance(tmp_path: Path) -> None:
         "/",
         "/chat",
         "/healthz",
+        "/openapi.json",
         "/readyz",
         "/static/{name}",
     }

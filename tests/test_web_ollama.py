@@ -166,7 +166,7 @@ async def test_a_name_may_carry_latest_and_the_networks_own_names_come_first(ben
     [
         ({"model": None}, "'model' is missing"),
         ({"temperature": 0.5}, "unknown field 'temperature'"),
-        ({"tools": [{"type": "function"}]}, "tools in Ollama's shape are not offered"),
+        ({"tools": [{"type": "function"}]}, "tools"),
         ({"format": "json"}, "format is not offered"),
         ({"think": True}, "think is not offered"),
         ({"images": ["aGk="]}, "'images'"),
@@ -197,6 +197,7 @@ async def test_what_is_refused_is_named(bench: Bench, path: str, fields: dict[st
         ("/api/chat", {**CHAT, "messages": [{"role": "user", "content": 7}]}, "messages.0.content"),
         ("/api/chat", {**CHAT, "messages": [{"role": "user", "content": "x", "images": ["aGk="]}]}, "0.images"),
         ("/api/chat", {**CHAT, "messages": [{"role": "assistant", "tool_calls": [{}]}]}, "0.tool_calls"),
+        ("/api/chat", {**CHAT, "messages": [{"role": "user", "tool_calls": [{}]}]}, "of the assistant's"),
         ("/api/generate", {**GENERATE, "suffix": "x"}, "'suffix'"),
         ("/api/generate", {**GENERATE, "template": "x"}, "'template'"),
         ("/api/generate", {**GENERATE, "context": [1]}, "send the conversation to /api/chat"),

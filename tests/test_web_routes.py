@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import struct
 from collections.abc import AsyncIterator
@@ -19,6 +20,7 @@ from node.errors import InternalError, NoRoom, NotReady, PeerFailed
 from node.front import Readiness, Route
 from node.web.app import build_app
 from node.web.door import BODY_BYTES_MAX, BODY_S_MAX, DoorConfig
+from node.web.schema import Defaults
 from node.web.settings import WebConfig
 from tests.fake_front import PEER, FakeFront, Step, finished, started, tale, told
 
@@ -375,6 +377,43 @@ async def test_inference_of_an_encoder(bench: Bench) -> None:
     del bench.front.rows[0]  # a node whose network has an encoder only
     told_back = (await bench.post("/api/v1/model/inference", {"text": "a"})).json()
     assert told_back["model_type"] == "encoder"
+
+
+async def test_a_request_that_names_none_gets_the_operators_limit_and_temperature() -> None:
+    front = FakeFront()
+    app = build_app(front, Random(7), WebConfig(defaults=Defaults(max_tokens=77, temperature=0.0)))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1:8765") as http:
+        for path, body in (
+            ("/v1/chat/completions", CHAT),
+            ("/v1/completions", {"prompt": "a"}),
+            ("/api/v1/model/inference", {"text": "a"}),
+        ):
+            await http.post(path, json=body)
+            work = front.works[-1]
+            assert (work.sampling.max_tokens, work.sampling.temperature) == (77, 0.0), path
+            assert work.keep, "greedy by the operator's choice is the same each time"
+            await http.post(path, json={**body, "max_tokens": 3, "temperature": 1.5})
+            work = front.works[-1]
+            assert (work.sampling.max_tokens, work.sampling.temperature) == (3, 1.5), path
+        front.rows[0] = dataclasses.replace(front.rows[0], context_tokens=100)  # never more than half of it by itself
+        await http.post("/v1/completions", json={"prompt": "a"})
+        assert front.works[-1].sampling.max_tokens == 50
+
+
+async def test_inference_names_each_revision_that_answered(bench: Bench) -> None:
+    answers = iter((started(), replace(started(), revision="r2", served_by="12D3other")))
+    bench.front.script = lambda work: [next(answers), *tale(["x"])[1:]]
+    told_back = (await bench.post("/api/v1/model/inference", {"text": ["a", "b"]})).json()
+    assert set(told_back["revision"].split(", ")) == {"sha256-0123456789ab", "r2"}
+    assert set(told_back["served_by"].split(", ")) == {PEER, "12D3other"}
+    assert told_back["model"] == "fairy"
+
+
+async def test_inference_has_no_n_for_either_kind(bench: Bench) -> None:
+    for model in ("fairy", "org/enc"):
+        body = {"text": "a", "model": model, "n": 2}
+        assert error_of(await bench.post("/api/v1/model/inference", body), 400)["param"] == "n"
+    assert bench.front.works == bench.front.embeds == []
 
 
 async def test_health_and_readiness(bench: Bench) -> None:

@@ -48,6 +48,7 @@ MISTRAL = """{%- set user_messages = messages | selectattr("role", "equalto", "u
     {%- elif message["role"] == "assistant" %}{{- " " + message["content"]|trim + eos_token }}
     {%- elif message["role"] == "tool" %}{{- '[TOOL_RESULTS] {"content": ' + message.content|string + ", " }}{{- '"call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}{%- endif %}
 {%- endfor %}"""
+BRIEF = """{% if tools %}<tool_call>{{ tools|tojson }}{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function|tojson }}{% endfor %}\n{% endfor %}<assistant>"""
 TEMPLATES = {"hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL}
 WEATHER = {
     "type": "function",

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from node.commands.ask import texts
-from node.commands.client import NODE_URL, ApiKey, CommandFailed, NodeClient, NodeUrl, plainly
+from node.commands.client import EXIT_USAGE, NODE_URL, ApiKey, CommandFailed, NodeClient, NodeUrl, plainly
 from node.commands.pages import CLIENT_EXITS, CLIENT_VARIABLES, page
 from node.commands.tables import print_json, print_piece, printable
 
@@ -41,7 +41,9 @@ def chat(
     api_key: ApiKey = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the node's own choice.")] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told before all.")] = None,
-    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The most tokens of one answer.")] = 256,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of one answer; default: the node's.")
+    ] = None,
     temperature: Annotated[float, typer.Option(metavar="T", min=0.0, help="0 is greedy.")] = 0.7,
     as_json: Annotated[bool, typer.Option("--json", help="Print each answer as a line of JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not say who answered.")] = False,
@@ -50,7 +52,7 @@ def chat(
     with plainly(), NodeClient(node, api_key) as client:
         client.get("/healthz")
         opening = [{"role": "system", "content": system}] if system else []
-        body: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+        body: dict[str, Any] = {"temperature": temperature} | ({"max_tokens": max_tokens} if max_tokens else {})
         talk = _Talk(client=client, body=body, opening=opening, as_json=as_json, quiet=quiet)
         if model:
             body["model"] = model
@@ -142,6 +144,8 @@ class _Talk:
                         print_piece(piece)
         except CommandFailed as failure:
             _aside(f"node: {failure}")
+            if len(self.turns) > 1 and failure.exit_code == EXIT_USAGE:  # it may have grown too long for the model
+                _aside("/new forgets what was said")
             told |= {"end": "error", "error": str(failure)}
         except KeyboardInterrupt:
             _aside(" [stopped]")
@@ -150,7 +154,7 @@ class _Talk:
             print_json({**told, "content": "".join(pieces), "usage": usage or None}, is_line=True)
             return "".join(pieces)
         print()
-        if not self.quiet and told.get("served_by"):
+        if pieces and not self.quiet and told.get("served_by"):
             tokens = f", {usage['completion_tokens']} tokens" if usage else ""
             _aside(f"[{told['served_by']}, {told['revision']}{tokens}]")
         return "".join(pieces)

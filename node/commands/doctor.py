@@ -41,7 +41,9 @@ def doctor(
     model: Annotated[str | None, typer.Option(metavar="NAME", help="The node's model.")] = None,
     backend: Annotated[str | None, typer.Option(metavar="BACKEND", help="The node's backend.")] = None,
     backend_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The key of that backend.")] = None,
-    node: Annotated[str | None, typer.Option("--node", metavar="URL", help="The running node, if elsewhere.")] = None,
+    node: Annotated[
+        str | None, typer.Option("--node", metavar="URL", envvar="OPENAGI_NODE", help="The node, if it is elsewhere.")
+    ] = None,
     api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:

@@ -139,7 +139,7 @@ def _model(told: Mapping[str, Any]) -> Iterator[Row]:
 
 def _answered(inference: Mapping[str, Any]) -> str:
     failed = sum((inference.get("errors") or {}).values())
-    parts = [f"{inference['requests']} requests", f"{failed} errors", f"{leaf(inference.get('running'))} running"]
+    parts = [f"{inference['requests']} requests", f"{failed} failed", f"{leaf(inference.get('running'))} running"]
     return ", ".join([*parts, f"{leaf(inference.get('completion_tokens'))} tokens made"])
 
 

@@ -42,7 +42,7 @@ class Anthropic:
 
     async def messages(self, request: Request) -> ASGIApp:
         asked = parse(await read_body(request.scope, request.receive), MessagesRequest)
-        prompts = [{"messages": asked.turns()}]
+        prompts = [{"messages": asked.turns(), "tools": asked.tooling()}]
         works = self._generations.works(
             request, asked.generation(), prompts, tokens_default=asked.max_tokens, logprobs=None
         )
@@ -55,6 +55,7 @@ class Anthropic:
             request_id=request_id,
             model=asked.model_asked(),
             messages=asked.turns(),
+            tools=asked.tooling(),
             sampling=Sampling(max_tokens=1, temperature=0.0),
             remaining_ms=max(1, int(asker.deadline_s * 1000)),
             private=asker.private,

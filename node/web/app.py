@@ -27,6 +27,7 @@ from node.errors import InternalError, NotReady, RequestError, UnknownModel
 from node.front import Front, ModelRow
 from node.metrics import CONTENT_TYPE, OPENMETRICS_TYPE, pieces, wants_openmetrics
 from node.tallies import model_rows
+from node.version import VERSION
 from node.web.answers import ClientGone
 from node.web.anthropic import Anthropic
 from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, WebCounts
@@ -37,6 +38,7 @@ from node.web.generation import Generations
 from node.web.meter import Meter
 from node.web.metered import MeteredFront
 from node.web.ollama import Ollama
+from node.web.openapi import document
 from node.web.pages import page_routes
 from node.web.responses import Responses
 from node.web.sealed import Sealed
@@ -68,6 +70,7 @@ def build_app(front: Front, rng: Random, config: WebConfig | None = None, *, sto
         get("/api/v1/peers/{peer}/sealing-key", sealed.key),
         get("/v1/models", facts.models),
         get("/v1/models/{model:path}", facts.model),
+        get("/openapi.json", facts.openapi),
         get("/healthz", facts.healthz),
         get("/readyz", facts.readyz),
         get("/metrics", facts.metrics),
@@ -160,6 +163,9 @@ class Facts:
             "embeds": any(row.embeds for row in same),
             "revisions": [{"revision": row.revision, "peers": row.peers} for row in same],
         }
+
+    async def openapi(self, request: Request) -> Response:
+        return json_response(document(request.app.routes, VERSION))
 
     async def healthz(self, request: Request) -> Response:
         return json_response({"status": "ok"})

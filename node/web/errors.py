@@ -119,6 +119,13 @@ ANTHROPIC_TYPES = {
 }
 
 
+# the codes that each row stands for: its own, and those of kinds without a row
+CODES: dict[type[errors.RequestError], list[str]] = {kind: [kind.code] for kind in TABLE}
+for _kind in errors.REQUEST_ERRORS.values():
+    if _kind not in TABLE:
+        CODES[next(known for known in _kind.__mro__ if known in TABLE)].append(_kind.code)
+
+
 def row_of(error: errors.RequestError) -> Row:
     """The nearest kind's row."""
     return next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), _UNKNOWN)

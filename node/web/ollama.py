@@ -28,6 +28,7 @@ from node.web.generation import Generations
 from node.web.ollama_writer import NS, OllamaWriter
 from node.web.schema import parse, prompts_of
 from node.web.schema_ollama import (
+    OPERATORS,
     OllamaBody,
     OllamaChatRequest,
     OllamaEmbeddingsRequest,
@@ -41,7 +42,6 @@ from node.work import TEXTS_MAX, Embedded
 
 API_VERSION: Final = "0.12.11"  # the Ollama whose API this is (the first with logprobs): clients look for a least one
 TOKENS_DEFAULT: Final = 2048  # num_predict is unlimited at Ollama; here half of the context at most, as everywhere
-OPERATORS: Final = ("pull", "push", "create", "copy", "delete", "blobs/{digest:path}")
 
 
 class Ollama:
@@ -70,7 +70,7 @@ class Ollama:
 
     async def chat(self, request: Request) -> ASGIApp:
         asked = parse(await read_body(request.scope, request.receive), OllamaChatRequest)
-        prompt = {"messages": asked.turns()} if asked.messages else None
+        prompt = {"messages": asked.turns(), "tools": asked.tooling()} if asked.messages else None
         return await self._answer(request, asked, prompt, chat=True)
 
     async def generate(self, request: Request) -> ASGIApp:

@@ -21,10 +21,11 @@ import msgspec
 from node.errors import RequestError
 from node.tools import ToolCall
 from node.web.errors import ollama_error
+from node.web.schema_called import arguments_of
 from node.web.shapes import Answer, Head, Json, chat_token
+from node.web.writer import LINES
 from node.work import Finished, Progress, TokenLogprob
 
-LINES: Final = "application/x-ndjson"
 NS: Final = 1_000_000_000
 
 
@@ -47,7 +48,7 @@ class OllamaWriter:
         return _line({**self._said(head, text), "done": False, **self._logprobs(logprobs)})
 
     def call(self, head: Head, answer: Answer, call: ToolCall) -> bytes:
-        raise AssertionError("a route that refuses tools got a call")
+        return _line({**self._said(head, "", [call]), "done": False})
 
     def ending(self, head: Head, answer: Answer, finished: Finished) -> bytes:
         return _line({**self._said(head, ""), **_end(answer, finished)})
@@ -67,15 +68,21 @@ class OllamaWriter:
     def whole(self, head: Head, answers: Sequence[Answer]) -> bytes:
         [answer] = answers
         assert answer.finished is not None, "only complete answers are told whole"
-        said = self._said(head, "".join(answer.text))
+        said = self._said(head, "".join(answer.text), answer.calls)
         return msgspec.json.encode({**said, **_end(answer, answer.finished), **self._logprobs(answer.logprobs)})
 
     def loaded(self, head: Head) -> bytes:
         """The answer to a request without a prompt: the model is there."""
         return _line({**self._said(head, ""), "done": True, "done_reason": "load"})
 
-    def _said(self, head: Head, text: str) -> Json:
-        said: Json = {"message": {"role": "assistant", "content": text}} if self.chat else {"response": text}
+    def _said(self, head: Head, text: str, calls: Sequence[ToolCall] = ()) -> Json:
+        said: Json = {"response": text}
+        if self.chat:
+            message: Json = {"role": "assistant", "content": text}
+            if calls:
+                functions = [{"name": call.name, "arguments": arguments_of(call)} for call in calls]
+                message["tool_calls"] = [{"function": function} for function in functions]
+            said = {"message": message}
         return {"model": self.model, "created_at": moment(head.created_s), **said}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:

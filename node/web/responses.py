@@ -36,15 +36,19 @@ class Responses:
     async def create(self, request: Request) -> ASGIApp:
         asked = parse(await read_body(request.scope, request.receive), ResponsesRequest)
         logprobs = asked.logprobs_asked()
-        prompts = [{"messages": asked.turns()}]
+        prompts = [{"messages": asked.turns(), "tools": asked.tooling()}]
         works = self._generations.works(
             request, asked.generation(), prompts, tokens_default=CHAT_TOKENS_DEFAULT, logprobs=logprobs
         )
+        choice = asked.tool_choice
         repeated = {
             "instructions": asked.instructions,
             "max_output_tokens": asked.max_output_tokens,
             "metadata": asked.metadata,
+            "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "temperature": asked.temperature,
+            "tool_choice": "auto" if choice is None else choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": [tool.model_dump() for tool in asked.tools],
             "top_logprobs": asked.top_logprobs or 0,
             "top_p": asked.top_p,
             "user": asked.user,

@@ -13,19 +13,23 @@ modelfile.mdx ("Valid parameters and values"); ollama-python 0.6 ollama/_types.p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from node import work
 from node.errors import BadRequest
+from node.tools import TOOLS_MAX, Tooling
 from node.web.schema import DIMENSIONS_MAX, Body, Generation, messages_of
+from node.web.schema_called import Turn, call_turn, result_turn, tool_of, with_calls_joined
 from node.web.schema_parts import Logprobs, Stops, Temperature, TopK, TopP, object_of, shown
+from node.web.schema_tools import Name, tooling_of
 
 CONTEXT_TOKENS_MAX = 1 << 24  # above any model's
 LATEST = ":latest"
 ROLES = ("system", "user", "assistant", "tool")
-MESSAGE_KEYS = frozenset({"role", "content"})
+MESSAGE_KEYS = frozenset({"role", "content", "tool_calls", "tool_name"})
+OPERATORS = ("pull", "push", "create", "copy", "delete", "blobs/{digest:path}")  # routes for who runs a node
 UNLIMITED = (-1, 0)  # num_predict: until the model ends, as Ollama has it when nothing is said
 
 _WORDLESS: tuple[object, ...] = ("",)
@@ -39,7 +43,6 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "suffix": _WORDLESS,
     "template": _WORDLESS,
     "think": (False,),
-    "tools": ([],),
     "width": (),
 }
 # options of the same kind
@@ -54,7 +57,6 @@ REFUSALS: Mapping[str, str] = {
     "context": "context is not offered by this node: send the conversation to /api/chat",
     "format": "format is not offered by this node on Ollama's routes yet: leave it out",
     "think": "think is not offered by this node: leave it out, or send false",
-    "tools": "tools in Ollama's shape are not offered by this node yet: leave them out",
 }
 
 
@@ -165,24 +167,72 @@ class OllamaGeneration(OllamaWork):
         )
 
 
+class OllamaFunction(BaseModel):
+    """A function of the client's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class OllamaTool(BaseModel):
+    """The one kind of tool."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    type: Literal["function"] = "function"
+    function: OllamaFunction
+
+
 class OllamaChatRequest(OllamaGeneration):
     """POST /api/chat. Without messages it asks that the model be loaded."""
 
     messages: list[Any] = Field(default_factory=list)
+    tools: list[OllamaTool] = Field(default_factory=list, max_length=TOOLS_MAX)
+
+    def tooling(self) -> Tooling | None:
+        """What may be called in the answer. Raises BadRequest, TooLarge."""
+        functions = [one.function for one in self.tools]
+        return tooling_of([tool_of(one.name, one.description, one.parameters, None) for one in functions], None, None)
 
     def turns(self) -> tuple[work.Message, ...]:
         """The chat. Raises BadRequest, TooLarge."""
-        turns = []
+        turns: list[Turn] = []
+        waiting: list[tuple[str, str]] = []  # ids and names of calls without a result: Ollama has no ids
         for index, value in enumerate(self.messages):
             param = f"messages.{index}"
             message = object_of(value, param, MESSAGE_KEYS)
-            role, content = message.get("role"), message.get("content", "")
+            role, content = message.get("role"), message.get("content") or ""
             if not isinstance(role, str) or role not in ROLES:
                 raise BadRequest(f"{param}.role is {shown(role)}, wanted one of {', '.join(ROLES)}", param=param)
             if not isinstance(content, str):
                 raise BadRequest(f"{param}.content is {shown(content)}, wanted a string", param=f"{param}.content")
+            if role == "tool" and waiting:
+                named = [call for call in waiting if call[1] == message.get("tool_name")]
+                waiting.remove(done := (named or waiting)[0])
+                turns.append(result_turn(done[0], content, param))
+                continue
             turns.append({"role": role, "content": content})
-        return messages_of(turns)
+            for call in _calls(message.get("tool_calls"), role, param, len(turns)):
+                turns.append(call)
+                waiting += [(one["id"], one["function"]["name"]) for one in call["tool_calls"]]
+        return messages_of(with_calls_joined(turns))
+
+
+def _calls(values: object, role: str, param: str, turn: int) -> list[Turn]:
+    """The calls of an assistant's message, named by their place."""
+    if values in (None, []):
+        return []
+    where = f"{param}.tool_calls"
+    if not isinstance(values, list) or role != "assistant":
+        raise BadRequest(f"{where} is {shown(values)} of role {role}, wanted a list, of the assistant's", param=where)
+    calls = []
+    for index, value in enumerate(values):
+        function = object_of(value, where, frozenset({"function", "id", "type"})).get("function")
+        called = object_of(function, f"{where}.{index}.function", frozenset({"name", "arguments", "index"}))
+        call_id = f"{turn % 10**5:05d}{index % 10**4:04d}"  # nine digits, which every template takes
+        calls.append(call_turn(call_id, called.get("name"), called.get("arguments", {}), f"{where}.{index}"))
+    return calls
 
 
 class OllamaGenerateRequest(OllamaGeneration):

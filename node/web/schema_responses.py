@@ -9,20 +9,25 @@ Source: OpenAI API reference, "Create a model response"; OpenAI's openai-python 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from node import work
 from node.errors import BadRequest
+from node.tools import TOOLS_MAX, Tooling
 from node.web.schema import USER_CHARS_MAX, Generation, Request, messages_of
+from node.web.schema_called import Turn, call_turn, result_turn, tool_of, with_calls_joined
 from node.web.schema_parts import Logprobs, PartKinds, Temperature, Tokens, TopP, object_of, shown, text_of
+from node.web.schema_tools import FunctionChoice, FunctionName, Name, tooling_of
 
 METADATA_MAX = 16
 ROLES = ("system", "developer", "user", "assistant")
 INCLUDE_LOGPROBS = "message.output_text.logprobs"
 INCLUDES = {INCLUDE_LOGPROBS, "reasoning.encrypted_content"}  # of the second there is nothing to include
 MESSAGE_KEYS = frozenset({"type", "role", "content", "id", "status", "phase"})
+CALL_KEYS = frozenset({"type", "call_id", "name", "arguments", "id", "status"})
+RESULT_KEYS = frozenset({"type", "call_id", "output", "id", "status"})
 TEXT_PARTS: PartKinds = {
     "input_text": frozenset({"prompt_cache_breakpoint"}),
     "output_text": frozenset({"annotations", "logprobs"}),
@@ -31,7 +36,6 @@ NOT_STORED = (
     "this node stores no responses, so it cannot {what}: send the whole conversation as input, and store: false or no "
     "store at all"
 )
-TOOLS_REFUSED = "tools in the shape of /v1/responses are not offered by this node yet: leave tools and tool_choice out"
 
 # fields that we do not offer -> the values that ask for nothing
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
@@ -40,15 +44,12 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "conversation": (),
     "max_tool_calls": (),
     "moderation": (),
-    "parallel_tool_calls": (True, False),
     "previous_response_id": (),
     "prompt": (),
     "reasoning": ({}, {"effort": "none"}, {"effort": None}),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "text": ({}, {"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncation": ("disabled",),
 }
 
@@ -58,6 +59,25 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     include_obfuscation: bool = False
+
+
+class ResponsesTool(BaseModel):
+    """A function of the client's. Tools that OpenAI runs itself have other types, and are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    type: Literal["function"]
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponsesChoice(BaseModel):
+    """That this function is to be called."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    type: Literal["function"]
+    name: Name
 
 
 class ResponsesRequest(Request):
@@ -71,13 +91,14 @@ class ResponsesRequest(Request):
         "prompt": NOT_STORED.format(what="know a prompt by its id"),
         "store": NOT_STORED.format(what="keep this one"),
         "text": "only plain text is offered: leave text out, or send {'format': {'type': 'text'}}",
-        "tools": TOOLS_REFUSED,
-        "tool_choice": TOOLS_REFUSED,
         "truncation": "what does not fit is an error here and never cut: leave truncation out, or send 'disabled'",
     }
 
     input: Any
     instructions: str | None = None
+    tools: list[ResponsesTool] = Field(default_factory=list, max_length=TOOLS_MAX)
+    tool_choice: Literal["none", "auto", "required"] | ResponsesChoice | None = None
+    parallel_tool_calls: bool | None = None
     max_output_tokens: Tokens | None = None
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
@@ -101,9 +122,18 @@ class ResponsesRequest(Request):
             raise BadRequest(f"top_logprobs needs include: [{INCLUDE_LOGPROBS!r}]", param="top_logprobs")
         return None
 
+    def tooling(self) -> Tooling | None:
+        """What may be called in the answer. Raises BadRequest, TooLarge."""
+        tools = [tool_of(one.name, one.description, one.parameters, one.strict) for one in self.tools]
+        choice = self.tool_choice
+        if isinstance(choice, ResponsesChoice):
+            named = FunctionChoice(type="function", function=FunctionName(name=choice.name))
+            return tooling_of(tools, named, self.parallel_tool_calls)
+        return tooling_of(tools, choice, self.parallel_tool_calls)
+
     def turns(self) -> tuple[work.Message, ...]:
         """The chat, with the instructions in front. Raises BadRequest, TooLarge."""
-        turns: list[dict[str, object]] = []
+        turns: list[Turn] = []
         if self.instructions is not None:
             turns.append({"role": "system", "content": self.instructions})
         if isinstance(self.input, str):
@@ -112,7 +142,7 @@ class ResponsesRequest(Request):
             turns += [_turn(item, f"input.{index}") for index, item in enumerate(self.input)]
         else:
             raise BadRequest(f"input is {shown(self.input)}, wanted a string or a list of messages", param="input")
-        return messages_of(turns)
+        return messages_of(with_calls_joined(turns))
 
     def generation(self) -> Generation:
         """The sampling that it asks for."""
@@ -121,10 +151,19 @@ class ResponsesRequest(Request):
         )
 
 
-def _turn(item: object, param: str) -> dict[str, object]:
+def _turn(item: object, param: str) -> Turn:
     kind = item.get("type", "message") if isinstance(item, dict) else "message"
+    if kind == "function_call":
+        call = object_of(item, param, CALL_KEYS)
+        return call_turn(call.get("call_id"), call.get("name"), call.get("arguments"), param)
+    if kind == "function_call_output":
+        result = object_of(item, param, RESULT_KEYS)
+        return result_turn(result.get("call_id"), text_of(result.get("output"), f"{param}.output", TEXT_PARTS), param)
     if kind != "message":
-        raise BadRequest(f"{param} is an item of type {shown(kind)}; only messages are offered here", param=param)
+        raise BadRequest(
+            f"{param} is an item of type {shown(kind)}; offered are message, function_call and function_call_output",
+            param=param,
+        )
     message = object_of(item, param, MESSAGE_KEYS)
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:

@@ -20,6 +20,7 @@ from node.web.shapes import Answer, Head, Json, Shape
 from node.work import Finished, Progress, TokenLogprob
 
 EVENT_STREAM: Final = "text/event-stream; charset=utf-8"
+LINES: Final = "application/x-ndjson"
 DONE: Final = b"data: [DONE]\n\n"
 
 
@@ -40,7 +41,7 @@ class AnswerWriter(Protocol):
         """New text."""
 
     def call(self, head: Head, answer: Answer, call: ToolCall) -> bytes:
-        """A call of a function, the latest of the answer's. Only of requests that have tools."""
+        """The answer calls a function: its newest call. Only of requests that have tools."""
 
     def ending(self, head: Head, answer: Answer, finished: Finished) -> bytes:
         """One answer is complete."""

@@ -31,8 +31,13 @@ def config_file() -> Target:
         "network": "main", "mdns": True, "model": "none", "threads": 2, "kv_cache_mb": 64, "log_level": "info",
         "device": "cpu", "psk_file": "~/key",
     }  # fmt: skip
+    sections = {
+        "//": "said", "app": {"enable": {"model": True, "http": False}}, "app.enable.mdns": False,
+        "model": {"model_path": "default", "max_tokens": 9, "temperature": 0.5, "device": "cpu"},
+        "model.max_length": 64,
+    }  # fmt: skip
     odd = ({"data_dir": "~nobody-of-this-name/x"}, {"http": "[::1]:²"}, {"http": "a:" + "9" * 5000}, {"data_dir": "\0"})
-    return Target(read=read, errors=(ConfigError,), values=(right, *odd), pack=jsoned)
+    return Target(read=read, errors=(ConfigError,), values=(right, sections, *odd), pack=jsoned)
 
 
 def environment() -> Target:
@@ -43,6 +48,7 @@ def environment() -> Target:
         load_config({}, environment={name: value for name, _, value in lines})
 
     right = f"OPENAGI_THREADS=2\nOPENAGI_BOOTSTRAP={ADDRESS},\nOPENAGI_MDNS=false\nHOME=/x\nOPENAGI_HTTP=off"
+    right += "\nOPENAGI_TEMPERATURE=0.5"
     odd = (
         "OPENAGI_THREADS=²",
         "OPENAGI_THREADS=" + "9" * 5000,
