@@ -90,7 +90,8 @@ def build_app(front: Front, rng: Random, config: WebConfig | None = None, *, sto
         *Ollama(front, generations, embeddings).routes(),
     ]
     routes += page_routes(front, trio.Event() if stop is None else stop, frozenset(route.path for route in routes))
-    return Door(Gate(application(routes), gate, meter, sign_ins), config.door, counts)
+    inner = Gate(application(routes), gate, meter, sign_ins)
+    return Door(inner, config.door, counts, inner.early)
 
 
 def get(path: str, endpoint: Endpoint) -> Route:
