@@ -22,7 +22,7 @@ from node import work
 from node.errors import BadRequest, TooLarge
 from node.front import Route, RouteHint
 from node.tools import ToolCall, Tooling
-from node.web.schema_tools import ChatMessage, MadeCall, ToolChoice, Tools, calls_of, check_calls, tooling_of
+from node.web.schema_tools import ChatMessages, MadeCall, ToolChoice, Tools, calls_of, check_calls, tooling_of
 
 CHOICES_MAX = 16  # answers of one request: n times the prompts
 CHAT_TOKENS_DEFAULT = 256
@@ -143,7 +143,7 @@ class Streamed(Generation):
 class ChatRequest(Streamed):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Any], _shown_as(list[ChatMessage])] = Field(min_length=1)
+    messages: Annotated[list[Any], _shown_as(ChatMessages)] = Field(min_length=1)
     tools: Tools = []
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
