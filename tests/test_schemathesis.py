@@ -20,7 +20,7 @@ from trio.testing import MockClock
 from node.state import VERSION
 from node.web.app import build_app
 from node.web.door import Door
-from node.web.openapi import document
+from node.web.schema_openapi import document
 from tests.fake_front import FakeFront
 
 schemathesis = pytest.importorskip(

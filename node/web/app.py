@@ -31,7 +31,7 @@ from node.web.door import COUNTS_KEY, REQUEST_ID_KEY, Door, DoorConfig
 from node.web.embeddings import Embeddings
 from node.web.errors import MethodNotAllowed, NotFound, error_answer
 from node.web.generation import Generations
-from node.web.openapi import document
+from node.web.schema_openapi import document
 from node.web.training import Training
 
 log = logging.getLogger("node.web")
