@@ -37,9 +37,7 @@ def live() -> Any:
 
 def test_every_live_route_is_described_and_every_described_route_is_live() -> None:
     routes = {(method, path) for path, method in served(live())}
-    assert routes == set(ROUTES), (
-        "describe it in node/web/schema_openapi.py; what is gone from the routes goes there too"
-    )
+    assert routes == set(ROUTES), "describe it in node/web/schema_openapi.py; what is gone goes there too"
 
 
 def test_a_route_that_nobody_described_is_in_the_document_all_the_same() -> None:

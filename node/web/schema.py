@@ -59,7 +59,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 
 
 def _shown_as(kind: Any) -> WithJsonSchema:
-    """How the description of the routes (node/web/schema_openapi.py) shows a field that is read by hand, for better errors."""
+    """How GET /openapi.json (node/web/schema_openapi.py) shows a field that is read by hand, for better errors."""
     return WithJsonSchema(TypeAdapter(kind).json_schema(ref_template="#/components/schemas/{model}"))
 
 
