@@ -25,7 +25,8 @@ from gossip.routing import Candidate
 from model.errors import BadModel, ModelError
 from model.requests import Output
 from node.config import NodeConfig
-from node.errors import ConfigError, PeerFailed
+from node.errors import ConfigError, NotReady, PeerFailed
+from node.front import RouteHint
 from node.inference import INFER_PROTOCOL
 from node.remote import Remote
 from node.run import Node, _bootstrap
@@ -227,6 +228,12 @@ async def test_a_signal_while_the_model_loads_does_not_wait_for_it(tmp_path: Pat
             await until(lambda: here.node.state.phase == "loading")
             readiness = here.node.state.readiness()
             assert (readiness.ready, readiness.loading) == (False, True)
+            told = {"state": "loading", "model": here.config.model, "progress": None}
+            assert readiness.progress == told
+            with pytest.raises(NotReady, match="is loading; try again") as caught:
+                async with here.node.state.answer(GenerateWork(request_id="q", text="x"), RouteHint()) as items:
+                    await anext(aiter(items))
+            assert caught.value.more == {"loading": told}
             await trio.sleep(0.1)
             signal_me()
             await here.ended()
