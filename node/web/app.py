@@ -38,9 +38,9 @@ from node.web.generation import Generations
 from node.web.meter import Meter
 from node.web.metered import MeteredFront
 from node.web.ollama import Ollama
-from node.web.openapi import document
 from node.web.pages import page_routes
 from node.web.responses import Responses
+from node.web.schema_openapi import document
 from node.web.sealed import Sealed
 from node.web.session import SessionRoutes
 from node.web.settings import WebConfig
