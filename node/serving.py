@@ -7,7 +7,7 @@ cancelled (the caller left, its stream broke) frees the slot within one engine s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import trio
@@ -67,7 +67,8 @@ class Serving:
         raise _remote(DeadlinePassed(f"the {work.remaining_ms} ms that the request had left are over"))
 
     def _counted(self, incoming: Incoming) -> AbstractContextManager[None]:
-        assert self.inference is not None
+        if self.inference is None:  # the request is refused next
+            return nullcontext()
         return self.inference.flows.out_of(incoming.peer)
 
     def _requester(self, incoming: Incoming) -> Requester:

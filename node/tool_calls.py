@@ -258,7 +258,7 @@ def _arguments(said: _Said) -> str:
 
 def written(name: str, arguments: str) -> str:
     """A call as text in the format HERMES, from which the same is read."""
-    text = msgspec.json.encode({"name": name, "arguments": arguments}).decode().replace("</", "<\\/")
+    text = msgspec.json.encode({"name": name, "arguments": arguments}).decode()
     return f"<tool_call>{text}</tool_call>"
 
 

@@ -43,7 +43,7 @@ def made(id: str = ID, **changes: object) -> tuple[ApiKey, str]:
 def fault_of(ring: Keyring, text: str, now: float = 0.0) -> KeyFault:
     with pytest.raises(KeyRefused) as caught:
         ring.check(text, now)
-    assert not text or text not in str(caught.value)
+    assert len(text) < 20 or text not in str(caught.value)
     return caught.value.fault
 
 
@@ -63,6 +63,7 @@ def test_a_key_is_taken_by_its_whole_text_and_each_fault_has_its_word() -> None:
     assert fault_of(Keyring([expires]), text, 10.0) is KeyFault.EXPIRED
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(st.one_of(st.text(max_size=200), st.from_regex(r"oa_[0-9a-f]{12}\.[A-Za-z0-9_-]{43}", fullmatch=True)))
 def test_any_text_is_refused_with_a_word(text: str) -> None:
@@ -161,6 +162,7 @@ def run(*words: str, code: int = 0) -> str:
     return result.stdout if code == 0 else result.stderr
 
 
+@pytest.mark.slow
 def test_the_commands_make_list_and_revoke(tmp_path: Path) -> None:
     where = ("--data-dir", str(tmp_path))
     told = json.loads(run("create", "--name", "bob", "--limit", "30/m", "--expires", "30d", "--json", *where))

@@ -403,3 +403,13 @@ def test_light_commands_import_nothing_heavy(words: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+async def test_a_key_of_the_environment_is_sent_and_is_no_setting_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAGI_API_KEY", "oa_0123456789ab." + "A" * 43)
+    result, node = await with_node("ask", "Once")
+    assert (result.exit_code, node.front.works) == (2, [])
+    assert "is none of this node's" in result.stderr
+    monkeypatch.setenv("OPENAGI_API_KEY", "a\nb")
+    result, _ = await with_node("ask", "Once")
+    assert (result.exit_code, "is no key" in result.stderr) == (2, True)

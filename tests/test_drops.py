@@ -53,6 +53,7 @@ SILENT = {
     "node/file_lock.py:try_lock": "the lock is another's: the caller says so",
     "node/api_key_file.py:_look": "no file, no keys: whoever sends one is refused and counted",
     "node/web/caller.py:subnet_of": "no IP address, no group",
+    "node/web/gate.py:early": "the usual way refuses it, and counts it",
     "node/web/gate.py:__call__": "the client is gone: node/web/door.py counts that",
     "node/tool_calls.py:_calls": "what is no call is the answer's text, and the client gets it",
     "node/upstream.py:_answer": "its owner left",

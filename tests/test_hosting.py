@@ -17,7 +17,7 @@ from model.errors import BadInput, BadModel, ComputeFailed, OutOfMemory
 from model.runtime_face import Runtime
 from node.embed_queue import EMBED_QUEUE_MAX, TURN_S
 from node.engine_words import LOGPROB_MIN
-from node.errors import BadRequest, InternalError, NoRoom, NotReady, RequestError, UnknownModel
+from node.errors import BadRequest, InternalError, NoRoom, NotReady, RequestError, TooLong, UnknownModel
 from node.hosting import CHANGE_EVERY_S, PROGRESS_EVERY_S, SWITCH_S, Hosting
 from node.hosting_jobs import START_BYTES_PER_TURN, Job, Waiting
 from node.requester import OWN
@@ -114,7 +114,7 @@ async def test_an_answer_goes_on_after_what_was_delivered(autojump_clock: MockCl
     ("asked", "kind"),
     [
         (work("", 5), BadRequest),
-        (work("x" * 1999, 5), BadRequest),
+        (work("x" * 1999, 5), TooLong),
         (work("x", 5, delivered=(60_000,)), BadRequest),
         (work("x", 5, delivered=(UNKNOWN_TOKEN,), delivered_text="w"), BadRequest),
     ],

@@ -33,7 +33,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "zeroconf": ("p2p/mdns.py",),
     "prometheus_client": ("node/metrics.py",),
     "httpx": ("node/upstream_http.py", "node/commands/", "bench/"),
-    "pydantic": ("node/web/schema", "node/web/openapi.py", "node/config.py"),
+    "pydantic": ("node/web/schema", "node/config.py"),
     "coincurve": ("crypto/wallet.py",),
     "Crypto": ("crypto/wallet.py",),
     "typer": ("node/__main__.py", "node/commands/"),

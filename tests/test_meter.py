@@ -22,7 +22,8 @@ from node.web.caller import (
     of_wallet,
     subnet_of,
 )
-from node.web.meter import RATES_MAX, Limited, Meter, named
+from node.web.errors import Limited
+from node.web.meter import RATES_MAX, Meter, named
 from p2p.allowance import Buckets
 
 LIMITS = Limits(requests=Rate(2.0, 10.0), tokens=Rate(5.0, 100.0), concurrent=2)

@@ -16,8 +16,8 @@ from node.front import Readiness
 from node.web import schema_answers as answers
 from node.web.app import build_app
 from node.web.errors import TABLE
-from node.web.openapi import ROUTES, document, served
 from node.web.schema import NEUTRAL, ChatRequest
+from node.web.schema_openapi import ROUTES, document, served
 from tests.fake_front import FakeFront, told
 from tests.test_web_routes import CHAT, Bench
 from tests.test_web_tools import ASKED, calling
@@ -37,7 +37,7 @@ def live() -> Any:
 
 def test_every_live_route_is_described_and_every_described_route_is_live() -> None:
     routes = {(method, path) for path, method in served(live())}
-    assert routes == set(ROUTES), "describe it in node/web/openapi.py; what is gone from the routes goes there too"
+    assert routes == set(ROUTES), "describe it in node/web/schema_openapi.py; what is gone goes there too"
 
 
 def test_a_route_that_nobody_described_is_in_the_document_all_the_same() -> None:

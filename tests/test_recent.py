@@ -57,3 +57,10 @@ def test_flows_count_both_ways_and_forget_the_idle() -> None:
         raise ValueError("gone")
     assert flows.of("d").to_now == 0
     assert FLOWS_MAX == 1024
+
+
+def test_the_window_is_one_of_time_also_where_samples_come_late() -> None:
+    recent = Recent()
+    for number in range(40):
+        recent.sample(number * 20.0, Totals(ended=number))
+    assert recent.told()["window_s"] == WINDOW_S

@@ -238,6 +238,12 @@ async def test_a_signal_while_the_model_loads_does_not_wait_for_it(tmp_path: Pat
             await until(lambda: here.node.state.phase == "loading")
             readiness = here.node.state.readiness()
             assert (readiness.ready, readiness.loading) == (False, True)
+            told = {"state": "loading", "model": here.config.model, "progress": None}
+            assert readiness.progress == told
+            with pytest.raises(NotReady, match="is loading; try again") as caught:
+                async with here.node.state.answer(GenerateWork(request_id="q", text="x"), RouteHint()) as items:
+                    await anext(aiter(items))
+            assert caught.value.more == {"loading": told}
             with pytest.raises(NotReady, match="this node is not ready yet"):
                 await here.node.state.embed(EmbedWork(request_id="q", texts=("a",)), RouteHint())
             await trio.sleep(0.1)

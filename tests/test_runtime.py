@@ -49,7 +49,10 @@ def answer(runtime: Runtime, prompt: tuple[int, ...], max_tokens: int = 8) -> tu
 
 
 def test_a_causal_model_does_it_all(causal: Path) -> None:
-    runtime = Runtime.load(str(causal), FP32)
+    told: list[tuple[int, int]] = []
+    runtime = Runtime.load(str(causal), FP32, lambda done, total: told.append((done, total)))
+    assert told
+    assert told == [(done, len(told)) for done in range(1, len(told) + 1)], "one after the other, to the last"
     face: RuntimeFace = runtime
     assert face.all_facts() == (runtime.facts,)
     assert runtime.embedding_facts == runtime.facts

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,12 +33,14 @@ from node.web.signed import (
 CLIENTS = Path(__file__).parent.parent / "docs" / "clients"
 PEER = "12D3KooWFakeFakeFakeFakeFakeFakeFakeFakeFakeFakeFake"
 NOW = 1_800_000_000.0
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 BODY = b'{"prompt": "a"}'
 TARGET = Target(method="POST", path="/v1/completions", query="a=%20b")
 URL = "http://127.0.0.1:8765/v1/completions?a=%20b"
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 
 
+@cache
 def client() -> ModuleType:
     """docs/clients/signed.py."""
     spec = importlib.util.spec_from_file_location("signed_client", CLIENTS / "signed.py")
@@ -148,12 +151,20 @@ def test_each_header_is_there_once_in_its_one_spelling() -> None:
     for name in ("signature", "content-digest"):
         for value in (told[name][:-2] + ":", told[name].replace("=:", ":", 1), told[name] + " ", told[name][:-1]):
             assert fault_of(pairs({**told, name: value})) is SignatureFault.MALFORMED
+        at = len(told[name].rstrip("=:")) - 1
+        last = told[name][at]  # its lowest bits count for nothing
+        other = told[name][:at] + ALPHABET[ALPHABET.index(last) + 1] + told[name][at + 1 :]
+        assert fault_of(pairs({**told, name: other})) is SignatureFault.MALFORMED
 
 
-@settings(deadline=None, max_examples=100)
+@pytest.mark.slow
+@settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(SIGNED_HEADERS),
-    st.one_of(st.binary(max_size=200), st.from_regex(rb'sig1=\(("@[a-z]+" ?)*\)(;[a-z]+=("[a-z]*"|[0-9]+))*')),
+    st.one_of(
+        st.binary(max_size=200),
+        st.sampled_from([b'sig1=("@method");created=1', b"sig1=::", b"sha-256=:AAAA:", b";alg=", b'"', b"(", b")"]),
+    ),
     st.integers(0, 400),
 )
 def test_any_bytes_are_a_word(name: str, value: bytes, at: int) -> None:

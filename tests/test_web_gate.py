@@ -15,6 +15,7 @@ import pytest
 import trio
 from coincurve import PrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from starlette.routing import Route
 from trio.testing import MockClock
 
 from crypto.wallet import WalletAddress
@@ -23,8 +24,11 @@ from node.api_keys import ApiKey, KeyScope
 from node.config import NodeConfig, load_config
 from node.errors import BadRequest, ConfigError
 from node.web.app import build_app
+from node.web.caller import Need, need_of
 from node.web.door import BODY_BYTES_MAX, DoorConfig
 from node.web.gate import GateConfig
+from node.web.ollama import OPERATORS
+from node.web.serve import serve
 from node.web.settings import WebConfig, door_config, gate_config
 from tests.fake_front import PEER, FakeFront, finished, started, tale
 from tests.test_api_keys import made
@@ -109,7 +113,7 @@ async def test_a_key_opens_what_it_is_for(tmp_path: Path) -> None:
     assert bench.drops["lacks_scope"] == 10
 
 
-async def test_every_route_but_the_public_ones_wants_a_key(tmp_path: Path) -> None:
+async def test_every_route_but_the_public_ones_wants_a_key(tmp_path: Path, autojump_clock: MockClock) -> None:
     bench = Bench(tmp_path)
     for path in ("/healthz", "/readyz"):
         assert (await bench.ask("GET", path)).status_code == 200
@@ -121,6 +125,23 @@ async def test_every_route_but_the_public_ones_wants_a_key(tmp_path: Path) -> No
     error_of(await bench.chat(authorization="Basic abc"), 401, "authentication_error")
     assert bench.drops["missing_key"] == 8
     assert bench.front.works == []
+
+
+def test_every_route_is_for_somebody_and_not_by_chance(tmp_path: Path) -> None:
+    """A route that caller.py does not name wants ADMIN: what is meant to is listed here."""
+    routes = [route for route in Bench(tmp_path).app._app._app.routes if isinstance(route, Route)]  # type: ignore[attr-defined]
+    needs = {(method, route.path): need_of(method, route.path) for route in routes for method in route.methods or ()}
+    assert needs["POST", "/v1/messages"] == needs["POST", "/v1/responses"] == needs["POST", "/api/chat"] == Need.INFER
+    assert needs["GET", "/api/v1/events"] == needs["GET", "/api/v1/metrics/model"] == Need.METRICS
+    assert {path for (_, path), need in needs.items() if need is Need.NOTHING} == {
+        "/",
+        "/chat",
+        "/healthz",
+        "/openapi.json",
+        "/readyz",
+        "/static/{name}",
+    }
+    assert {path for (_, path), need in needs.items() if need is Need.ADMIN} == {f"/api/{name}" for name in OPERATORS}
 
 
 async def test_each_fault_of_a_key_has_its_sentence_and_none_quotes_it(tmp_path: Path) -> None:
@@ -184,7 +205,18 @@ async def test_a_key_has_its_rate_and_what_it_is_told_to_wait_is_enough(
     assert bench.drops["limited_account"] == 2
 
 
-async def test_a_refusal_reads_nothing_of_the_body(tmp_path: Path) -> None:
+async def test_a_wait_is_true_however_long_it_is(tmp_path: Path, autojump_clock: MockClock) -> None:
+    key, text = made(requests_per_s=1 / 3600, burst=1.0)
+    bench = Bench(tmp_path, key)
+    assert [(await bench.chat(x_api_key=text)).status_code for _ in range(2)] == [200, 429]
+    assert (await bench.chat(x_api_key=text)).headers["retry-after"] == "3600"
+    await trio.sleep(3599)
+    assert (await bench.chat(x_api_key=text)).status_code == 429
+    await trio.sleep(1)
+    assert (await bench.chat(x_api_key=text)).status_code == 200
+
+
+async def test_a_refusal_reads_nothing_of_the_body(tmp_path: Path, autojump_clock: MockClock) -> None:
     bench = Bench(tmp_path, made(requests_per_s=0.001, burst=1.0)[0])
 
     async def receive() -> Any:
@@ -236,7 +268,7 @@ async def test_answers_under_way_are_few_and_tokens_are_settled(tmp_path: Path, 
     assert "tokens a minute" in error_of(late, 429, "rate_limit_error")["message"]
     await trio.sleep(float(late.headers["retry-after"]))
     assert (await bench.ask("POST", "/v1/chat/completions", body=body, x_api_key=text)).status_code == 200
-    assert bench.drops["limited_concurrent"] == bench.drops["limited_tokens"] == 1
+    assert bench.drops["limited_concurrent"] == bench.drops["limited_tokens"] == bench.drops["tokens_over_limit"] == 1
 
 
 async def test_vectors_cost_tokens_too(tmp_path: Path) -> None:
@@ -294,7 +326,9 @@ async def test_who_guesses_keys_is_slowed_and_the_key_beside_it_is_not(tmp_path:
     assert (await bench.chat(x_api_key=text, host=ELSEWHERE)).status_code == 200
 
 
-async def test_a_signed_request_is_answered_once_and_only_as_it_was_signed(tmp_path: Path) -> None:
+async def test_a_signed_request_is_answered_once_and_only_as_it_was_signed(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     bench = Bench(tmp_path)
     key = Ed25519PrivateKey.generate()
     headers = signed(key)
@@ -386,7 +420,7 @@ async def test_functions_are_charged_as_part_of_the_prompt(tmp_path: Path) -> No
     assert bench.front.works == []
 
 
-async def test_no_strangers(tmp_path: Path) -> None:
+async def test_no_strangers(tmp_path: Path, autojump_clock: MockClock) -> None:
     bench = Bench(tmp_path, strangers=False)
     error = error_of(await bench.chat(**signed(Ed25519PrivateKey.generate())), 401, "authentication_error")
     assert error["code"] == "unknown_signer"
@@ -416,7 +450,7 @@ async def test_a_wallet_cannot_take_the_session_key_of_another(tmp_path: Path, a
     assert bench.front.hints[-1].account == f"stranger:wallet:{ADDRESS}"
 
 
-async def test_a_wallet_signs_in_and_its_session_key_asks(tmp_path: Path) -> None:
+async def test_a_wallet_signs_in_and_its_session_key_asks(tmp_path: Path, autojump_clock: MockClock) -> None:
     bench = Bench(tmp_path, strangers=False, wallets=frozenset({ADDRESS}))
     key = Ed25519PrivateKey.generate()
     public = key.public_key().public_bytes_raw().hex()
@@ -441,7 +475,7 @@ async def test_a_wallet_signs_in_and_its_session_key_asks(tmp_path: Path) -> Non
 PAGE = "https://chat.example"
 
 
-async def test_pages_of_named_origins_may_ask_and_no_others(tmp_path: Path) -> None:
+async def test_pages_of_named_origins_may_ask_and_no_others(tmp_path: Path, autojump_clock: MockClock) -> None:
     bench = Bench(tmp_path, door=DoorConfig(origins=frozenset({PAGE}), hosts=frozenset({"node.example"})))
     preflight = await bench.ask(
         "OPTIONS",
@@ -479,7 +513,7 @@ async def test_pages_of_named_origins_may_ask_and_no_others(tmp_path: Path) -> N
             assert (await http.get("/healthz")).status_code == status
 
 
-async def test_a_body_that_is_too_large_is_refused_when_signed_too(tmp_path: Path) -> None:
+async def test_a_body_that_is_too_large_is_refused_when_signed_too(tmp_path: Path, autojump_clock: MockClock) -> None:
     bench = Bench(tmp_path)
     headers = {**signed(Ed25519PrivateKey.generate()), "content-length": str(BODY_BYTES_MAX + 1)}
     error_of(await bench.chat(**headers), 413, "invalid_request_error")
@@ -529,3 +563,48 @@ def test_a_bind_beyond_loopback_names_both_ways(tmp_path: Path) -> None:
     environment = {"OPENAGI_API_KEYS": "true", "OPENAGI_ORIGINS": f"{PAGE},http://b", "OPENAGI_API_KEY": "oa_x"}
     config = load_config({}, environment=environment)
     assert (config.api_keys, config.origins) == (True, (PAGE, "http://b"))
+
+
+@pytest.mark.slow
+async def test_a_flood_over_a_socket_is_answered_early_and_as_it_would_be_late(tmp_path: Path) -> None:
+    """What serve.py answers by the head alone is what the routes' own way answers."""
+    key, text = made(requests_per_s=0.001, burst=1.0)
+    bench = Bench(tmp_path, key)
+    body = json.dumps(CHAT).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nx-api-key: {text}\r\n"
+    small = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            port = await nursery.start(serve, bench.app, "127.0.0.1", 0)
+            stream = await trio.open_tcp_stream("127.0.0.1", port)
+            late = await bench.chat(x_api_key=text)
+            assert late.status_code == 200
+            late = await bench.chat(x_api_key=text)
+            for _ in range(3):
+                await stream.send_all(small + small)  # also two at once
+                for _ in range(2):
+                    raw = b""
+                    while b"rate_limited" not in raw:
+                        raw += await stream.receive_some(1)
+                    while not raw.endswith(b"}}"):
+                        raw += await stream.receive_some(1)
+                    told, _, answer = raw.partition(b"\r\n\r\n")
+                    names = {line.partition(b":")[0].decode() for line in told.split(b"\r\n")[1:]} - {"date"}
+                    assert told.startswith(b"HTTP/1.1 429")
+                    assert names == set(late.headers)
+                    told_error, late_error = json.loads(answer)["error"], late.json()["error"]
+                    assert {**told_error, "request_id": ""} == {**late_error, "request_id": ""}
+            parted = await trio.open_tcp_stream("127.0.0.1", port)
+            await parted.send_all(small[:-5])  # not early: it may be slow, and that has its own bound
+            assert b" 429 " in await parted.receive_some()
+            for other in (
+                f"{head}origin: https://evil.example\r\ncontent-length: 0\r\n\r\n",
+                head.replace("localhost", "evil.example") + "content-length: 0\r\n\r\n",
+            ):
+                stream = await trio.open_tcp_stream("127.0.0.1", port)
+                await stream.send_all(other.encode())
+                assert b" 403 " in await stream.receive_some()
+            nursery.cancel_scope.cancel()
+    assert bench.drops["limited_account"] == 8
+    assert bench.app.counts.requests == 11
+    assert len(bench.front.works) == 1

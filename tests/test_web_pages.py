@@ -10,9 +10,11 @@ from random import Random
 
 import httpx
 import pytest
+from starlette.requests import Request
 
 from node.web.app import build_app
-from node.web.pages import CONTENT_POLICY, STATIC, TYPES, read_files
+from node.web.errors import NotFound
+from node.web.pages import CONTENT_POLICY, STATIC, TYPES, Pages, read_files
 from tests.fake_front import FakeFront
 from tests.test_house import FILE_LINES_MAX
 
@@ -67,6 +69,14 @@ async def test_nothing_else_can_be_had(http: httpx.AsyncClient, name: str) -> No
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "not_found"
     assert "import" not in response.text
+
+
+@pytest.mark.parametrize("name", ["../pages.py", "..\\pages.py", "/etc/passwd", "../../../pyproject.toml", ""])
+async def test_a_name_is_looked_up_and_never_joined_to_a_path(name: str) -> None:
+    """Were the route to let a slash through: the table has no such name."""
+    request = Request({"type": "http", "headers": [], "path_params": {"name": name}})
+    with pytest.raises(NotFound):
+        await Pages(read_files(STATIC)).file(request)
 
 
 def test_only_files_of_known_types_are_read(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -237,15 +238,56 @@ async def test_connections_are_bounded_and_freed() -> None:
         second = await node.post("/v1/completions", {"prompt": "a"})
         await read_until(second, b"Once upon")
         assert node.door.counts.connections == 2
-        third = await node.connect()
-        assert await read_all(third) == b""
-        assert node.door.counts.drops["connections_full"] == 1
+        third = await node.post("/v1/completions", {"prompt": "a"})  # the first has waited longest for its next request
+        await read_until(third, b"Once upon")
+        assert await read_all(first) == b""
+        assert node.door.counts.connections == 2
+        assert node.door.counts.drops["connection_yielded"] == 1
         with trio.fail_after(ServeLimits().idle_s_max / 2):  # a closed connection must not live on as an idle one
-            await first.aclose()
+            await third.aclose()
             while node.door.counts.connections == 2:  # noqa: ASYNC110  # the server tells nobody
                 await trio.sleep(0.01)
         fourth = await node.post("/v1/completions", {"prompt": "a"})
         assert b"Once upon" in await read_until(fourth, b"Once upon")
+
+
+async def test_who_is_being_answered_yields_to_nobody() -> None:
+    async with served(ServeLimits(connections_max=3, connections_per_address_max=2)) as node:
+        node.front.script = lambda work: endless()
+        busy = [await node.post("/v1/completions", {"prompt": "a", "stream": True}) for _ in range(2)]
+        for stream in busy:
+            await read_until(stream, b"data: ")
+        assert await read_all(await node.connect()) == b""
+        assert node.door.counts.drops["connections_full"] == 1
+        assert node.front.running == 2
+
+
+async def test_an_honest_client_is_served_beside_more_dribblers_than_there_are_places() -> None:
+    async with served(ServeLimits(connections_max=8, connections_per_address_max=8)) as node:
+        dribblers = [await node.connect() for _ in range(20)]
+        for stream in dribblers[-8:]:
+            await stream.send_all(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{")
+        answer = await read_all(await node.post("/v1/completions", {"prompt": "a"}, connection="close"))
+        assert b"Once upon a time" in answer
+        assert node.door.counts.drops["connection_yielded"] == 13
+
+
+async def test_many_small_headers_are_refused_before_they_cost() -> None:
+    async with served() as node:
+        for many in (b"a:b\r\n" * 10_000, b"x-%d: y\r\n" % 7 * 5_000, b"cookie: a=b\r\n" * 3_000):
+            stream = await node.connect()
+            with contextlib.suppress(trio.BrokenResourceError):
+                await stream.send_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n" + many + b"\r\n")
+            assert not (await read_all(stream)).startswith((b"HTTP/1.1 2", b"HTTP/1.1 5"))
+        assert len(many) > HEAD_BYTES_MAX
+
+
+async def test_a_small_body_that_is_refused_costs_no_connection() -> None:
+    async with served() as node:
+        stream = await node.connect()
+        for _ in range(3):
+            await stream.send_all(b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\n\r\nabcd")
+            assert b"connection: close" not in await read_until(stream, b"there is no route")
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,9 @@ from node.web.generation import Generations
 from node.web.meter import Meter
 from node.web.metered import MeteredFront
 from node.web.ollama import Ollama
-from node.web.openapi import document
 from node.web.pages import page_routes
 from node.web.responses import Responses
+from node.web.schema_openapi import document
 from node.web.sealed import Sealed
 from node.web.session import SessionRoutes
 from node.web.settings import WebConfig
@@ -90,7 +90,8 @@ def build_app(front: Front, rng: Random, config: WebConfig | None = None, *, sto
         *Ollama(front, generations, embeddings).routes(),
     ]
     routes += page_routes(front, trio.Event() if stop is None else stop, frozenset(route.path for route in routes))
-    return Door(Gate(application(routes), gate, meter, sign_ins), config.door, counts)
+    inner = Gate(application(routes), gate, meter, sign_ins)
+    return Door(inner, config.door, counts, inner.early)
 
 
 def get(path: str, endpoint: Endpoint) -> Route:

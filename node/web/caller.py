@@ -14,7 +14,7 @@ from enum import Enum
 from node.api_keys import ApiKey, KeyScope
 from node.requester import LOCAL, STRANGER_PREFIX, account_of
 
-PUBLIC_PATHS = frozenset({"/", "/chat", "/healthz", "/readyz", "/favicon.ico", "/robots.txt"})
+PUBLIC_PATHS = frozenset({"/", "/chat", "/healthz", "/readyz", "/favicon.ico", "/openapi.json", "/robots.txt"})
 PUBLIC_PREFIX = "/static/"
 SESSION_PREFIX = "/api/v1/session"
 # the clients' own APIs: OpenAI's and Anthropic's, this node's, Ollama's

@@ -18,7 +18,9 @@ import logging
 import re
 import secrets
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import trio
@@ -26,14 +28,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from node.errors import BadRequest, RequestError, TooLarge
 from node.web.answers import ClientGone
-from node.web.errors import Forbidden, SlowBody, error_answer
+from node.web.errors import Forbidden, Limited, SlowBody, error_answer
 
 BODY_BYTES_MAX = 1 << 20
 BODY_S_MAX = 20.0  # 1 MiB in 20 s is 50 kB/s: slower than any line that could use the answer
 DRAIN_BYTES_MAX = 8 << 20
 DRAIN_S_MAX = 2.0
+SMALL_BYTES_MAX = 64 << 10  # a body so small is read after a refusal, and the connection goes on
 REQUEST_ID_KEY = "openagi.request_id"
 COUNTS_KEY = "openagi.counts"
+CONNECTION_KEY = "openagi.connection"  # of the connection's state: a Connection, when there is one
 CALLER_KEY = "openagi.caller"  # a node.web.caller.Caller, from the gate on
 PREFLIGHT_S = 600  # how long a browser need not ask again; what browsers keep at most is two hours
 ASKED_HEADERS_MAX = 2_000  # characters of header names in a preflight
@@ -51,6 +55,18 @@ class WebCounts:
     requests: int = 0
     connections: int = 0  # open now
     drops: Counter[str] = field(default_factory=Counter)
+
+
+class Early(Protocol):
+    """See node/web/gate.py, Gate.early."""
+
+    def __call__(self, headers: dict[str, str]) -> Limited | None: ...
+
+
+class Connection(Protocol):
+    """A connection as the door knows it. is_answering: its request is here, and it waits for us, not we for it."""
+
+    is_answering: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +113,11 @@ def headers_of(scope: Scope) -> dict[str, str]:
     return headers
 
 
+def is_small(length: str) -> bool:
+    """Whether a declared content-length is so small that the body may be read after a refusal."""
+    return length.isdecimal() and len(length) < 9 and int(length) <= SMALL_BYTES_MAX
+
+
 async def read_body(scope: Scope, receive: Receive) -> bytes:
     """The whole body. Raises TooLarge, SlowBody, BadRequest (encoded), ClientGone. Cancelled: the rest is unread."""
     headers = headers_of(scope)
@@ -123,6 +144,11 @@ async def read_body(scope: Scope, receive: Receive) -> bytes:
 def too_large(scope: Scope) -> TooLarge:
     scope[COUNTS_KEY].drops["body_too_large"] += 1
     return TooLarge(f"the body is over {BODY_BYTES_MAX} bytes (BODY_BYTES_MAX); send less at a time")
+
+
+def new_request_id() -> str:
+    """A request id, unlike all others."""
+    return f"req-{secrets.token_hex(12)}"
 
 
 async def refuse(scope: Scope, send: Send, error: RequestError) -> None:
@@ -160,8 +186,12 @@ def preflight_headers(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
 class Door:
     """See the module. `counts` is shared with `serve`."""
 
-    def __init__(self, app: ASGIApp, config: DoorConfig, counts: WebCounts | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, config: DoorConfig, counts: WebCounts | None = None, early: Early | None = None
+    ) -> None:
+        """early: what says of a head alone that it is refused (node/web/gate.py); None: nothing is."""
         self.counts = counts or WebCounts()
+        self._early = early
         self._app = app
         self._config = config
 
@@ -172,7 +202,7 @@ class Door:
             return
         assert scope["type"] == "http", "serve.py starts no lifespan"
         self.counts.requests += 1
-        scope[REQUEST_ID_KEY] = f"req-{secrets.token_hex(12)}"
+        scope[REQUEST_ID_KEY] = new_request_id()
         scope[COUNTS_KEY] = self.counts
         headers = headers_of(scope)
         exchange = _Exchange(scope, receive, send)
@@ -187,9 +217,28 @@ class Door:
             await exchange.send({"type": "http.response.body", "body": b""})
         else:
             await self._app(scope, exchange.receive, exchange.send)
+        exchange.end()
         if not exchange.ended:
             self.counts.drops["client_gone"] += 1
         log.debug("%s %s %s -> %s", scope[REQUEST_ID_KEY], scope["method"], scope["path"], exchange.status or "gone")
+
+    def early(
+        self, path: str, raw_headers: Iterable[tuple[bytes, bytes]]
+    ) -> tuple[int, list[tuple[bytes, bytes]], bytes] | None:
+        """Status, headers and body, when this head alone is refused; None: it must come in."""
+        if self._early is None:
+            return None
+        headers = headers_of({"headers": raw_headers})
+        error = None if "origin" in headers else self._early(headers)
+        if error is None or self._refusal(headers) is not None:
+            return None
+        self.counts.requests += 1
+        self.counts.drops[error.counter] += 1
+        request_id = new_request_id()
+        status, told, body = error_answer(error, request_id, path)
+        told |= {"content-length": str(len(body)), "x-request-id": request_id, "x-content-type-options": "nosniff"}
+        log.debug("%s refused early: %s", request_id, error.counter)
+        return status, [(name.encode(), value.encode()) for name, value in told.items()], body
 
     def _refusal(self, headers: dict[str, str]) -> RequestError | None:
         host, origin = headers.get("host"), headers.get("origin")
@@ -215,18 +264,33 @@ class _Exchange:
         self._receive = receive
         self._send = send
         headers = headers_of(scope)
-        self._body_read = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+        length = headers.get("content-length", "0")
+        is_sized = "transfer-encoding" not in headers
+        self._body_read = length == "0" and is_sized
+        self._is_small = is_sized and is_small(length)
+        self._connection: Connection | None = scope.get("state", {}).get(CONNECTION_KEY)
+        self._note()
 
     async def receive(self) -> Message:
         message = await self._receive()
         if message["type"] == "http.disconnect" or not message.get("more_body", False):
             self._body_read = True
+            self._note()
         return message
+
+    def end(self) -> None:
+        """The request is over; the connection may have another."""
+        if self._connection is not None:
+            self._connection.is_answering = False
+
+    def _note(self) -> None:
+        if self._connection is not None:
+            self._connection.is_answering = self._body_read
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            closing = [] if self._body_read else [(b"connection", b"close")]
+            closing = [] if self._body_read or self._is_small else [(b"connection", b"close")]
             message = {**message, "headers": [*message.get("headers", ()), *self.added, *closing]}
         ending = message["type"] == "http.response.body" and not message.get("more_body", False)
         if ending and not self._body_read:

@@ -32,6 +32,16 @@ class Forbidden(errors.RequestError):
         self.code = code
 
 
+class Limited(errors.TooMany):
+    """An account has taken what it may for now. `counter`: what it is counted as."""
+
+    code = "rate_limited"
+
+    def __init__(self, message: str, *, counter: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.counter = counter
+
+
 class Unauthorized(errors.RequestError):
     """Who asks is not known, or not as they say. `code` says why."""
 
@@ -143,7 +153,8 @@ def retry_after_s(error: errors.RequestError) -> int | None:
     wanted = RETRY_AFTER_S_DEFAULT if error.retry_after_s is None else error.retry_after_s
     if not math.isfinite(wanted):
         wanted = RETRY_AFTER_S_MAX
-    return math.ceil(min(max(wanted, 1.0), RETRY_AFTER_S_MAX))
+    most = wanted if isinstance(error, Limited) else RETRY_AFTER_S_MAX  # our own arithmetic is true however long it is
+    return math.ceil(min(max(wanted, 1.0), max(most, 1.0)))
 
 
 def anthropic_error(error: errors.RequestError, request_id: str) -> dict[str, object]:

@@ -1,9 +1,9 @@
 """What the dashboard watches: one snapshot a second of the whole node, told to every open page as it changes.
 
-Rules: however many pages watch, the node is asked once a second, and not at all while none does. A snapshot is cut
-into sections; a page gets a section when it has changed since that page's last event, so a slow page skips what it
-missed and no queue grows. The samples of the last minutes come whole with the first event, then one by one. A stream
-ends when its client leaves or the node stops, in words. Nothing here is drawn by chance or made smooth.
+Rules: however many pages watch, the node is asked once a second (its status every other), and not at all while none
+does. A snapshot is cut into sections; a page gets a section when it has changed since that page's last event, so a slow
+page skips what it missed and no queue grows. The samples of the last minutes come whole with the first event, then one
+by one. A stream ends when its client leaves or the node stops, in words. Nothing here is made up or made smooth.
 
 Source: WHATWG HTML, "Server-sent events".
 """
@@ -24,6 +24,7 @@ from node.front import Front
 from node.web.answers import wait_gone
 
 EVERY_S = 1.0
+STATUS_S = 2.0  # the status takes a millisecond to make, and its speeds are new every SAMPLE_S only
 KEEP_ALIVE_S = 10.0  # a proxy or a page that hears nothing so long would take the node for dead
 WATCHERS_MAX = 32
 RETRY_S = 10.0
@@ -47,7 +48,7 @@ class Live:
         self._routes = routes
         self._sections: dict[str, tuple[int, bytes]] = {}  # name -> number of its last change, JSON
         self._number = 0
-        self._looked = self._peers_looked = -FAR
+        self._looked = self._peers_looked = self._status_looked = -FAR
         self._peers: dict[str, Any] = {"count": 0, "rows": []}
         self._uptime_s = 0.0
         self.watchers = 0
@@ -74,15 +75,11 @@ class Live:
         return b"id: %d\ndata: {%s}\n\n" % (self._number, b",".join(parts)), self._number
 
     def _told(self, now: float) -> dict[str, Any]:
-        status, training = self._front.status(), self._front.training.status()
-        self._uptime_s = float(status.get("node", {}).get("uptime_s", 0.0))
+        training = self._front.training.status()
         rounds = [_round(each) for each in training.pop("rounds", ())]
         samples = self._front.recent.samples
         return {
-            "node": _node(status),
-            "health": _health(status),
-            "load": _load(status),
-            "model": _model(status),
+            **self._status(now),
             "peers": self._peer_rows(now),
             "models": [asdict(row) for row in self._front.models()],
             "training": training,
@@ -90,6 +87,14 @@ class Live:
             "sample": asdict(samples[-1]) if samples else None,
             "self": "/api/v1/self" in self._routes,
         }
+
+    def _status(self, now: float) -> dict[str, Any]:
+        if now - self._status_looked < STATUS_S * 0.9:
+            return {}
+        self._status_looked = now
+        status = self._front.status()
+        self._uptime_s = float(status.get("node", {}).get("uptime_s", 0.0))
+        return {"node": _node(status), "health": _health(status), "load": _load(status), "model": _model(status)}
 
     def _peer_rows(self, now: float) -> dict[str, Any]:
         if now - self._peers_looked < SLOW_S and self._peers["count"] > SLOW_ROWS:

@@ -12,23 +12,15 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from node.errors import TooLarge, TooMany
+from node.errors import TooLarge
 from node.requester import LOCAL, STRANGER_PREFIX
 from node.web.caller import Limits, Rate
+from node.web.errors import Limited
 from p2p.allowance import Buckets
 
 ACCOUNTS_MAX = 16_384  # of each rate; 3 MB when full
 RATES_MAX = 2_048  # two for each of KEYS_MAX keys, and ours
 RUNNING_RETRY_S = 1.0  # an answer may end at any time
-
-
-class Limited(TooMany):
-    """An account has taken what it may for now. `counter`: what it is counted as."""
-
-    def __init__(self, message: str, *, counter: str, retry_after_s: float) -> None:
-        super().__init__(message, retry_after_s=retry_after_s)
-        self.code = "rate_limited"
-        self.counter = counter
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +41,24 @@ class Meter:
 
     def request(self, taken: dict[tuple[str, str], Rate], now: float) -> None:
         """One request on all these (what, account), each at its rate. Raises Limited, and then none has paid."""
-        wait_s, what, account = max((self._of(key[0], rate).wait_s(key[1], now), *key) for key, rate in taken.items())
-        if wait_s > 0:
-            rate = taken[what, account]
-            raise Limited(
-                f"{named(what, account)} may ask {rate.per_s:g} times a second and {rate.burst:g} times at once: "
-                f"wait {math.ceil(wait_s)} s",
-                counter=f"limited_{what}",
-                retry_after_s=wait_s,
-            )
+        limited = self.refusal(taken, now)
+        if limited is not None:
+            raise limited
         for (what, account), rate in taken.items():
             self._of(what, rate).take(account, now)
+
+    def refusal(self, taken: dict[tuple[str, str], Rate], now: float) -> Limited | None:
+        """What `request` would raise now; nothing is taken."""
+        wait_s, what, account = max((self._of(key[0], rate).wait_s(key[1], now), *key) for key, rate in taken.items())
+        if wait_s == 0:
+            return None
+        rate = taken[what, account]
+        return Limited(
+            f"{named(what, account)} may ask {rate.per_s:g} times a second and {rate.burst:g} times at once: "
+            f"wait {math.ceil(wait_s)} s",
+            counter=f"limited_{what}",
+            retry_after_s=wait_s,
+        )
 
     def enter(self, account: str, limits: dict[str, Limits]) -> None:
         """An answer begins, of these accounts: its own, and whose limits it shares. Raises Limited. Whoever enters

@@ -14,10 +14,11 @@ from typing import Any
 import trio
 
 from crypto.sealing import KIND_SALT, PAD_BYTES
-from node.errors import RequestError
+from node.errors import RequestError, TooLarge
 from node.front import Front, RouteHint
 from node.sealed import SealedCall
-from node.web.meter import Charge, Limited, Meter
+from node.web.errors import Limited
+from node.web.meter import Charge, Meter
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Piece, Started
 
 CHARS_PER_TOKEN = 3  # prose has four or five, other scripts and code fewer; the estimate is settled at the end
@@ -86,6 +87,9 @@ class MeteredFront:
             return self._meter.charge(account, tokens, trio.current_time())
         except Limited as exc:
             self._drops[exc.counter] += 1
+            raise
+        except TooLarge:
+            self._drops["tokens_over_limit"] += 1
             raise
 
 

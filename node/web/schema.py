@@ -23,7 +23,7 @@ from crypto.identity import PEER_ID_CHARS_MAX
 from node import work
 from node.errors import BadRequest, TooLarge
 from node.tools import ToolCall, Tooling
-from node.web.schema_tools import ChatMessage, MadeCall, ToolChoice, Tools, calls_of, check_calls, tooling_of
+from node.web.schema_tools import ChatMessages, MadeCall, ToolChoice, Tools, calls_of, check_calls, tooling_of
 
 CHOICES_MAX = 16  # answers of one request: n times the prompts
 CHAT_TOKENS_DEFAULT = 256
@@ -58,7 +58,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 
 
 def _shown_as(kind: Any) -> WithJsonSchema:
-    """How the description of the routes (node/web/openapi.py) shows a field that is read by hand, for better errors."""
+    """How GET /openapi.json (node/web/schema_openapi.py) shows a field that is read by hand, for better errors."""
     return WithJsonSchema(TypeAdapter(kind).json_schema(ref_template="#/components/schemas/{model}"))
 
 
@@ -173,7 +173,7 @@ class Streamed(Generation):
 class ChatRequest(Streamed):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Any], _shown_as(list[ChatMessage])] = Field(min_length=1)
+    messages: Annotated[list[Any], _shown_as(ChatMessages)] = Field(min_length=1)
     tools: Tools = []
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None

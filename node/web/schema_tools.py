@@ -86,18 +86,47 @@ class TextPart(BaseModel):
     text: str
 
 
-class ChatMessage(BaseModel):
-    """One message of a chat. tool_calls is an assistant's, tool_call_id a tool's."""
+Content = str | Annotated[list[TextPart], Field(min_length=1)]
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+
+class AskedText(_Strict):
+    """What somebody says to the model."""
+
+    role: Literal["system", "developer", "user"]
+    content: Content
+    name: str | None = None
+
+
+class AskedAnswer(_Strict):
+    """What the assistant said."""
+
+    role: Literal["assistant"]
+    content: Content
     name: str | None = None
     refusal: None = None
     tool_calls: list[MadeCall] = []
+
+
+class AskedCalls(_Strict):
+    """What the assistant called."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: str | None = None
+    refusal: None = None
+    tool_calls: list[MadeCall] = Field(min_length=1, max_length=CALLS_MAX)
+
+
+class AskedResult(_Strict):
+    """What came of a call."""
+
+    role: Literal["tool"]
+    content: Content
     tool_call_id: str | None = Field(default=None, min_length=1, max_length=64)
+    name: str | None = None
 
 
+ChatMessages = Annotated[list[AskedText | AskedAnswer | AskedCalls | AskedResult], Field(min_length=1)]
 Tools = Annotated[list[FunctionTool], Field(max_length=TOOLS_MAX)]
 ToolChoice = Literal["none", "auto", "required"] | FunctionChoice
 

@@ -1,7 +1,9 @@
 """Serves the application over HTTP/1.1 with Hypercorn's Trio worker, inside a nursery of ours.
 
 Rules: Hypercorn parses and frames; what it leaves unbounded is bounded here: connections in all and of one address,
-writes to a client that does not read, and the harm of one connection's failure. HTTP/1.1 only: neither h2c nor
+writes to a client that does not read, and the harm of one connection's failure. When there is no place, whoever has us
+wait longest for the rest of a request yields to the newcomer, of the address that has most. What the door refuses by
+its head alone is answered here, without a task for it: that is what a flood costs. HTTP/1.1 only: neither h2c nor
 prior-knowledge HTTP/2. Hypercorn shields its writes from cancellation, so a connection is ended by closing its
 socket. Slow heads end with the keep-alive time, slow bodies in door.py.
 
@@ -12,8 +14,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -21,6 +22,8 @@ from typing import Any, cast
 import h11
 import trio
 from hypercorn.config import Config
+from hypercorn.events import RawData
+from hypercorn.protocol.events import EndBody
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
@@ -28,11 +31,12 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr, wrap_app
 
-from node.web.door import Door
+from node.web.door import CONNECTION_KEY, Door, is_small
 from p2p.errors import CannotListen
 
-HEAD_BYTES_MAX = 16 << 10  # a request line and its headers
+HEAD_BYTES_MAX = 16 << 10  # a request line and its headers; h11 looks after each read, so that twice this may pass
 BACKLOG = 256
+DOOR_KEY = "openagi.door"  # of the connection's state
 # what Hypercorn and h11 may raise for what a client sent, or for how it left; all else is a bug and ends the node
 FOREIGN = (h11.ProtocolError, OSError, trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError)
 
@@ -109,9 +113,10 @@ class _Server:
         self.limits = limits
         self.context = WorkerContext(None)
         self.config = _hypercorn_config(limits)
+        self._door = app
         self._counts = app.counts
         self._wrapped = wrap_app(cast(Any, app), self.config.wsgi_max_body_size, "asgi")
-        self._of_address: Counter[str] = Counter()
+        self._of_address: dict[str, dict[_BoundedStream, None]] = {}
 
     async def serve(self, stream: trio.SocketStream) -> None:
         """Serve one connection to its end. Never raises but for cancellation."""
@@ -121,32 +126,53 @@ class _Server:
         except OSError:  # gone already
             connection.abort()
             return
-        if not self._has_room(address):
+        if not self._make_room(address):
             self._counts.drops["connections_full"] += 1
             connection.abort()
             return
         self._counts.connections += 1
-        self._of_address[address] += 1
+        self._of_address.setdefault(address, {})[connection] = None
         try:
             await self._guarded(connection)
         finally:
             connection.abort()
-            self._counts.connections -= 1
-            self._of_address[address] -= 1
-            if not self._of_address[address]:
-                del self._of_address[address]
+            self._leave(connection, address)
 
-    def _has_room(self, address: str) -> bool:
-        return (
-            self._counts.connections < self.limits.connections_max
-            and self._of_address[address] < self.limits.connections_per_address_max
-        )
+    def _state(self, connection: _BoundedStream) -> ConnectionState:
+        return ConnectionState({CONNECTION_KEY: connection, DOOR_KEY: self._door})
+
+    def _leave(self, connection: _BoundedStream, address: str) -> None:
+        """Its place is free; once."""
+        held = self._of_address.get(address, {})
+        if connection not in held:
+            return
+        self._counts.connections -= 1
+        del held[connection]
+        if not held:
+            del self._of_address[address]
+
+    def _make_room(self, address: str) -> bool:
+        """Whether there is a place for one more of this address, if need be that of one who dawdles."""
+        if len(self._of_address.get(address, ())) >= self.limits.connections_per_address_max:
+            crowded = address
+        elif self._counts.connections >= self.limits.connections_max:
+            crowded = max(self._of_address, key=lambda each: len(self._of_address[each]))
+        else:
+            return True
+        waiting = (each for each in self._of_address[crowded] if not each.is_answering)
+        longest = min(waiting, key=lambda each: each.since_s, default=None)
+        if longest is None:
+            return False
+        self._counts.drops["connection_yielded"] += 1
+        longest.abort()
+        self._leave(longest, crowded)
+        return True
 
     async def _guarded(self, connection: _BoundedStream) -> None:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_abort_when_cancelled, connection)
-                await _Connection(self._wrapped, self.config, self.context, ConnectionState({}), connection).run()
+                await _Connection(self._wrapped, self.config, self.context, self._state(connection), connection).run()
                 nursery.cancel_scope.cancel()
         except* FOREIGN:  # what one client's bytes do to Hypercorn must not end the node
             self._counts.drops["connection_failed"] += 1
@@ -168,9 +194,23 @@ class _BoundedStream:
         self.socket = stream.socket
         self._stream = stream
         self._write_s_max = write_s_max
+        self._is_answering = False
+        self.since_s = trio.current_time()  # when it last had its answer, at first when it came
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether its request is here, and it waits for us (node/web/door.py says so)."""
+        return self._is_answering
+
+    @is_answering.setter
+    def is_answering(self, value: bool) -> None:
+        if self._is_answering and not value:
+            self.since_s = trio.current_time()
+        self._is_answering = value
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        return await self._stream.receive_some(max_bytes)
+        """At most HEAD_BYTES_MAX: a larger read would bring a larger head past h11's own bound."""
+        return await self._stream.receive_some(min(max_bytes or HEAD_BYTES_MAX, HEAD_BYTES_MAX))
 
     async def send_all(self, content: bytes) -> None:
         """Raises BrokenResourceError, also when the client took nothing for too long (it then is cut off)."""
@@ -202,10 +242,52 @@ class _Http11Only(H11Protocol):
         pass
 
     async def _create_stream(self, request: h11.Request) -> None:
+        refused = self._refused(request)
+        if refused is not None:
+            self.stream = cast(Any, _Refused(partial(self._send_whole, *refused)))
+            return
         plain = [(name, value) for name, value in request.headers if name != b"upgrade"]
         await super()._create_stream(
             h11.Request(method=request.method, target=request.target, headers=plain, http_version=request.http_version)
         )
+
+    def _refused(self, request: h11.Request) -> tuple[int, list[tuple[bytes, bytes]], bytes] | None:
+        """The answer of the door, when it needs no more than the head, and the body has come with it."""
+        door: Door | None = self.connection_state.get(DOOR_KEY)
+        length = b"0"
+        for name, value in request.headers:
+            if name == b"content-length":
+                length = value
+            elif name in (b"transfer-encoding", b"expect"):
+                return None
+        if door is None or not is_small(length.decode("latin-1")):
+            return None
+        if len(cast(h11.Connection, self.connection).trailing_data[0]) < int(length):
+            return None
+        return door.early(request.target.partition(b"?")[0].decode("latin-1"), request.headers)
+
+    async def _send_whole(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        """A whole answer in one write, and on to the next request."""
+        events = (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage())
+        try:
+            raw = b"".join(cast(h11.Connection, self.connection).send(event) or b"" for event in events)
+        except h11.LocalProtocolError:  # the client broke the protocol meanwhile: its connection closes
+            raw = b""
+        await self.send(RawData(data=raw))
+        await self._maybe_recycle()
+
+
+class _Refused:
+    """In the place of Hypercorn's stream, for a request that was refused: it answers when the body is past."""
+
+    idle = False
+
+    def __init__(self, answer: Callable[[], Awaitable[None]]) -> None:
+        self._answer = answer
+
+    async def handle(self, event: object) -> None:
+        if isinstance(event, EndBody):
+            await self._answer()
 
 
 class _Connection(TCPServer):

@@ -123,7 +123,7 @@ def test_everything_is_reached_by_the_keyboard_and_shows_it(nodes: dict[str, Nod
     assert {"join", "peers"} <= set(dashboard)
     assert chat[:6] == ["To the message field", "Node", "Dashboard", "Chat", "fresh", "settings"]
     assert {"prompt", "send", "model"} <= set(chat)
-    assert all(stop["shown"] for stops in seen.values() for stop in stops if stop["name"] != "")
+    assert [stop["name"] for stops in seen.values() for stop in stops if not stop["shown"]] == []
 
 
 def test_what_a_model_says_stays_text_and_motion_can_be_off(nodes: dict[str, NodeProcess]) -> None:

@@ -119,9 +119,9 @@ def chat(visitor: Visitor) -> dict[str, Any]:
         expect(page.locator("#model")).not_to_have_value("")
         options = page.locator("#model option").all_inner_texts()
         page.evaluate(
-            "window.grown = []; new MutationObserver(() => "
-            "grown.push(document.querySelector('.answer .text')?.textContent.length))"
-            ".observe(document.querySelector('#talk'), {childList: true, subtree: true, characterData: true})"
+            """window.grown = [];
+            new MutationObserver(() => grown.push(document.querySelector('.answer .text')?.textContent.length))
+              .observe(document.querySelector('#talk'), {childList: true, subtree: true, characterData: true})"""
         )
         ask(page, "Tell me a story", tokens=40)
         text = answered(page)
@@ -131,7 +131,7 @@ def chat(visitor: Visitor) -> dict[str, Any]:
         page.wait_for_selector(".who >> text=Copied")
         copied = page.evaluate("navigator.clipboard.readText()")
         visitor.picture(page, "chat-door")
-        page.click("text=Try again")
+        page.click("button >> text=Try again")
         again = answered(page)
         page.click("#fresh")
         return {
@@ -178,11 +178,11 @@ def failing(visitor: Visitor) -> dict[str, Any]:
         focus = page.evaluate("document.activeElement.id")
         page.fill("#api-key", "sk-right")
         page.press("#api-key", "Tab")
-        page.click("text=Try again")
+        page.click("button >> text=Try again")
         opened = answered(page)
         kept = page.evaluate("[Object.values(sessionStorage), Object.values(localStorage)]")
         page.route("**/v1/chat/completions", lambda route: route.abort())
-        page.click("text=Try again")
+        page.click("button >> text=Try again")
         page.wait_for_selector(".failed:not([hidden])")
         gone = page.inner_text(".failed")
     complaints += [each for each in visitor.complaints if "401" not in each and "ERR_FAILED" not in each]
@@ -215,6 +215,7 @@ def keyboard(visitor: Visitor) -> dict[str, Any]:
 
 _FOCUS = """(() => {
   const at = document.activeElement;
+  if (at === document.body) return {name: '', shown: true};  // past the last stop: the browser's own
   const drawn = getComputedStyle(at);
   const frame = getComputedStyle(at.closest('.field') || at);
   return {name: at.id || at.textContent.trim(), shown: drawn.outlineStyle !== 'none' || frame.boxShadow !== 'none'};

@@ -96,7 +96,9 @@ export function model({ model: told, models, health }) {
   const holder = byId("model");
   say(byId("model-device"), told?.device ? `on ${told.device}` : "");
   const served = models.length ? [make("div", { class: "served" }, make("h3", {}, "In the whole network"), make("ul", {},
-    ...models.slice(0, 8).map((row) => make("li", {}, make("span", {}, shorten(row.id, 44)),
+    ...models.slice(0, 8).map((row) => make("li", {},
+      make("span", {}, shorten(row.id, 44), models.some((each) => each.id === row.id && each.revision !== row.revision)
+        ? make("span", { class: "muted small" }, ` ${shorten(row.revision, 12)}`) : null),
       make("span", { title: row.revision }, `${plural(row.peers, "node")}${row.local ? ", here too" : ""}`))),
     models.length > 8 ? make("li", {}, make("span", {}, `and ${models.length - 8} more`), make("span", {})) : null))] : [];
   if (!told?.models?.length) {

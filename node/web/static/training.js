@@ -34,18 +34,19 @@ export class TrainingPanel {
   numbers(training, rounds, load) {
     const last = rounds.at(-1);
     const blobs = load.blobs || {};
+    const loss = training.held_out_loss ?? rounds.filter((each) => isNumber(each.loss)).at(-1)?.loss;
     const pair = (name, value, title) => make("div", { title: title || null }, make("dt", {}, name), make("dd", {}, value));
     show(this.figures, make("dl", { class: "figures" },
       pair("Run", training.run.name, training.run.id),
       pair("Round", count(training.round), training.phase ? `phase: ${training.phase}` : ""),
-      pair("Loss, own text", isNumber(training.held_out_loss) ? `${training.held_out_loss.toFixed(3)} nats` : "–",
+      pair("Loss, own text", isNumber(loss) ? `${loss.toFixed(3)} nats` : "–",
         "Held-out loss a token of the weights that the members agreed on"),
       pair("Contributors", last ? `${last.contributed} of ${training.members.length}` : plural(training.members.length, "member")),
       pair("A round takes", last ? time(training.round_s_median ?? last.seconds) : "–"),
       pair("Update", bytes(training.run.update_bytes_max), "At most so many bytes a member and round"),
       pair("Given / fetched", `${bytes(blobs.given)} / ${bytes(blobs.fetched)}`),
       pair("Tokens trained on", number(training.work?.tokens))),
-    training.why ? make("p", { class: "muted small" }, training.why) : null);
+    training.why ? make("p", { class: "muted small" }, `${capital(training.state)}: ${training.why}`) : null);
   }
 
   loss(rounds) {

@@ -48,6 +48,8 @@ REF: Final = "#/components/schemas/{model}"
 EVENTS: Final = "text/event-stream"
 PAGE: Final = "text/html"
 JSON: Final = "application/json"
+# OpenAPI has no words for a stream's events before 3.2: tools read this as of each event, or of all of them as text
+EVENT: Final[Json] = {"description": "events; the data of each is a chunk in OpenAI's shape, of the last one [DONE]"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +200,7 @@ def _operation(path: str, described: Described) -> Json:
 def _responses(described: Described) -> Json:
     content: Json = {} if described.gives is None else {JSON: {"schema": _ref(described.gives)}}
     if described.media:
-        content[described.media] = {"schema": {"type": "string"}}
+        content[described.media] = {"schema": EVENT if described.media == EVENTS else {"type": "string"}}
     told: Json = {"200": {"description": "the answer", **({"content": content} if content else {})}}
     for status in sorted({row.status for row in TABLE.values()}):
         rows = [kind for kind, row in TABLE.items() if row.status == status]
