@@ -111,6 +111,8 @@ CLIENTS = st.tuples(
 def test_who_leaves_leaves_nothing(
     clients: list[tuple[str, int, float, bool]], error: RequestError | None, step_s: float
 ) -> None:
+    """And no failure of several answers at once is a bug."""
+
     async def run() -> None:
         front = FakeFront()
         ends(front, error, step_s)

@@ -122,6 +122,16 @@ async def test_an_error_within_the_hold_is_a_status(autojump_clock: MockClock) -
     assert call.sent[0][1]["status"] == 503
 
 
+@pytest.mark.parametrize("begins", [[], [started()]])
+async def test_several_answers_that_fail_at_once_are_one_error(begins: list[Step], autojump_clock: MockClock) -> None:
+    """A node that is full refuses them all: the second error found nobody to be told to, and was taken for a bug."""
+    front = FakeFront(lambda work: [*begins, NoRoom("full")])
+    async with calling(front, "/v1/completions", {**STREAMED, "n": 16}) as call:
+        pass
+    assert call.done
+    assert (call.sent[0][1]["status"], call.text().count('"code":"no_room"')) == (503, 1)
+
+
 async def test_silence_is_filled_with_comments(autojump_clock: MockClock) -> None:
     front = FakeFront(lambda work: [started(), KEEP_ALIVE_S * 3.5, *tale(["x"])[1:]])
     async with calling(front, "/v1/completions", STREAMED) as call:
