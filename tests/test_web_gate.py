@@ -597,6 +597,10 @@ async def test_a_flood_over_a_socket_is_answered_early_and_as_it_would_be_late(t
             parted = await trio.open_tcp_stream("127.0.0.1", port)
             await parted.send_all(small[:-5])  # not early: it may be slow, and that has its own bound
             assert b" 429 " in await parted.receive_some()
+            for line, wanted in ((b"HEAD /v1/models", b" 429 "), (b"GET /healthz", b" 200 "), (b"GET /chat", b" 200 ")):
+                stream = await trio.open_tcp_stream("127.0.0.1", port)
+                await stream.send_all(small.replace(b"POST /v1/chat/completions", line))
+                assert wanted in await stream.receive_some(), line
             for other in (
                 f"{head}origin: https://evil.example\r\ncontent-length: 0\r\n\r\n",
                 head.replace("localhost", "evil.example") + "content-length: 0\r\n\r\n",
@@ -605,6 +609,6 @@ async def test_a_flood_over_a_socket_is_answered_early_and_as_it_would_be_late(t
                 await stream.send_all(other.encode())
                 assert b" 403 " in await stream.receive_some()
             nursery.cancel_scope.cancel()
-    assert bench.drops["limited_account"] == 8
-    assert bench.app.counts.requests == 11
+    assert bench.drops["limited_account"] == 9
+    assert bench.app.counts.requests == 14
     assert len(bench.front.works) == 1

@@ -60,7 +60,7 @@ class WebCounts:
 class Early(Protocol):
     """See node/web/gate.py, Gate.early."""
 
-    def __call__(self, headers: dict[str, str]) -> Limited | None: ...
+    def __call__(self, path: str, headers: dict[str, str]) -> Limited | None: ...
 
 
 class Connection(Protocol):
@@ -229,7 +229,7 @@ class Door:
         if self._early is None:
             return None
         headers = headers_of({"headers": raw_headers})
-        error = None if "origin" in headers else self._early(headers)
+        error = None if "origin" in headers else self._early(path, headers)
         if error is None or self._refusal(headers) is not None:
             return None
         self.counts.requests += 1

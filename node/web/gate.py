@@ -102,7 +102,7 @@ class Gate:
             if entered is not None:
                 self._meter.leave(entered.account, entered.all_limits())
 
-    def early(self, headers: dict[str, str]) -> Limited | None:
+    def early(self, path: str, headers: dict[str, str]) -> Limited | None:
         """The refusal of a request with this head, when it is that of an API key that has taken what it may.
 
         None: it is not, or something else is wrong with it; nothing is taken. For serve.py, which is thereby rid of a
@@ -110,6 +110,8 @@ class Gate:
         """
         text = _key_text(headers)
         if text is None or self._config.keys is None or "signature" in headers or not is_ours(text):
+            return None
+        if need_of("GET", path) is Need.NOTHING:
             return None
         now = trio.current_time()
         try:

@@ -260,8 +260,8 @@ class _Http11Only(H11Protocol):
                 length = value
             elif name in (b"transfer-encoding", b"expect"):
                 return None
-        if door is None or not is_small(length.decode("latin-1")):
-            return None
+        if door is None or request.method == b"HEAD" or not is_small(length.decode("latin-1")):
+            return None  # the answer to HEAD has no body
         if len(cast(h11.Connection, self.connection).trailing_data[0]) < int(length):
             return None
         return door.early(request.target.partition(b"?")[0].decode("latin-1"), request.headers)
