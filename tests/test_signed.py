@@ -200,6 +200,18 @@ def test_nonces_are_bounded_and_none_is_forgotten_early() -> None:
     assert len(nonces) == 0
 
 
+def test_after_a_clock_was_set_back_nonces_are_forgotten_all_the_same() -> None:
+    nonces = Nonces(50)
+    nonces.use(Signed(key="a", nonce="ahead", digest=b""), 864_000.0)
+    for number in range(49):
+        nonces.use(Signed(key="a", nonce=str(number), digest=b""), float(number))
+    assert nonces.wait_s(49.0) == REMEMBERED_S - 49.0
+    assert nonces.wait_s(REMEMBERED_S + 48.0) == 0
+    assert len(nonces) == 1
+    with pytest.raises(SignatureRefused):
+        nonces.use(Signed(key="a", nonce="ahead", digest=b""), 864_000.0)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node.js on the PATH to sign with")
 def test_the_javascript_client_signs_the_same() -> None:

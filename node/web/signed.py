@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from heapq import heappop, heappush
 
 from crypto.errors import BadSignature
 from crypto.identity import SIGNATURE_BYTES, verify_key
@@ -27,7 +28,7 @@ SIGNED_HEADERS = ("signature-input", "signature", "content-digest", "x-audience"
 LIFE_S_MAX = 60
 SKEW_S_MAX = 5.0  # a client's clock may be this far ahead of ours
 REMEMBERED_S = 2.0 * LIFE_S_MAX
-NONCES_MAX = 100_000  # 15 MB; then signed requests wait, and none is forgotten early
+NONCES_MAX = 100_000  # 38 MB; then signed requests wait, and none is forgotten early
 HEADER_CHARS_MAX = 1024
 NONCE_CHARS_MIN = 16
 _NONCE = re.compile(r"[A-Za-z0-9_-]{16,64}")
@@ -138,36 +139,42 @@ def check_body(signed: Signed, body: bytes) -> None:
         )
 
 
+_Use = tuple[str, str]  # key and nonce
+
+
 class Nonces:
     """Nonces that were used, for as long as their signatures could be tried again. Times are unix seconds."""
 
     def __init__(self, nonces_max: int = NONCES_MAX) -> None:
         self._nonces_max = nonces_max
-        self._until: dict[tuple[str, str], float] = {}  # in the order of their end, since all live equally long
+        self._used: set[_Use] = set()
+        self._ends: list[tuple[float, _Use]] = []  # a heap: where a clock was set back, the last is not the latest
 
     def wait_s(self, now: float) -> float:
         """Seconds until there is room for one more; 0 when there is."""
         self._forget(now)
-        if len(self._until) < self._nonces_max:
+        if len(self._used) < self._nonces_max:
             return 0.0
-        return max(0.0, next(iter(self._until.values())) - now)
+        return max(0.0, self._ends[0][0] - now)
 
     def use(self, signed: Signed, now: float) -> None:
         """Take note of one; there must be room. Raises SignatureRefused when it was used before."""
         self._forget(now)
-        if (signed.key, signed.nonce) in self._until:
+        use = (signed.key, signed.nonce)
+        if use in self._used:
             raise SignatureRefused(
                 SignatureFault.REPLAYED, "this signed request came before: sign each one anew, with a fresh nonce"
             )
-        assert len(self._until) < self._nonces_max, "the caller asked wait_s"
-        self._until[signed.key, signed.nonce] = now + REMEMBERED_S
+        assert len(self._used) < self._nonces_max, "the caller asked wait_s"
+        self._used.add(use)
+        heappush(self._ends, (now + REMEMBERED_S, use))
 
     def _forget(self, now: float) -> None:
-        while self._until and next(iter(self._until.values())) <= now:
-            del self._until[next(iter(self._until))]
+        while self._ends and self._ends[0][0] <= now:
+            self._used.remove(heappop(self._ends)[1])
 
     def __len__(self) -> int:
-        return len(self._until)
+        return len(self._used)
 
 
 def _malformed(message: str) -> SignatureRefused:
