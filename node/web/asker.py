@@ -19,7 +19,7 @@ from node.front import Route, RouteHint
 from node.requester import account_of
 from node.web.caller import Caller
 from node.web.door import CALLER_KEY, headers_of
-from node.web.schema import shown
+from node.web.schema_parts import shown
 
 # what proxies add; of X-Forwarded-For, -Host, -Proto and their kin the beginning is enough
 PROXY_HEADERS = frozenset({

@@ -23,7 +23,17 @@ from crypto.identity import PEER_ID_CHARS_MAX
 from node import work
 from node.errors import BadRequest, TooLarge
 from node.tools import ToolCall, Tooling
-from node.web.schema_tools import ChatMessages, MadeCall, ToolChoice, Tools, calls_of, check_calls, tooling_of
+from node.web.schema_parts import shown
+from node.web.schema_tools import (
+    ChatMessages,
+    MadeCall,
+    ToolChoice,
+    Tools,
+    calls_of,
+    check_calls,
+    check_messages,
+    tooling_of,
+)
 
 CHOICES_MAX = 16  # answers of one request: n times the prompts
 CHAT_TOKENS_DEFAULT = 256
@@ -31,6 +41,7 @@ COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's own
 USER_CHARS_MAX = 512
 DEFAULT_MODEL_ALIAS = "default"
 DIMENSIONS_MAX = 65_536
+ERRORS_MAX = 1_000  # of one body; to tell of one, pydantic writes all of them: 300,000 took seconds
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 # OpenAI's fields that we do not offer -> the values that ask for nothing
@@ -248,6 +259,8 @@ def parse(body: bytes, kind: type[Asked]) -> Asked:
 
 
 def _refusal(exc: ValidationError, kind: type[BaseModel], within: str = "") -> BadRequest:
+    if exc.error_count() > ERRORS_MAX:
+        return BadRequest(f"{exc.error_count()} fields are unknown or wrong; the fields are {_fields(kind)}")
     problem = exc.errors(include_url=False, include_context=False)[0]
     # behind the field a union tells which of its kinds did not fit, and they are no fields of the client's
     path = takewhile(lambda part: isinstance(part, int) or _FIELD.fullmatch(part), problem["loc"])
@@ -267,12 +280,6 @@ def _fields(kind: type[BaseModel]) -> str:
     return ", ".join(sorted(kind.model_fields))
 
 
-def shown(value: object) -> str:
-    """A short picture of what came, for error messages."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def stops_of(value: object) -> tuple[str, ...]:
     """Stop strings from OpenAI's string or list. Raises BadRequest."""
     stops = [value] if isinstance(value, str) else value
@@ -288,8 +295,7 @@ def stops_of(value: object) -> tuple[str, ...]:
 
 def messages_of(values: Sequence[object]) -> tuple[work.Message, ...]:
     """The messages of a chat. Raises BadRequest, TooLarge."""
-    if len(values) > work.MESSAGES_MAX:
-        raise TooLarge(f"{len(values)} messages came, at most {work.MESSAGES_MAX} are taken", param="messages")
+    check_messages(len(values))
     messages = tuple(_message(value, f"messages.{index}") for index, value in enumerate(values))
     calls = [call for message in messages for call in message.tool_calls]
     check_calls(len(calls))
@@ -327,12 +333,9 @@ def _calls(value: dict[str, Any], role: str, param: str) -> tuple[ToolCall, ...]
     if role != "assistant":
         raise BadRequest(f"{param} came in a message of role {role}: only an assistant calls", param=param)
     try:
-        return calls_of(_MADE.validate_python(given), param)
+        return calls_of(given, param)
     except ValidationError as exc:
         raise _refusal(exc, MadeCall, within=param) from exc
-
-
-_MADE: Final = TypeAdapter(list[MadeCall])
 
 
 def _content(value: object, param: str) -> str:

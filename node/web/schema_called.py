@@ -58,7 +58,7 @@ def with_calls_joined(turns: list[Turn]) -> list[Turn]:
     joined: list[Turn] = []
     for turn in turns:
         if turn.get("tool_calls") and joined and joined[-1]["role"] == "assistant":
-            joined[-1]["tool_calls"] = [*joined[-1].get("tool_calls", ()), *turn["tool_calls"]]
+            joined[-1].setdefault("tool_calls", []).extend(turn["tool_calls"])
         else:
             joined.append(turn)
     return joined

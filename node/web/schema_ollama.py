@@ -23,7 +23,7 @@ from node.tools import TOOLS_MAX, Tooling
 from node.web.schema import DIMENSIONS_MAX, Body, Generation, messages_of
 from node.web.schema_called import Turn, call_turn, result_turn, tool_of, with_calls_joined
 from node.web.schema_parts import Logprobs, Stops, Temperature, TopK, TopP, object_of, shown
-from node.web.schema_tools import Name, tooling_of
+from node.web.schema_tools import Name, check_calls, check_messages, tooling_of
 
 CONTEXT_TOKENS_MAX = 1 << 24  # above any model's
 LATEST = ":latest"
@@ -197,6 +197,7 @@ class OllamaChatRequest(OllamaGeneration):
 
     def turns(self) -> tuple[work.Message, ...]:
         """The chat. Raises BadRequest, TooLarge."""
+        check_messages(len(self.messages))
         turns: list[Turn] = []
         waiting: list[tuple[str, str]] = []  # ids and names of calls without a result: Ollama has no ids
         for index, value in enumerate(self.messages):
@@ -216,6 +217,7 @@ class OllamaChatRequest(OllamaGeneration):
             for call in _calls(message.get("tool_calls"), role, param, len(turns)):
                 turns.append(call)
                 waiting += [(one["id"], one["function"]["name"]) for one in call["tool_calls"]]
+            check_calls(len(waiting))
         return messages_of(with_calls_joined(turns))
 
 

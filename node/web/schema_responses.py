@@ -25,6 +25,7 @@ METADATA_MAX = 16
 ROLES = ("system", "developer", "user", "assistant")
 INCLUDE_LOGPROBS = "message.output_text.logprobs"
 INCLUDES = {INCLUDE_LOGPROBS, "reasoning.encrypted_content"}  # of the second there is nothing to include
+INCLUDES_MAX = 16  # OpenAI has seven
 MESSAGE_KEYS = frozenset({"type", "role", "content", "id", "status", "phase"})
 CALL_KEYS = frozenset({"type", "call_id", "name", "arguments", "id", "status"})
 RESULT_KEYS = frozenset({"type", "call_id", "output", "id", "status"})
@@ -103,7 +104,7 @@ class ResponsesRequest(Request):
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
     top_logprobs: Logprobs | None = None
-    include: list[str] = Field(default_factory=list)
+    include: list[str] = Field(default_factory=list, max_length=INCLUDES_MAX)
     stream: bool = False
     stream_options: StreamOptions | None = None
     metadata: dict[str, str] = Field(default_factory=dict, max_length=METADATA_MAX)

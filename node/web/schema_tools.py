@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from node.errors import BadRequest, TooLarge
 from node.tools import (
@@ -26,6 +26,7 @@ from node.tools import (
     Tooling,
     json_object,
 )
+from node.work import MESSAGES_MAX
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
@@ -170,13 +171,23 @@ def _text_of(value: dict[str, Any], param: str) -> str:
         raise BadRequest(f"{param} cannot be passed on: {str(exc)[:100]}", param=param) from exc
 
 
-def calls_of(calls: Sequence[MadeCall], param: str) -> tuple[ToolCall, ...]:
-    """The calls of an assistant's message. Raises BadRequest, TooLarge."""
-    if len(calls) > CALLS_MAX:
-        raise TooLarge(f"{param} has {len(calls)} calls, at most {CALLS_MAX} are taken", param=param)
+_MADE: Final = TypeAdapter(list[MadeCall])
+
+
+def calls_of(given: object, param: str) -> tuple[ToolCall, ...]:
+    """The calls of an assistant's message. Raises BadRequest, TooLarge, pydantic's ValidationError."""
+    if isinstance(given, list) and len(given) > CALLS_MAX:  # before each is looked at
+        raise TooLarge(f"{param} has {len(given)} calls, at most {CALLS_MAX} are taken", param=param)
+    calls = _MADE.validate_python(given)
     for index, call in enumerate(calls):
         json_object(call.function.arguments, f"{param}.{index}.function.arguments", param)
     return tuple(ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments) for call in calls)
+
+
+def check_messages(count: int) -> None:
+    """Raises TooLarge."""
+    if count > MESSAGES_MAX:
+        raise TooLarge(f"{count} messages came, at most {MESSAGES_MAX} are taken", param="messages")
 
 
 def check_calls(count: int) -> None:
