@@ -6,9 +6,12 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from node import work
+from node.tools import ToolCall
+from node.web.schema_called import arguments_of
 from tests.test_web_anthropic import events_of
 from tests.test_web_clients import HELLO, vendor
 from tests.test_web_ollama import lines_of
@@ -149,6 +152,14 @@ async def test_ollamas_calls(bench: Bench) -> None:
     asked_of(bench)
     lines = lines_of(await bench.post("/api/chat", OLLAMA))
     assert [line["message"]["tool_calls"] for line in lines if "tool_calls" in line["message"]] == [wanted]
+
+
+def test_calls_nested_as_deep_as_can_be_read_can_be_written_too() -> None:
+    """A peer may say so: what stands around them in the answer made them too deep, and that was a bug's 500."""
+    for depth in range(700, 1_000):
+        arguments = '{"a":' * depth + "1" + "}" * depth
+        told = arguments_of(ToolCall(id="c", name="f", arguments=arguments))
+        assert msgspec.json.encode([[[[[[[[told]]]]]]]]), depth
 
 
 async def test_ollamas_calls_and_results_come_back_without_ids(bench: Bench) -> None:

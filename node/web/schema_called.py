@@ -17,6 +17,9 @@ from node.web.schema_parts import shown
 from node.web.schema_tools import FunctionDefinition, FunctionTool
 
 Turn = dict[str, Any]
+ROOM = (
+    32  # levels that an answer may have around a call's arguments: what is nested as deep as can be read is no object
+)
 
 
 def tool_of(name: str, description: str | None, parameters: dict[str, Any] | None, strict: bool | None) -> FunctionTool:
@@ -65,10 +68,12 @@ def with_calls_joined(turns: list[Turn]) -> list[Turn]:
 
 
 def arguments_of(call: ToolCall) -> dict[str, Any]:
-    """A call's arguments as an object, as Anthropic's and Ollama's clients want them. What is none, which only a server
-    behind a node may say, is told under a name of its own and not lost."""
+    """A call's arguments as an object, as Anthropic's and Ollama's clients want them. What is none, or nested too
+    deep, which only a server behind a node may say, is told under a name of its own and not lost."""
     try:
-        value = msgspec.json.decode(call.arguments.strip() or "{}")
+        text = call.arguments.strip() or "{}"
+        msgspec.json.decode("[" * ROOM + text + "]" * ROOM)
+        value = msgspec.json.decode(text)
     except (ValueError, RecursionError):
         value = call.arguments
     return value if isinstance(value, dict) else {"arguments": value}
