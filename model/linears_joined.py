@@ -11,13 +11,22 @@ Source: fused qkv and gate-up projections of vLLM and nano-vllm (`nanovllm/layer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from model.errors import BadModel
+
+
+@dataclass(slots=True)
+class _Made:
+    """What the joined layer gave for an input, and how many parts of it wait for the layer that takes them."""
+
+    input: torch.Tensor | None = None
+    parts: list[torch.Tensor | None] = field(default_factory=list)
+    left: int = 0
 
 
 class Joined(nn.Module):
@@ -31,19 +40,20 @@ class Joined(nn.Module):
         self.linear.weight = _joined([layer.weight for layer in layers])
         if layers[0].bias is not None:
             self.linear.bias = _joined([layer.bias for layer in layers])
-        self._input: torch.Tensor | None = None
-        self._parts: list[torch.Tensor | None] = []
+        self._made = _Made()  # of its own: to set an attribute of a module takes torch longer than all the rest
 
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """What the layer of this number gives for x."""
-        if self._input is x and (part := self._parts[index]) is not None:
-            self._parts[index] = None
-            if not any(other is not None for other in self._parts):
-                self._input = None
+        made = self._made
+        if made.input is x and (part := made.parts[index]) is not None:
+            made.parts[index] = None
+            made.left -= 1
+            if not made.left:
+                made.input = None
             return part
         parts: list[torch.Tensor | None] = list(self.linear(x).split(self.sizes, -1))
         part, parts[index] = parts[index], None
-        self._input, self._parts = x, parts
+        made.input, made.parts, made.left = x, parts, len(parts) - 1
         assert part is not None
         return part
 
