@@ -35,6 +35,8 @@ KEY = (
     ("poison", "sign_flip_x10_loss_ratio", "loss with a fifth of the members attacking, over a clean run's"),
     ("pipe", "direct_mb_per_cpu_s", "bulk between two peers"),
     ("flood", "gossip_attacker_cut_after", "until a flood of 10,000 signed messages a second is cut off"),
+    ("limits", "flood_refused", "of 1,000 requests a second on a key of 5 a second, refused"),
+    ("limits", "flood_answer_p50", "until such a refusal is there, median"),
     ("crowd_10000", "bytes_per_s_n10000", "gossip in a simulated network of 10,000"),
     ("idle", "ready_s", "from start to ready, with the model that comes with the node"),
 )

@@ -116,4 +116,4 @@ def test_another_tensor_is_computed_anew() -> None:
         torch.testing.assert_close(joined.part(index, given), layers[index](given))
     joined.part(0, x)
     joined.part(1, x)
-    assert joined._input is None, "what all have taken is let go"
+    assert joined._made.input is None, "what all have taken is let go"

@@ -85,7 +85,7 @@ class EventStream:
                     nursery.start_soon(feed, self._front, index, work, self._request.hint, told.clone())
             async with items:
                 error = await self._write(items, send)
-            nursery.cancel_scope.cancel()
+                nursery.cancel_scope.cancel()  # while there is somebody to send to: the others may have errors too
         return error
 
     async def _write(self, items: trio.MemoryReceiveChannel[Told], send: Send) -> RequestError | None:
