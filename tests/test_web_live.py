@@ -146,6 +146,15 @@ async def test_more_pages_than_the_bound_are_refused_in_words(autojump_clock: Mo
         assert refused[0].headers()["retry-after"] == "10"
 
 
+async def test_who_asks_for_the_head_alone_gets_it_and_takes_no_place(autojump_clock: MockClock) -> None:
+    call = watch()
+    call.scope["method"] = "HEAD"
+    async with watching(Counted(), call):
+        await trio.sleep(0.5)
+        assert call.done
+    assert call.headers()["content-type"].startswith("text/event-stream")
+
+
 async def test_with_many_peers_the_list_is_cut_and_made_less_often(autojump_clock: MockClock) -> None:
     front, call = Counted(), watch()
     front.peer_count = 300

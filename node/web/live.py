@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import trio
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from node.errors import NoRoom
@@ -33,6 +34,11 @@ SLOW_ROWS = 64  # with more peers than these, the list is made every SLOW_S only
 SLOW_S = 5.0
 MEGABYTE = 1_000_000
 FAR = float("inf")
+HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-store",
+    "x-accel-buffering": "no",  # nginx must not hold events back
+}
 END = b'event: end\ndata: {"why":"the node is stopping"}\n\n'
 KEEP_ALIVE = b": keep-alive\n\n"
 _ENGINE = ("slots_total", "slots_free", "queue_length", "queue_max", "kv_tokens_total", "kv_tokens_free")
@@ -121,7 +127,7 @@ class Events:
                 f"{WATCHERS_MAX} pages watch this node already (WATCHERS_MAX): close one, or ask /api/v1/status",
                 retry_after_s=RETRY_S,
             )
-        return Watch(self._live, self._stop)
+        return Watch(self._live, self._stop) if request.method == "GET" else Response(headers=HEADERS)
 
 
 class Watch:
@@ -148,11 +154,7 @@ class Watch:
             self._live.watchers -= 1
 
     async def _tell(self, send: Send) -> None:
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-store"),
-            (b"x-accel-buffering", b"no"),  # nginx must not hold events back
-        ]
+        headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         seen, told_at = 0, trio.current_time()
         while not self._stop.is_set():
