@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import trio
 from coincurve import PrivateKey
@@ -22,7 +23,7 @@ from crypto.wallet import WalletAddress
 from node.api_key_file import KEYS_FILE, KeyFile, changing_keys
 from node.api_keys import ApiKey, KeyScope
 from node.config import NodeConfig, load_config
-from node.errors import BadRequest, ConfigError
+from node.errors import BadRequest, ConfigError, NoRoom
 from node.web.app import build_app
 from node.web.caller import Need, need_of
 from node.web.door import BODY_BYTES_MAX, DoorConfig
@@ -405,6 +406,21 @@ async def test_to_be_many_signers_gives_no_more_than_two_of_them_have(
         await ask("8.8.8.8")
     assert statuses == [200] * 4 + [429] * 2
     assert bench.drops["limited_tokens"] == 2
+
+
+async def test_a_peer_that_lies_of_a_prompt_does_not_lock_out_who_asked(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    key, text = made(tokens_per_min=6_000)
+    bench = Bench(tmp_path, key)
+    lie = 1 << 53
+    opening, end = (msgspec.structs.replace(one, prompt_tokens=lie) for one in (started(), finished(0)))
+    for told in ([opening, end], [opening, NoRoom("full")]):
+        bench.front.script = lambda work, told=told: told
+        assert (await bench.chat(x_api_key=text)).status_code == (200 if told[-1] is end else 503)
+        await trio.sleep(60)
+    bench.front.script = lambda work: [started(), finished(0)]
+    assert (await bench.chat(x_api_key=text)).status_code == 200
 
 
 async def test_functions_are_charged_as_part_of_the_prompt(tmp_path: Path) -> None:

@@ -23,6 +23,10 @@ from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, P
 
 CHARS_PER_TOKEN = 3  # prose has four or five, other scripts and code fewer; the estimate is settled at the end
 MESSAGE_TOKENS = 4  # what a chat's template puts around each
+# What a peer says that a prompt had is its word alone. More than this is not believed: a token for every byte, four a
+# character, and what a template says of its own.
+PROMPT_TIMES = 4 * CHARS_PER_TOKEN
+TEMPLATE_TOKENS = 4_096
 
 
 class MeteredFront:
@@ -60,7 +64,7 @@ class MeteredFront:
         used = charge.tokens  # when it is cancelled, nobody knows how much was done
         try:
             embedded = await self._front.embed(work, route)
-            used = embedded.prompt_tokens
+            used = believed(embedded.prompt_tokens, charge.tokens)
         except RequestError:
             used = 0
             raise
@@ -137,12 +141,17 @@ class _Told:
         item = await anext(self._items)
         match item:
             case Started():
-                self._prompt = item.prompt_tokens or self._estimate
+                self._prompt = believed(item.prompt_tokens, self._estimate) or self._estimate
             case Piece():
                 self._made += len(item.tokens)
             case Finished():
-                self._prompt, self._made = item.prompt_tokens, item.completion_tokens
+                self._prompt, self._made = believed(item.prompt_tokens, self._estimate), item.completion_tokens
         return item
+
+
+def believed(told: int, estimate: int) -> int:
+    """How many tokens a prompt had, by who answered, if that may be."""
+    return min(told, PROMPT_TIMES * estimate + TEMPLATE_TOKENS)
 
 
 def prompt_tokens(work: GenerateWork) -> int:
