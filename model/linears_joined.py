@@ -64,12 +64,11 @@ class Share(nn.Module):
     def __init__(self, joined: Joined, index: int) -> None:
         super().__init__()
         self.joined, self.index = joined, index
-        self.__dict__["_part"] = joined.part  # found without torch's search among submodules
         self.in_features, self.out_features = joined.linear.in_features, joined.sizes[index]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., K) to (..., O)."""
-        return self._part(self.index, x)  # type: ignore[no-any-return]
+        return self.joined.part(self.index, x)
 
     __call__ = forward  # without torch's search for hooks
 
