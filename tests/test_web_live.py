@@ -14,7 +14,7 @@ from trio.testing import MockClock
 
 from node.recent import SAMPLE_S, Totals
 from node.web.app import build_app
-from node.web.live import EVERY_S, KEEP_ALIVE_S, PEERS_TOLD_MAX, SLOW_S, WATCHERS_MAX, Live
+from node.web.live import EVERY_S, KEEP_ALIVE_S, PEERS_TOLD_MAX, SLOW_S, WATCHERS_EACH_MAX, WATCHERS_MAX, Live
 from tests.fake_front import FakeFront
 from tests.test_web_stream import Call
 
@@ -144,6 +144,40 @@ async def test_more_pages_than_the_bound_are_refused_in_words(autojump_clock: Mo
         assert [call.sent[0][1]["status"] for call in refused] == [503]
         assert "WATCHERS_MAX" in refused[0].text()
         assert refused[0].headers()["retry-after"] == "10"
+
+
+async def test_one_client_of_elsewhere_leaves_places_for_others(autojump_clock: MockClock) -> None:
+    calls, other, here = [watch() for _ in range(WATCHERS_EACH_MAX + 1)], watch(), watch()
+    for call in calls:
+        call.scope["client"] = ("203.0.113.9", 4711)
+    other.scope["client"] = ("198.51.100.7", 4711)
+    async with watching(Counted(), *calls, other, here):
+        await trio.sleep(0.5)
+        refused = [call for call in calls if call.done]
+        assert [call.sent[0][1]["status"] for call in refused] == [503]
+        assert not other.done
+        assert not here.done
+
+
+async def test_a_place_is_given_back(autojump_clock: MockClock) -> None:
+    front, first, second = Counted(), [watch() for _ in range(WATCHERS_EACH_MAX)], watch()
+    for call in (*first, second):
+        call.scope["client"] = ("203.0.113.9", 4711)
+    async with watching(front, *first):
+        await trio.sleep(0.5)
+    app = build_app(front, Random(7))
+    async with trio.open_nursery() as nursery:
+        for call in first:
+            fresh = watch()
+            fresh.scope["client"] = call.scope["client"]
+            nursery.start_soon(app, fresh.scope, fresh.receive, fresh.send)
+            await trio.sleep(0.1)
+            fresh.leave()
+            await trio.sleep(EVERY_S * 2)
+        nursery.start_soon(app, second.scope, second.receive, second.send)
+        await trio.sleep(0.5)
+        assert second.sent[0][1]["status"] == 200
+        nursery.cancel_scope.cancel()
 
 
 async def test_who_asks_for_the_head_alone_gets_it_and_takes_no_place(autojump_clock: MockClock) -> None:

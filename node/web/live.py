@@ -10,6 +10,7 @@ Source: WHATWG HTML, "Server-sent events".
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -22,12 +23,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from node.errors import NoRoom
 from node.front import Front
+from node.requester import LOCAL, account_of
 from node.web.answers import wait_gone
 
 EVERY_S = 1.0
 STATUS_S = 2.0  # the status takes a millisecond to make, and its speeds are new every SAMPLE_S only
 KEEP_ALIVE_S = 10.0  # a proxy or a page that hears nothing so long would take the node for dead
 WATCHERS_MAX = 32
+WATCHERS_EACH_MAX = 8  # of one client elsewhere, so that it leaves places for others
 RETRY_S = 10.0
 PEERS_TOLD_MAX = 64  # of each event; /api/v1/peers has all
 SLOW_ROWS = 64  # with more peers than these, the list is made every SLOW_S only: it takes time for each
@@ -57,7 +60,7 @@ class Live:
         self._looked = self._peers_looked = self._status_looked = -FAR
         self._peers: dict[str, Any] = {"count": 0, "rows": []}
         self._uptime_s = 0.0
-        self.watchers = 0
+        self.watchers: Counter[str] = Counter()  # open pages, by the account of who watches
 
     def look(self, now: float) -> float:
         """Take a snapshot, if the last is a second old; when to look again."""
@@ -122,20 +125,27 @@ class Events:
     async def events(self, request: Request) -> ASGIApp:
         """The stream. Raises NoRoom."""
         await trio.lowlevel.checkpoint()
-        if self._live.watchers >= WATCHERS_MAX:
+        watchers, account = self._live.watchers, account_of(request.client.host if request.client else None)
+        has_place = account == LOCAL or watchers[account] < WATCHERS_EACH_MAX
+        if not has_place or watchers.total() >= WATCHERS_MAX:
             raise NoRoom(
-                f"{WATCHERS_MAX} pages watch this node already (WATCHERS_MAX): close one, or ask /api/v1/status",
+                f"as many pages watch this node as may (WATCHERS_MAX {WATCHERS_MAX}, of one client elsewhere "
+                f"{WATCHERS_EACH_MAX}): close one, or ask /api/v1/status",
                 retry_after_s=RETRY_S,
             )
-        return Watch(self._live, self._stop) if request.method == "GET" else Response(headers=HEADERS)
+        if request.method != "GET":
+            return Response(headers=HEADERS)
+        return Watch(self._live, self._stop, account)
 
 
 class Watch:
     """An ASGI response: what changes, for as long as the client stays and the node runs."""
 
-    def __init__(self, live: Live, stop: trio.Event) -> None:
+    def __init__(self, live: Live, stop: trio.Event, account: str) -> None:
+        """account: who watches (node/requester.py)."""
         self._live = live
         self._stop = stop
+        self._account = account
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Tell until the client leaves or the node stops."""
@@ -144,14 +154,15 @@ class Watch:
             await wait_gone(receive)
             cancel_scope.cancel()
 
-        self._live.watchers += 1
+        self._live.watchers[self._account] += 1
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch, nursery.cancel_scope)
                 await self._tell(send)
                 nursery.cancel_scope.cancel()
         finally:
-            self._live.watchers -= 1
+            self._live.watchers[self._account] -= 1
+            self._live.watchers += Counter()  # forgets who has none
 
     async def _tell(self, send: Send) -> None:
         headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
