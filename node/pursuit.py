@@ -228,7 +228,9 @@ class Pursuit(Generic[H]):
     def too_late(self) -> DeadlinePassed:
         """The deadline is over: the end of the request."""
         had = f"; {len(self.tokens)} tokens were delivered. Ask for fewer tokens or" if self.tokens else ";"
-        return DeadlinePassed(f"the request's {self.work.remaining_ms / 1000:.0f} s are over{had} give it more time")
+        given_s = self.work.remaining_ms / 1000
+        given = f"{given_s:.0f}" if given_s >= 10 else f"{given_s:.2g}"
+        return DeadlinePassed(f"the request's {given} s are over{had} give it more time")
 
     def _left_ms(self, now: float) -> int:
         """Milliseconds that the next server has: a little more than is left, so that it is we who say it is over."""
@@ -331,10 +333,18 @@ class Pursuit(Generic[H]):
             case Why.NONE_SERVES:
                 known = ", ".join(sorted(self.around.served_names())) or "nothing yet"
                 return UnknownModel(
-                    f"no live peer that was asked for serves {asked}; served now: {known}",
+                    f"{self._who()} serves {asked}; served now: {known}",
                     param="model",
                     more=self._impossible(),
                 )
+
+    def _who(self) -> str:
+        """Of whom none serves the model: what the client asked of the route is no fault of the network."""
+        if self.route.peer is not None:
+            return f"the peer {self.route.peer}, which x-peer names, is not here or not one that"
+        if self.route.route is Route.REMOTE:
+            return "x-route is remote, and no other node"
+        return "x-route is local, and this node is none that" if self.route.route is Route.LOCAL else "no live peer"
 
     def _impossible(self) -> dict[str, object]:
         """That nobody who is here now could ever answer it, and what is served instead."""

@@ -91,8 +91,10 @@ async def test_the_client_chooses_the_route(swarm: Swarm, autojump_clock: MockCl
         assert got.is_right("hello", 10)
         assert got.started[0].served_by == server.id
     assert (await ask(one, work(), REMOTE)).started[0].served_by != one.id
-    assert isinstance((await ask(door, work(), LOCAL)).error, UnknownModel)
-    assert isinstance((await ask(door, work(), at(door))).error, UnknownModel)
+    for hint, word in ((LOCAL, "x-route is local"), (at(door), "x-peer")):
+        error = (await ask(door, work(), hint)).error
+        assert isinstance(error, UnknownModel)
+        assert word in str(error)
     assert isinstance((await ask(one, work(model="none such"))).error, UnknownModel)
     assert "tale" in str((await ask(one, work(model="none such"))).error)
 

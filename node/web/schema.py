@@ -248,7 +248,9 @@ def parse(body: bytes, kind: type[Asked]) -> Asked:
 
 
 def _refusal(exc: ValidationError, kind: type[BaseModel], within: str = "") -> BadRequest:
-    problem = exc.errors(include_url=False, include_context=False)[0]
+    problems = exc.errors(include_url=False, include_context=False)
+    # a typo in a name is an unknown field and a missing one: the name is what its writer knows
+    problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
     # behind the field a union tells which of its kinds did not fit, and they are no fields of the client's
     path = takewhile(lambda part: isinstance(part, int) or _FIELD.fullmatch(part), problem["loc"])
     param = ".".join(str(part) for part in (within, *path) if part != "")[:200] or str(problem["loc"][0])[:200]
