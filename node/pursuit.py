@@ -49,6 +49,7 @@ from node.work import (
 )
 
 ATTEMPTS_MAX = 8
+NOTHING_SERVED = "nothing yet: start a node with a model, or join one that has (--bootstrap)"
 DEADLINE_GRACE_MS = 100
 HURRY_S = 1.0  # for the first word of a takeover: its client waits in mid-answer; on a lame machine it takes 0.3
 FULL_WAIT_S = 0.5  # between looks for room, for an answer that has begun
@@ -317,7 +318,8 @@ class Pursuit(Generic[H]):
                 return self.last_error
         elif self.last_error is not None:
             return self.last_error
-        asked = f"model {self.work.model!r}" if self.work.model is not None else "a model of the kind asked for"
+        kind = "text" if isinstance(self.work, GenerateWork) else "vectors"
+        asked = f"a model for {kind}" if self.work.model is None else f"model {self.work.model!r}"
         match why.why:
             case Why.TOO_LONG:
                 return TooLong(f"the request is {why}; ask for fewer tokens", more=self._impossible())
@@ -331,7 +333,7 @@ class Pursuit(Generic[H]):
                     more={"loading": loading.told()},
                 )
             case Why.NONE_SERVES:
-                known = ", ".join(sorted(self.around.served_names())) or "nothing yet"
+                known = ", ".join(sorted(self.around.served_names())) or NOTHING_SERVED
                 return UnknownModel(
                     f"{self._who()} serves {asked}; served now: {known}",
                     param="model",
