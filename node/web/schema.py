@@ -248,9 +248,7 @@ def parse(body: bytes, kind: type[Asked]) -> Asked:
 
 
 def _refusal(exc: ValidationError, kind: type[BaseModel], within: str = "") -> BadRequest:
-    problems = exc.errors(include_url=False, include_context=False)
-    # a typo in a name is an unknown field and a missing one: the name is what its writer knows
-    problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
+    problem = exc.errors(include_url=False, include_context=False)[0]
     # behind the field a union tells which of its kinds did not fit, and they are no fields of the client's
     path = takewhile(lambda part: isinstance(part, int) or _FIELD.fullmatch(part), problem["loc"])
     param = ".".join(str(part) for part in (within, *path) if part != "")[:200] or str(problem["loc"][0])[:200]
@@ -258,7 +256,9 @@ def _refusal(exc: ValidationError, kind: type[BaseModel], within: str = "") -> B
         fields = f"; the fields are {_fields(kind)}" if len(problem["loc"]) == 1 else ": leave it out"
         return BadRequest(f"unknown field {param!r}{fields}", param=param)
     if problem["type"] == "missing":
-        return BadRequest(f"the field {param!r} is missing", param=param)
+        odd = [each["loc"][-1] for each in exc.errors(include_url=False) if each["type"] == "extra_forbidden"]
+        typed = f", and {shown(odd[0])} is no field" if odd else ""  # a typo is both
+        return BadRequest(f"the field {param!r} is missing{typed}", param=param)
     return BadRequest(f"{param} = {shown(problem['input'])}: {problem['msg']}", param=param)
 
 
