@@ -7,7 +7,12 @@ a traceback means a bug. Flags of `run` are told by what they are for.
 
 from __future__ import annotations
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: Ctrl-C among the imports ends it without a traceback
+
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -238,6 +243,8 @@ def _default(context: typer.Context) -> None:
 
 def main() -> None:
     """Entry point. Flags with no command before them belong to `run`; a wrong one is told in one sentence."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments, name = sys.argv[1:], "python -m node"
     own = ("--help", "-h", "--show-completion", "--install-completion")
     if arguments and arguments[0].startswith("-") and arguments[0] not in own:

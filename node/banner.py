@@ -22,7 +22,7 @@ def print_banner(ready: dict[str, object], config: NodeConfig, peers: int) -> No
     lines += [f"listening {address}" for address in ready["listen"]]  # type: ignore[attr-defined]  # a list of str
     lines.append(f"http      http://{ready['http']}" if ready["http"] else "http      off")
     lines.append(f"model     {ready['model']} {ready['revision']}" if ready["model"] else "model     none")
-    lines.append(f"network   {config.network}, {peers} peers connected")
+    lines.append(f"network   {config.network}, {peers} {'peer' if peers == 1 else 'peers'} connected")
     lines.append("ready; Ctrl-C stops")
     _told("\n".join(lines))
 

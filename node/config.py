@@ -239,7 +239,8 @@ def _from_file(path: Path) -> dict[str, Setting]:
     except OSError as exc:
         raise ConfigError(f"cannot read the configuration file {path}: {exc.strerror}") from exc
     except (ValueError, RecursionError) as exc:
-        raise ConfigError(f"the configuration file {path} is not JSON: {exc}") from exc
+        hint = " (no comma may stand before a closing brace)" if "property name" in str(exc) else ""
+        raise ConfigError(f"the configuration file {path} is not JSON: {exc}{hint}") from exc
     if not isinstance(settings, dict):
         raise ConfigError(f"the configuration file {path} holds a {type(settings).__name__}, wanted an object of keys")
     try:

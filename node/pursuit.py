@@ -49,6 +49,7 @@ from node.work import (
 )
 
 ATTEMPTS_MAX = 8
+NOTHING_SERVED = "nothing yet: start a node with a model, or join one that has (--bootstrap)"
 DEADLINE_GRACE_MS = 100
 HURRY_S = 1.0  # for the first word of a takeover: its client waits in mid-answer; on a lame machine it takes 0.3
 FULL_WAIT_S = 0.5  # between looks for room, for an answer that has begun
@@ -228,7 +229,9 @@ class Pursuit(Generic[H]):
     def too_late(self) -> DeadlinePassed:
         """The deadline is over: the end of the request."""
         had = f"; {len(self.tokens)} tokens were delivered. Ask for fewer tokens or" if self.tokens else ";"
-        return DeadlinePassed(f"the request's {self.work.remaining_ms / 1000:.0f} s are over{had} give it more time")
+        given_s = self.work.remaining_ms / 1000
+        given = f"{given_s:.0f}" if given_s >= 10 else f"{given_s:.2g}"
+        return DeadlinePassed(f"the request's {given} s are over{had} give it more time")
 
     def _left_ms(self, now: float) -> int:
         """Milliseconds that the next server has: a little more than is left, so that it is we who say it is over."""
@@ -315,7 +318,8 @@ class Pursuit(Generic[H]):
                 return self.last_error
         elif self.last_error is not None:
             return self.last_error
-        asked = f"model {self.work.model!r}" if self.work.model is not None else "a model of the kind asked for"
+        kind = "text" if isinstance(self.work, GenerateWork) else "vectors"
+        asked = f"a model for {kind}" if self.work.model is None else f"model {self.work.model!r}"
         match why.why:
             case Why.TOO_LONG:
                 return TooLong(f"the request is {why}; ask for fewer tokens", more=self._impossible())
@@ -329,12 +333,20 @@ class Pursuit(Generic[H]):
                     more={"loading": loading.told()},
                 )
             case Why.NONE_SERVES:
-                known = ", ".join(sorted(self.around.served_names())) or "nothing yet"
+                known = ", ".join(sorted(self.around.served_names())) or NOTHING_SERVED
                 return UnknownModel(
-                    f"no live peer that was asked for serves {asked}; served now: {known}",
+                    f"{self._who()} serves {asked}; served now: {known}",
                     param="model",
                     more=self._impossible(),
                 )
+
+    def _who(self) -> str:
+        """Of whom none serves the model: what the client asked of the route is no fault of the network."""
+        if self.route.peer is not None:
+            return f"the peer {self.route.peer}, which x-peer names, is not here or not one that"
+        if self.route.route is Route.REMOTE:
+            return "x-route is remote, and no other node"
+        return "x-route is local, and this node is none that" if self.route.route is Route.LOCAL else "no live peer"
 
     def _impossible(self) -> dict[str, object]:
         """That nobody who is here now could ever answer it, and what is served instead."""

@@ -220,7 +220,7 @@ class Node:
         peer, on_change = self._transport.peer_id, self._offer
         if self._config.upstream_url() is None:
             runtime = await trio.to_thread.run_sync(self._load, self._config, abandon_on_cancel=True)
-            level = logging.WARNING if runtime.linears.problem else logging.INFO
+            level = logging.WARNING if runtime.linears.problem else logging.DEBUG  # the status tells it whenever asked
             _log.log(level, "linear layers are %s", runtime.linears.told)
             return Hosting(runtime, peer=peer, on_change=on_change, cache_mb=self._config.cache_mb)
         with importing():

@@ -78,9 +78,8 @@ def locked(data_dir: Path) -> Iterator[None]:
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = (data_dir / "lock").open("a+")
     except OSError as exc:
-        raise ConfigError(
-            f"cannot use the data directory {data_dir}: {exc.strerror}; choose one by --data-dir"
-        ) from exc
+        why = "it is a file" if data_dir.is_file() else exc.strerror
+        raise ConfigError(f"cannot use the data directory {data_dir}: {why}; choose one by --data-dir") from exc
     with file:
         if not try_lock(file.fileno()):
             file.seek(0)
@@ -133,4 +132,5 @@ def _set_up_log(config: NodeConfig) -> LogPace:
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
     for noisy in ("libp2p", "hypercorn.access", "httpx", "httpcore", "multiaddr", "zeroconf"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    logging.getLogger("torch").setLevel(max(logging.WARNING, logging.getLogger().level))  # its caches' figures at exit
     return paced.pace

@@ -28,7 +28,9 @@ from node.banner import print_banner
 from node.commands import status as status_command
 from node.commands.ask import texts
 from node.commands.chat import HELP, _Talk
+from node.commands.checks import Verdict
 from node.commands.client import CommandFailed, Event, NodeClient
+from node.commands.doctor import node_checks
 from node.commands.status import line, summary
 from node.commands.tables import spoken
 from node.config import KEY_FILE, NodeConfig
@@ -201,7 +203,9 @@ def test_a_node_that_is_ready_says_so_in_json_too(capsys: pytest.CaptureFixture[
     told = json.loads(capsys.readouterr().out)
     assert told == {**ready, "network": "main", "peers": 3, "ready": True}
     print_banner(ready, NodeConfig(), 3)
-    assert "ready; Ctrl-C stops" in capsys.readouterr().out
+    assert "3 peers connected\nready; Ctrl-C stops" in capsys.readouterr().out
+    print_banner(ready, NodeConfig(), 1)
+    assert "1 peer connected\n" in capsys.readouterr().out
     assert "--json" in flags_of(LEAVES[("run",)])
 
 
@@ -242,6 +246,8 @@ def test_a_key_is_sent_and_asked_for() -> None:
         wanted = "node: this node wants a key; give the node's key by --api-key or OPENAGI_API_KEY\n"
         assert (result.exit_code, result.stderr) == (2, wanted)
         assert cli("status", "--node", url, "--api-key", "sk-2").exit_code == 2
+        [check] = node_checks(url, expected=True, api_key="sk-2")
+        assert (check.verdict, check.advice.split(" (")[0]) == (Verdict.BAD, "give a key that may look")
         assert cli("status", "--node", url, "--api-key", "sk-1").exit_code == 0
         assert cli("status", env={"OPENAGI_NODE": url, "OPENAGI_API_KEY": "sk-1"}).exit_code == 0
 

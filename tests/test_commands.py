@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ import msgspec
 import pytest
 import trio
 import typer
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from crypto.identity import Identity, PeerId
@@ -23,10 +25,11 @@ from node.commands import checks, doctor
 from node.commands.ask import ask
 from node.commands.chat import chat
 from node.commands.checks import Verdict
+from node.commands.client import NodeClient
 from node.commands.keys import keys
-from node.commands.peers import peers
+from node.commands.peers import brief_of, peers
 from node.commands.status import status
-from node.commands.tables import flattened, printable
+from node.commands.tables import flattened, printable, table_of
 from node.config import KEY_FILE
 from node.errors import NoRoom, PeerFailed
 from node.front import Readiness
@@ -156,6 +159,29 @@ async def test_status_and_peers_tell_what_the_node_told() -> None:
     result, _ = await with_node("peers")
     assert PEER in result.stdout
     assert "1.25" in result.stdout
+
+
+def test_peers_have_room_in_80_columns() -> None:
+    models = [{"name": "default", "revision": "sha256-bad3466530cb"}, {"name": "qwen", "revision": "hub-0123456789ab"}]
+    offer = {"models": models, "slots_free": 16, "decode_tok_s": 243.5}
+    rows = [
+        {"peer_id": PEER, "connected": True, "relayed": False, "rtt_ms": 13.04, **offer},
+        {"peer_id": PEER[:-1] + "x", "connected": True, "relayed": True, "rtt_ms": 1234.5},
+        {"peer_id": PEER[:-1] + "y", "connected": False},
+    ]
+    columns, cells = brief_of(rows)
+    printed = io.StringIO()
+    Console(file=printed, width=80).print(table_of("3 peers", columns, cells))
+    lines = printed.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) == 1 + 3 + 4 + 1 + 1 + 1  # no row takes more lines than its models do
+    assert [cell[1] for cell in cells] == ["direct", "relay", "none"]
+    assert f"12D3…{PEER[-6:]}" in printed.getvalue()
+
+
+def test_a_base_url_of_an_sdk_is_an_address_too(closed_url: str) -> None:
+    with NodeClient(closed_url + "/v1/") as client:
+        assert client.url == closed_url
 
 
 def test_a_peer_cannot_write_to_the_terminal() -> None:
@@ -345,6 +371,8 @@ def test_doctor_checks_files(tmp_path: Path) -> None:
     assert checks.check_key(tmp_path / KEY_FILE).verdict is Verdict.BAD
     assert checks.check_model("model", "none").verdict is Verdict.OK
     assert checks.check_model("model", "org/name").verdict is Verdict.OK
+    assert checks.check_model("model", "all-MiniLM-L6-v2").verdict is Verdict.OK
+    assert checks.check_model("model", "defalt").verdict is Verdict.BAD  # as a start says
     assert checks.check_model("model", "/no/such/place").verdict is Verdict.BAD
     model = tmp_path / "model"
     model.mkdir()

@@ -58,6 +58,9 @@ def test_a_file_that_is_missing_or_not_json_is_a_sentence(tmp_path: Path) -> Non
     broken.write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):
         load_config({}, environment={}, file=broken)
+    broken.write_text('{"network": "main",}')
+    with pytest.raises(ConfigError, match="no comma may stand before"):
+        load_config({}, environment={}, file=broken)
 
 
 @pytest.mark.parametrize(

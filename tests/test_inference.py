@@ -62,6 +62,13 @@ async def test_a_node_without_a_model_answers_through_a_peer(swarm: Swarm, autoj
     assert door.network.gossip.observations.is_proven(peer.id)
 
 
+async def test_where_nothing_is_served_the_error_says_what_to_do(swarm: Swarm, autojump_clock: MockClock) -> None:
+    door = await swarm.start()
+    error = (await ask(door, work())).error
+    assert isinstance(error, UnknownModel)
+    assert "--bootstrap" in str(error)
+
+
 async def test_who_serves_what_nobody_known_serves_is_searched_for(
     swarm: Swarm, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,8 +98,11 @@ async def test_the_client_chooses_the_route(swarm: Swarm, autojump_clock: MockCl
         assert got.is_right("hello", 10)
         assert got.started[0].served_by == server.id
     assert (await ask(one, work(), REMOTE)).started[0].served_by != one.id
-    assert isinstance((await ask(door, work(), LOCAL)).error, UnknownModel)
-    assert isinstance((await ask(door, work(), at(door))).error, UnknownModel)
+    for hint, word in ((LOCAL, "x-route is local"), (at(door), "x-peer")):
+        error = (await ask(door, work(), hint)).error
+        assert isinstance(error, UnknownModel)
+        assert word in str(error)
+        assert "serves a model for text; served now: " in str(error)
     assert isinstance((await ask(one, work(model="none such"))).error, UnknownModel)
     assert "tale" in str((await ask(one, work(model="none such"))).error)
 

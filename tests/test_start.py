@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,26 @@ def test_a_directory_that_cannot_be_used_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot use the data directory"), locked(tmp_path / "file" / "data"):
         pytest.fail("a file is no directory")
+    with pytest.raises(ConfigError, match="it is a file; choose one by --data-dir"), locked(tmp_path / "file"):
+        pytest.fail("a file is no directory")
+
+
+@pytest.mark.slow
+def test_ctrl_c_among_the_imports_ends_it_without_a_traceback() -> None:
+    code = """
+import os, runpy, signal, sys
+
+class Stops:
+    def find_spec(self, name, *_):
+        if name == "node.commands.ask":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Stops())
+sys.argv = ["node", "status"]
+runpy.run_module("node", run_name="__main__")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, b"", b"")
 
 
 def test_expected_failures_are_one_line_and_a_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

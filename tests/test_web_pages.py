@@ -15,6 +15,7 @@ from starlette.requests import Request
 from node.web.app import build_app
 from node.web.errors import NotFound
 from node.web.pages import CONTENT_POLICY, STATIC, TYPES, Pages, read_files
+from p2p.reach import Verdict
 from tests.fake_front import FakeFront
 from tests.test_house import FILE_LINES_MAX
 
@@ -144,3 +145,8 @@ def test_no_other_host_no_text_as_html_and_every_import_is_there(name: str) -> N
 
 def test_the_pages_are_light() -> None:
     assert sum((STATIC / name).stat().st_size for name in FILES) <= TEXT_BYTES_MAX
+
+
+def test_every_verdict_on_reach_has_its_words() -> None:
+    told = (STATIC / "panels.js").read_text().split("const REACH = {")[1].split("};")[0]
+    assert set(re.findall(r"^  (\w+):", told, re.MULTILINE)) == set(Verdict)

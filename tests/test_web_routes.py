@@ -325,6 +325,13 @@ async def test_bad_input_is_400_and_never_422(bench: Bench) -> None:
 
 async def test_no_such_route_and_no_such_method(bench: Bench) -> None:
     assert error_of(await bench.get("/v1/nothing"), 404)["code"] == "not_found"
+    for path, wanted in (
+        ("/completions", "'/v1/completions': the client's base URL is http://HOST:PORT/v1"),
+        ("/v1//chat/completions", "'/v1/chat/completions'"),
+        ("/v1/v1/messages", "'/v1/messages': the client's base URL is http://HOST:PORT"),
+    ):
+        assert error_of(await bench.post(path, {}), 404)["message"].split("it is at ")[1].startswith(wanted)
+    assert error_of(await bench.get("/v1/nothing"), 404)["message"] == "there is no route '/v1/nothing'"
     response = await bench.get("/v1/completions")
     assert error_of(response, 405)["code"] == "method_not_allowed"
     assert response.headers["allow"] == "POST"

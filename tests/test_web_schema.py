@@ -75,6 +75,11 @@ def test_a_refusal_names_the_field(fields: dict[str, object], param: str) -> Non
     assert param.split(".")[-1] in error.message
 
 
+def test_a_typo_in_a_name_is_told_by_the_name_that_came() -> None:
+    with pytest.raises(BadRequest, match="the field 'messages' is missing, and 'mesages' is no field"):
+        parse(b'{"mesages": []}', ChatRequest)
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"text"', b"null", b"{" * 3000, b'{"temperature": NaN}', b"\xff"])
 def test_what_is_no_json_object_is_a_bad_request(body: bytes) -> None:
     with pytest.raises(BadRequest):

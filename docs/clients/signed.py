@@ -78,6 +78,8 @@ def main() -> None:
             print(json.load(response)["choices"][0]["text"])
     except urllib.error.HTTPError as error:
         sys.exit(f"{error.code}: {json.load(error)['error']['message']}")
+    except urllib.error.URLError as error:
+        sys.exit(f"no node answers at {node}: {error.reason}")
 
 
 if __name__ == "__main__":

@@ -168,11 +168,13 @@ def check_model(name: str, model: str) -> Check:
         return ok(name, "none: this node serves by its peers only")
     path = Path(__file__).parents[2] / "model" / "default" if model == "default" else Path(model).expanduser()
     if model != "default" and not path.is_dir():
-        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        if model == "all-MiniLM-L6-v2" or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
             return ok(
                 name, f"{model}: no directory, so a name; the start finds it in its cache or package, or fetches it"
             )
-        return bad(name, f"{model} is no directory", "give a directory with safetensors, a hub name, or none")
+        return bad(
+            name, f"{model} is no directory", "give a directory with safetensors, a hub name (owner/name), or none"
+        )
     try:
         checkpoint = read_checkpoint(path)
     except ModelError as exc:

@@ -81,7 +81,7 @@ class NodeClient:
             raise CommandFailed(f"--node {url!r} is not an address like {NODE_URL}", EXIT_USAGE)
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
             raise CommandFailed("--api-key is no key: wanted letters, digits and signs, in one line", EXIT_USAGE)
-        self.url = text.rstrip("/")
+        self.url = text.rstrip("/").removesuffix("/v1")  # as the SDKs are given it
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         timeout = httpx.Timeout(READ_S_MAX, connect=CONNECT_S_MAX)
         # a proxy of the environment cannot reach this machine's own loopback
@@ -170,6 +170,8 @@ def _failure(body: dict[str, Any], status: int) -> CommandFailed:
     message = str(told.get("message") or f"HTTP {status}")
     if status == 401:
         message += "; give the node's key by --api-key or OPENAGI_API_KEY"
+    elif told.get("code") == "lacks_scope":
+        message += "; `python -m node keys create --scope` makes a key with more"
     if told.get("retryable"):
         return CommandFailed(message, EXIT_TRY_LATER)
     return CommandFailed(message, EXIT_USAGE if status in (400, 401, 403, 404, 413) else EXIT_FAILED)

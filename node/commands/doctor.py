@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from node.commands.checks import Check, Verdict, bad, local_checks, look, ok
-from node.commands.client import EXIT_UNREACHABLE, ApiKey, AsJson, CommandFailed, NodeClient, plainly
+from node.commands.client import EXIT_UNREACHABLE, EXIT_USAGE, ApiKey, AsJson, CommandFailed, NodeClient, plainly
 from node.commands.node_settings import settings
 from node.commands.pages import page
 from node.commands.tables import print_json, print_table
@@ -91,6 +91,8 @@ def node_checks(url: str, *, expected: bool, api_key: str | None = None) -> Iter
     except CommandFailed as failure:
         if failure.exit_code == EXIT_UNREACHABLE and not expected:
             yield ok("running node", f"none at {url}")
+        elif failure.exit_code == EXIT_USAGE:  # it is there, and refuses: a key is missing, wrong, or lacks the scope
+            yield bad("running node", str(failure), "give a key that may look (keys create --scope metrics)")
         else:
             yield bad("running node", str(failure), "start it, or give its address with --node")
         return

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from shutil import get_terminal_size
 from typing import Any
 
 from node.commands.client import NODE_URL, ApiKey, AsJson, NodeClient, NodeUrl, plainly
 from node.commands.pages import CLIENT_EXITS, CLIENT_VARIABLES, page
-from node.commands.tables import flattened, leaf, print_json, print_table
+from node.commands.tables import Cell, flattened, leaf, print_json, print_table
 
 PEERS_PAGE = page(
     [
@@ -30,10 +32,15 @@ def peers(node: NodeUrl = NODE_URL, api_key: ApiKey = None, as_json: AsJson = Fa
         if not rows:
             print("no peers: `python -m node doctor` says why and what to do")
             return
-        columns, cells = columns_of(rows)
-        print_table(f"{len(rows)} peers", columns, cells)
+        is_brief = sys.stdout.isatty() and get_terminal_size().columns < WIDE_COLUMNS
+        columns, cells = brief_of(rows) if is_brief else columns_of(rows)
+        print_table("1 peer" if len(rows) == 1 else f"{len(rows)} peers", columns, cells)
+        if is_brief:
+            print("ids and addresses in full: a wider window, | cat, or --json")
 
 
+WIDE_COLUMNS = 170  # from here on a row of COLUMNS stands on one line, or on one for each model
+BRIEF_COLUMNS = ("peer", "way", "rtt ms", "models", "free", "tok/s")
 # what a person looks for; --json has the rest
 COLUMNS = (
     "peer_id",
@@ -49,16 +56,29 @@ COLUMNS = (
 )
 
 
-def columns_of(rows: list[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def columns_of(rows: list[Mapping[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
     """The columns that any row has, and their cells; a model is told as name and revision."""
     columns = [column for column in COLUMNS if any(column in row for row in rows)]
     return columns, [[_cell(row.get(column)) for column in columns] for row in rows]
 
 
-def _cell(value: object) -> str:
+def brief_of(rows: list[Mapping[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
+    """What has room in 80 columns: ids as the dashboard shortens them, a revision below its model's name."""
+    cells: list[list[Cell]] = []
+    for row in rows:
+        peer_id, here = str(row.get("peer_id")), row.get("connected")
+        way = ("relay" if row.get("relayed") else "direct") if here else "none"
+        told = _cell(row.get("models"))
+        models = told if isinstance(told, str) else tuple(word for line in told for word in line.split(" "))
+        rest = (_cell(row.get(name)) for name in ("slots_free", "decode_tok_s"))
+        cells.append([f"{peer_id[:4]}…{peer_id[-6:]}", way, _cell(row.get("rtt_ms")), models, *rest])
+    return list(BRIEF_COLUMNS), cells
+
+
+def _cell(value: object) -> Cell:
     if isinstance(value, Mapping | list | tuple):
         models = [one for one in value if isinstance(one, Mapping)]
         if models:
-            return "\n".join(f"{one.get('name')} {one.get('revision')}" for one in models)
-        return "\n".join(f"{name} {text}".strip() for name, text in flattened(value)) or "-"
+            return tuple(f"{one.get('name')} {one.get('revision')}" for one in models)
+        return tuple(f"{name} {text}".strip() for name, text in flattened(value)) or "-"
     return leaf(value)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 VALUE_CHARS_MAX = 300
 PIPED_COLUMNS = 1000
+Cell = str | tuple[str, ...]  # a text, or lines below each other
 
 
 def print_piece(text: str) -> None:
@@ -25,7 +26,7 @@ def print_json(value: object, *, is_line: bool = False) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=None if is_line else 2), flush=is_line)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
     """One table on stdout; plain text when that is no terminal."""
     from rich.console import Console  # only what prints a table pays for it
 
@@ -35,7 +36,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     console.print(table_of(title, columns, rows))
 
 
-def table_of(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def table_of(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Table:
     """A table for rich to draw; its cells are text, and no markup."""
     from rich.table import Table  # see print_table
     from rich.text import Text
@@ -44,7 +45,8 @@ def table_of(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) 
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        lines = ((cell,) if isinstance(cell, str) else cell for cell in row)
+        table.add_row(*(Text("\n".join(map(printable, each))) for each in lines))
     return table
 
 

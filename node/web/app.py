@@ -9,6 +9,7 @@ Source: INTERFACES.md, "HTTP".
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable
 from random import Random
@@ -243,7 +244,16 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         allowed = (error.headers or {}).get("Allow", "")
         message = f"{request.method[:20]} is not for {request.url.path[:200]}; it takes {allowed}"
         return _refused(request, MethodNotAllowed(message), allow=allowed)
-    return _refused(request, NotFound(f"there is no route {request.url.path[:200]!r}"))
+    return _refused(request, NotFound(f"there is no route {request.url.path[:200]!r}{_meant(request.url.path)}"))
+
+
+def _meant(path: str) -> str:
+    """What a base URL that is not quite right makes of a route of OpenAI's or Anthropic's, put right."""
+    end = "/" + re.sub("/+", "/", path).strip("/").removeprefix("v1/").removeprefix("v1/")
+    if end not in ("/completions", "/chat/completions", "/embeddings", "/models", "/responses", "/messages"):
+        return ""
+    base = "http://HOST:PORT" if end == "/messages" else "http://HOST:PORT/v1"
+    return f"; it is at '/v1{end}': the client's base URL is {base}"
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

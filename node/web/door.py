@@ -245,11 +245,11 @@ class Door:
         if not host_allowed(host, self._config.hosts):
             self.counts.drops["foreign_host"] += 1
             return Forbidden(
-                f"the Host {_short(host)} is not this node; use its address, or allow the name", param="host"
+                f"the Host {_short(host)} is not this node; use its address, or allow the name by --hosts", param="host"
             )
         if not origin_allowed(origin, host, self._config.origins):
             self.counts.drops["foreign_origin"] += 1
-            message = f"pages of {_short(origin)} may not use this node; allow that origin"
+            message = f"pages of {_short(origin)} may not use this node; allow it by --origins"
             return Forbidden(message, param="origin")
         return None
 

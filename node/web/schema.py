@@ -269,7 +269,9 @@ def _refusal(exc: ValidationError, kind: type[BaseModel], within: str = "") -> B
         fields = f"; the fields are {_fields(kind)}" if len(problem["loc"]) == 1 else ": leave it out"
         return BadRequest(f"unknown field {param!r}{fields}", param=param)
     if problem["type"] == "missing":
-        return BadRequest(f"the field {param!r} is missing", param=param)
+        odd = [each["loc"][-1] for each in exc.errors(include_url=False) if each["type"] == "extra_forbidden"]
+        typed = f", and {shown(odd[0])} is no field" if odd else ""  # a typo is both
+        return BadRequest(f"the field {param!r} is missing{typed}", param=param)
     return BadRequest(f"{param} = {shown(problem['input'])}: {problem['msg']}", param=param)
 
 

@@ -114,6 +114,9 @@ def test_errors_are_sentences_that_say_what_to_do(nodes: dict[str, NodeProcess])
     assert seen["opened"]
     assert seen["kept"] == [["sk-right"], []]
     assert "does not answer" in seen["gone"]
+    assert "--scope metrics" in seen["asks"]
+    assert "does not do" not in seen["asks"]
+    assert "does not do: this node wants an API key." in seen["asks_again"]
 
 
 def test_everything_is_reached_by_the_keyboard_and_shows_it(nodes: dict[str, NodeProcess]) -> None:

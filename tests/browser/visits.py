@@ -185,9 +185,19 @@ def failing(visitor: Visitor) -> dict[str, Any]:
         page.click("button >> text=Try again")
         page.wait_for_selector(".failed:not([hidden])")
         gone = page.inner_text(".failed")
+    with visitor.page("/") as page:
+        page.route("**/api/v1/events", _wants_key)
+        page.reload()
+        page.wait_for_selector("#key-field")
+        asks = page.inner_text("dialog")
+        page.fill("#key-field", "sk-wrong")
+        page.click("dialog button")
+        page.wait_for_selector("dialog .note")
+        asks_again = page.inner_text("dialog")
     complaints += [each for each in visitor.complaints if "401" not in each and "ERR_FAILED" not in each]
     visitor.complaints[:] = complaints
-    return {"refused": refused, "locked": locked, "focus": focus, "opened": opened, "kept": kept, "gone": gone}
+    told = {"refused": refused, "locked": locked, "focus": focus, "opened": opened, "kept": kept, "gone": gone}
+    return {**told, "asks": asks, "asks_again": asks_again}
 
 
 def _wants_key(route: Route) -> None:

@@ -29,7 +29,8 @@ async function listModels() {
     if (offered.some((model) => model.id === chosen)) select.value = chosen;
     if (!turns.length) welcome();
   } catch (error) {
-    if (error.status === 401) openSettings(byId("api-key"));
+    if (error.status === 401 && byId("drawer").hidden) openSettings(byId("api-key")); // else it is being typed
+    if (!offered.length) show(byId("model"), make("option", { value: "" }, "not known"));
     if (!turns.length) welcome(error);
   }
 }

@@ -27,6 +27,9 @@ function failure(error, status, wait) {
   if (status === 401) {
     return new Failed({ ...error, status, advice: "Put the key that the node's operator gave you into the settings, then try again." });
   }
+  if (error.code === "unknown_model" && error.models?.length === 0) {
+    return new Failed({ ...error, status, advice: "Nobody whom this node knows serves any model now." });
+  }
   return new Failed({ message: error.message || `The node answered ${status}.`, code: error.code, status, wait,
     advice: ADVICE[error.code] || (error.retryable ? "Try again in a moment." : "") });
 }

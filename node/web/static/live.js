@@ -16,7 +16,7 @@ export async function follow(dialog, told, said) {
       const response = await fetch("/api/v1/events", { headers: headers(), cache: "no-store" });
       if (response.status === 401 || response.status === 403) {
         said("warn", "wants a key");
-        await ask(dialog);
+        await ask(dialog, await sentence(response));
         continue;
       }
       if (!response.ok) throw new Error(await sentence(response));

@@ -29,7 +29,7 @@ export function joining(node, health) {
   show(byId("joining"),
     make("p", {}, local
       ? "On this machine another node joins this one by its address (it listens on loopback only):"
-      : health.reach?.verdict === "private"
+      : ["local", "relayed", "unreachable"].includes(health.reach?.verdict)
         ? "In the same local network another node joins this one by its address. From elsewhere it needs a relay or a forwarded port:"
         : "Another node joins this one by its address:"),
     make("div", { class: "command" }, make("code", {}, command), copyButton("Copy", () => command, { "data-key": "join" })),
@@ -160,12 +160,20 @@ function row(peer) {
     cell("right optional", flow(requests.from_now, requests.from_total)));
 }
 
+// p2p/reach.py, Verdict; docs/operators/router.md says what to do about each
+const REACH = {
+  public: ["good", "from anywhere"],
+  local: ["good", "from the local network"],
+  relayed: ["good", "from elsewhere through a relay"],
+  unreachable: ["warn", "from nowhere: this node only dials others"],
+  unknown: ["plain", "not known yet"],
+};
+
 export function health({ health: told, node }) {
   const { readiness, reach, backend } = told;
   const lines = [line(readiness?.ready ? "good" : "warn", "Requests", readiness?.ready ? "are accepted" : readiness?.reason)];
   if (reach) {
-    const kinds = { public: ["good", "it can be reached from outside"], private: ["warn", "it cannot be reached from outside"] };
-    const [kind, words] = kinds[reach.verdict] || ["plain", "not known yet"];
+    const [kind, words] = REACH[reach.verdict] || ["plain", "not known yet"];
     lines.push(line(kind, "Reach", words, [reach.reason, reach.advice].filter(Boolean).join(". ")));
   }
   const degraded = readiness?.degraded || [];
