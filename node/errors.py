@@ -160,6 +160,11 @@ REQUEST_ERRORS: dict[str, type[RequestError]] = {
     )
 }
 
+# what the caller got wrong, and no fault of the node or of its peers
+CALLERS_FAULT = frozenset(
+    kind.code for kind in (BadRequest, TooLong, TooLarge, UnknownModel, UnknownPeer, TooMany, SealBroken, SealReplayed)
+)
+
 
 class ConfigError(Exception):
     """A flag, environment variable, file or key is wrong: exit 2."""

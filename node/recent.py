@@ -22,7 +22,7 @@ FLOWS_MAX = 1024  # peers whose requests are counted
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
     """Counts since start. tokens_out: given to own clients, wherever they were made; tokens_made: made here, for
-    whomever. ended: own clients' requests that ended in a result or an error."""
+    whomever. ended: own clients' requests that ended, whole or in an error; errors: of these, by no fault of theirs."""
 
     tokens_out: int = 0
     tokens_made: int = 0

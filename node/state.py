@@ -21,7 +21,7 @@ from gossip.directory import SKEW_MS
 from gossip.messages import Capacity, ModelKind, ModelOffer
 from node.backend import Backend
 from node.config import NodeConfig
-from node.errors import NO_ROOM_RETRY_S, NotReady
+from node.errors import CALLERS_FAULT, NO_ROOM_RETRY_S, NotReady
 from node.front import FrontStatistics, Measured, ModelRow, Readiness, RouteHint, Trains
 from node.inference import Inference
 from node.process import Process
@@ -142,13 +142,13 @@ class NodeState:
     def sample(self) -> None:
         """Note the counters; to be called every second."""
         inference = self._parts.inference
-        errors = sum(n for name, n in inference.counts.items() if name.startswith("error:"))
+        errors = {name[6:]: n for name, n in inference.counts.items() if name.startswith("error:")}
         hosting = inference.hosting
         totals = Totals(
             tokens_out=inference.tallies.generation_tokens,
             tokens_made=0 if hosting is None else hosting.statistics().decoded_tokens,
-            ended=inference.counts["finished"] + errors,
-            errors=errors,
+            ended=inference.counts["finished"] + sum(errors.values()),
+            errors=sum(n for code, n in errors.items() if code not in CALLERS_FAULT),
         )
         self.recent.sample(trio.current_time(), totals)
 

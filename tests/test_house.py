@@ -163,6 +163,7 @@ CORES = (
     "node/web/schema_called.py",
     "node/web/schema_anthropic.py",
     "node/web/schema_responses.py",
+    "node/web/schema_sealed.py",
     "node/web/schema_ollama.py",
 )
 WAITING = {"trio", "socket", "time", "threading", "select", "subprocess", "os", "queue", "sched", "datetime"}

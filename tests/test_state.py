@@ -7,12 +7,15 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
+import trio
 from trio.testing import MockClock
 
 from model.config import LinearFacts
+from model.errors import ComputeFailed
 from node.config import NodeConfig
-from node.errors import NotReady
+from node.errors import NotReady, UnknownModel
 from node.front import RouteHint
+from node.recent import SAMPLE_S
 from node.state import EMBED_SLOTS
 from node.work import EmbedWork
 from tests.fake_runtime import FakeRuntime, facts
@@ -64,6 +67,20 @@ async def test_status_and_peers_are_json(swarm: Swarm, autojump_clock: MockClock
     assert row["connected"]
     assert row["models"][0]["name"] == "tale"
     assert row["observed"]["proven"]
+
+
+async def test_what_clients_got_wrong_is_no_error_of_the_node(swarm: Swarm, autojump_clock: MockClock) -> None:
+    node = await swarm.start(FakeRuntime())
+    node.state.sample()
+    assert isinstance((await ask(node, work(model="no such"))).error, UnknownModel)
+    node.engine.fails = ComputeFailed("not finite")
+    assert (await ask(node, work())).error is not None
+    node.engine.fails = None
+    assert (await ask(node, work())).error is None
+    await trio.sleep(2 * SAMPLE_S)
+    node.state.sample()
+    told = node.state.status()["recent"]
+    assert (told["ended"], told["errored"]) == (3, 1)
 
 
 async def test_quantized_weights_are_told_as_such(swarm: Swarm, autojump_clock: MockClock) -> None:

@@ -185,7 +185,7 @@ class Gate:
     def _by_address(self, host: str | None, need: Need, *, is_post: bool) -> Caller:
         caller = of_address(host)
         if need is not Need.SESSION and self._config.required:
-            raise Unauthorized(f"who asks must be known here: {HOW}", code="missing_key")
+            raise Unauthorized(f"this node wants an API key: {HOW}", code="missing_key")
         if caller.limits is None and not self._config.required:
             return caller
         costly = need is Need.SESSION or (need is Need.INFER and is_post)

@@ -19,7 +19,6 @@ from typing import Annotated, Any, ClassVar, Final, TypeVar
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema
 
-from crypto.identity import PEER_ID_CHARS_MAX
 from node import work
 from node.errors import BadRequest, TooLarge
 from node.tools import ToolCall, Tooling
@@ -225,17 +224,6 @@ class InferenceRequest(Generation):
     """POST /api/v1/model/inference: text in, text or embeddings out, by the kind of the model."""
 
     text: Annotated[Any, _shown_as(Texts)]
-
-
-class SealedRequest(Strict):
-    """POST /api/v1/sealed. All but peer are base64."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    peer: str = Field(min_length=1, max_length=PEER_ID_CHARS_MAX)
-    key: str = Field(max_length=64)
-    request_id: str = Field(max_length=64)
-    sealed: str
 
 
 def parse(body: bytes, kind: type[Asked]) -> Asked:

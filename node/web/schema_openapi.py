@@ -28,7 +28,6 @@ from node.web.schema import (
     CompletionRequest,
     EmbeddingsRequest,
     InferenceRequest,
-    SealedRequest,
 )
 from node.web.schema_anthropic import Conversation, MessagesRequest
 from node.web.schema_ollama import (
@@ -40,6 +39,7 @@ from node.web.schema_ollama import (
     OllamaShowRequest,
 )
 from node.web.schema_responses import ResponsesRequest
+from node.web.schema_sealed import SealedRequest
 from node.web.session import ChallengeAsked, SessionAsked
 from node.web.writer import LINES
 

@@ -26,7 +26,8 @@ from node.web.answers import GRACE_S, out_of_time, unless_gone, wait_gone
 from node.web.asker import asker_of
 from node.web.door import REQUEST_ID_KEY, read_body
 from node.web.errors import error_answer, error_object
-from node.web.schema import SealedRequest, parse
+from node.web.schema import parse
+from node.web.schema_sealed import SealedRequest
 
 LENGTH_BYTES = 4  # before each frame
 CONTENT_TYPE = "application/vnd.openagi.sealed"

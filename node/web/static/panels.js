@@ -59,7 +59,7 @@ export function tiles({ load, model }) {
       model ? `to clients; ${number(recent.tokens_made_per_s)} made here` : "to clients, made by peers"),
     tile("Requests a second", number(recent.requests_per_s), "/s", `${plural(load.running || 0, "request")} running, ${count(load.requests || 0)} since start`),
     tile("Errors", isNumber(share) ? percent(share) : "–", "",
-      isNumber(share) ? `${count(recent.errored)} of ${plural(recent.ended, "request")} in ${span(recent)}` : "none lately", {
+      isNumber(share) ? `${count(recent.errored)} of ${plural(recent.ended, "request")} in ${span(recent)}, clients' own mistakes left out` : "none lately", {
         bad: share > 0.02, title: kinds.length ? `Since start: ${kinds.join(", ")}` : "" }),
     tile("First token", wait, unit, isNumber(first?.p95) ? `median; 95 % within ${time(first.p95)}` : "no answer yet"),
     tile("Each next token", pace, paceUnit, isNumber(next?.p95) ? `median; 95 % within ${time(next.p95)}` : "no answer yet"));
