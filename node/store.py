@@ -172,7 +172,8 @@ class Verification:
         """Nothing is read yet."""
         self._store, self._aside = store, store._set_aside
         self._check: Check | None = None
-        self._epoch = self._after_id = 0
+        self._epoch = 0
+        self._after_id: int | None = None
         self.done = False
         self.fault: Fault | None = None
 
@@ -190,7 +191,7 @@ class Verification:
             begun = store_check.begin(db, self._store._identity.peer_id)
             if isinstance(begun, Fault):
                 return begun
-            self._check, self._epoch, self._after_id = begun, self._store._epoch, 0
+            self._check, self._epoch, self._after_id = begun, self._store._epoch, None
         before = self._after_id
         self._after_id, fault = store_check.step(db, self._check, before)
         if fault is None and self._after_id == before:

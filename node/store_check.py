@@ -40,10 +40,13 @@ def begin(db: sqlite3.Connection, peer_id: PeerId) -> Check | Fault:
     return Check(pruned=pruned, forgotten=forgotten, head=head)
 
 
-def step(db: sqlite3.Connection, check: Check, after_id: int) -> tuple[int, Fault | None]:
-    """Feed it the rows after this id; (the last id that was read, what is wrong). No row was left: the same id."""
-    question = f"SELECT {COLUMNS} FROM events WHERE id > ? ORDER BY id LIMIT ?"
-    for found in db.execute(question, (after_id, VERIFY_ROWS)):
+def step(db: sqlite3.Connection, check: Check, after_id: int | None) -> tuple[int | None, Fault | None]:
+    """Feed it the rows after this id (None: from the first, whatever its id); (the last id read, what is wrong).
+
+    The same id comes back when no row was left.
+    """
+    where, values = ("", ()) if after_id is None else ("WHERE id > ?", (after_id,))
+    for found in db.execute(f"SELECT {COLUMNS} FROM events {where} ORDER BY id LIMIT ?", (*values, VERIFY_ROWS)):
         after_id = found[0]
         fault = check.feed(Row(*found))
         if fault:

@@ -12,12 +12,14 @@ Source: sqlite.org/wal.html, fts5.html 6 ("optimize"), pragma.html; SECURITY.md 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sqlite3
 from pathlib import Path
 from typing import Final
 
-from crypto.disk import ASIDE_MAX, SYSTEM, System
+from crypto.disk import ASIDE_MAX, SYSTEM, System, write_whole
+from crypto.envelope import ENVELOPE_BYTES_MAX
 from crypto.errors import BadEncoding
 from crypto.identity import PeerId
 from node.chain import Head, head_or_none
@@ -29,7 +31,11 @@ FILE_VERSION: Final = 1
 INDEX_FORM: Final = "fts5-1"  # what node.events.searchable gives, and the tokenizer; another one is built anew
 PAGE_BYTES: Final = 4_096
 CACHE_KIB: Final = 16_384
+HEAD_END: Final = ".head"
+SPARE_END: Final = ".spare-wal"
+SPARE_BYTES_MAX: Final = 256 << 20  # no transaction of ours is that large
 LOG_BYTES_MAX: Final = 16 << 20  # what the write-ahead log is cut back to; it is checkpointed each 1,000 pages
+_log = logging.getLogger(__name__)
 
 _SCHEMA: Final = (
     "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value ANY NOT NULL) STRICT",
@@ -54,6 +60,7 @@ def open_file(path: Path, bytes_max: int) -> sqlite3.Connection:
     Raises StoreLocked, Damaged, sqlite3.Error (codes tell a damaged file from a failing disk), OSError.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _spare_log(path)
     if not path.exists():  # else the lock of another connection of this process would end with our handle
         os.close(SYSTEM.append_to(path))  # 0600, and SQLite gives its log the same
     db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
@@ -71,6 +78,53 @@ def open_file(path: Path, bytes_max: int) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _beside(path: Path, end: str) -> Path:
+    return path.with_name(path.name + end)
+
+
+def _spare_log(path: Path) -> None:
+    """A copy of the write-ahead log that a kill left: SQLite throws away a log whose header is damaged.
+
+    It goes once the file is found whole (`opened`), and stays with a file that is moved aside.
+    """
+    log, spare = _beside(path, "-wal"), _beside(path, SPARE_END)
+    try:
+        if not log.exists() or not log.stat().st_size or spare.exists():
+            return
+        handle = SYSTEM.open_part(spare)
+        try:
+            SYSTEM.write_at(handle, SYSTEM.read(log, SPARE_BYTES_MAX), 0)
+        finally:
+            os.close(handle)
+    except OSError as exc:  # a full disk: the log itself is still there
+        spare.unlink(missing_ok=True)
+        _log.warning("the log of %s is not copied before it is opened: %s", path, exc)
+
+
+def opened(path: Path) -> None:
+    """The file is whole: the copy of its log is not needed. Raises OSError."""
+    _beside(path, SPARE_END).unlink(missing_ok=True)
+
+
+def write_head(path: Path, raw: bytes) -> None:
+    """Keep the signed head beside the file too: a log that is cut off would take the head in it along."""
+    try:
+        write_whole(_beside(path, HEAD_END), raw, over=True)
+    except OSError as exc:
+        _log.warning("the head of %s is not kept beside it: %s", path, exc)
+
+
+def read_head(path: Path, peer_id: PeerId) -> Head | None:
+    """The head beside the file; None when there is none of this peer's."""
+    try:
+        return head_or_none(SYSTEM.read(_beside(path, HEAD_END), ENVELOPE_BYTES_MAX), peer_id)
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        _log.warning("the head beside %s cannot be read: %s", path, exc)
+        return None
 
 
 def _prepare(db: sqlite3.Connection, path: Path, bytes_max: int) -> None:
@@ -97,6 +151,8 @@ def _prepare(db: sqlite3.Connection, path: Path, bytes_max: int) -> None:
             f"{path.name} is of application {application:#x} version {version}, wanted {APPLICATION_ID:#x} version "
             f"{FILE_VERSION}: another program or a newer node wrote it"
         )
+    if tables:
+        return
     db.execute("BEGIN IMMEDIATE")
     for line in (*_SCHEMA, f"PRAGMA application_id={APPLICATION_ID}", f"PRAGMA user_version={FILE_VERSION}"):
         db.execute(line)
@@ -158,7 +214,8 @@ def make_index(db: sqlite3.Connection, *, wanted: bool) -> bool:
 
 def drop_index(db: sqlite3.Connection) -> None:
     """Note that the index does not hold all any more: it is built anew when the file is next opened."""
-    put_meta(db, "index", "none")
+    if get_meta(db, "index") != "none":
+        put_meta(db, "index", "none")
 
 
 def text_of_row(kind: str, body: bytes) -> str:
@@ -215,7 +272,7 @@ def move_aside(path: Path, system: System = SYSTEM) -> Path:
     """
     for number in range(1, ASIDE_MAX + 1):
         aside = path.with_name(f"{path.name}.corrupt-{number}")
-        pairs = [(Path(f"{path}{end}"), Path(f"{aside}{end}")) for end in ("-wal", "-shm", "")]
+        pairs = [(_beside(path, end), _beside(aside, end)) for end in (SPARE_END, "-wal", "-shm", "")]
         if any(os.path.lexists(new) for _, new in pairs):
             continue
         for old, new in pairs:

@@ -36,8 +36,11 @@ from node.store_file import (
     make_index,
     move_aside,
     open_file,
+    opened,
     put_meta,
+    read_head,
     wipe,
+    write_head,
 )  # fmt: skip
 
 APPEND_MAX: Final = 1_000  # events of one transaction
@@ -57,6 +60,7 @@ class _Tail:
     counts: Counter[str]
     head_id: int
     head_ms: int
+    noted_id: int  # of the head that stands beside the file
 
 
 class EventLog:
@@ -101,6 +105,7 @@ class EventLog:
                 self._tail = self._read_tail(db)
                 if get_meta(db, "unwiped"):  # a kill came between forgetting and wiping
                     self._wipe(db)
+                opened(self.path)
                 undo.pop_all()
             self._db = db
         if self._tail is None:
@@ -112,25 +117,32 @@ class EventLog:
         found = db.execute(f"SELECT {COLUMNS} FROM events ORDER BY id DESC LIMIT 1").fetchone()
         raw = get_meta(db, "head")
         head = head_or_none(raw, self._identity.peer_id) if isinstance(raw, bytes) else None
+        beside = read_head(self.path, self._identity.peer_id)
         if found is None:
-            if raw is not None:
-                raise Damaged("it has a signed head and no event")
-            return _Tail(id=0, hash=FIRST_PREV, counts=Counter(), head_id=0, head_ms=0)
+            if raw is not None or (beside is not None and not self._replacing):  # that of the file moved aside
+                raise Damaged(f"it has no event, and a signed head names {beside.id if beside else 'one'}")
+            return _Tail(id=0, hash=FIRST_PREV, counts=Counter(), head_id=0, head_ms=0, noted_id=0)
         row = Row(*found)
         if head is None:
             raise Damaged("its signed head is missing, damaged, or of another node")
         if row.hash != chain_hash(row.prev_hash, row.id, row.ts_ms, row.kind, row.body_digest):
             raise Damaged(f"its last event, {row.id}, is not what was written")
-        if row.id < head.id:
-            raise Damaged(f"its signed head names event {head.id} and its last one is {row.id}: the end was cut off")
+        newest = max(head.id, beside.id if beside else 0)
+        if row.id < newest:
+            raise Damaged(f"its signed head names event {newest} and its last one is {row.id}: the end was cut off")
+        if beside is not None:
+            own = db.execute("SELECT hash FROM events WHERE id = ?", (beside.id,)).fetchone()
+            if own is not None and own[0] != beside.hash:
+                raise Damaged(f"its event {beside.id} is not the one that the signed head beside it names")
         counts = Counter(dict(db.execute("SELECT kind, count(*) FROM events GROUP BY kind")))
-        return _Tail(id=row.id, hash=row.hash, counts=counts, head_id=head.id, head_ms=0)
+        return _Tail(id=row.id, hash=row.hash, counts=counts, head_id=head.id, head_ms=0, noted_id=head.id)
 
     def _run(self, work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
         """Do it in one transaction; `otherwise` when the disk or the file fails, and then why is in the statistics."""
         for _ in range(2):  # a damaged file, or index, is replaced once
             try:
                 db = self._open()
+                before = db.total_changes
                 db.execute("BEGIN IMMEDIATE")
                 result = work(db)
                 db.execute("COMMIT")
@@ -140,7 +152,8 @@ class EventLog:
                 if not self._recovered(exc):
                     return otherwise
             else:
-                if self._degraded and not self._lost:
+                self._note_head(db)
+                if self._degraded and not self._lost and db.total_changes > before:
                     _log.warning("the memory %s is written again", self.path)
                     self._degraded = ""
                 return result
@@ -167,6 +180,15 @@ class EventLog:
         if isinstance(exc, Damaged) or (isinstance(exc, sqlite3.Error) and is_damage(exc)):
             return self.set_aside(str(exc))
         return self._fail(exc)
+
+    def _note_head(self, db: sqlite3.Connection) -> None:
+        """After the commit, so that what stands beside the file is never ahead of it."""
+        tail = self._tail
+        if tail is not None and tail.noted_id != tail.head_id:
+            raw = get_meta(db, "head")
+            assert isinstance(raw, bytes), "signed"
+            write_head(self.path, raw)
+            self._tail = replace(tail, noted_id=tail.head_id)
 
     def _rollback(self) -> None:
         if self._db is not None and self._db.in_transaction:
@@ -204,7 +226,7 @@ class EventLog:
             aside = move_aside(self.path)
         except OSError as exc:
             return self._fail(exc)
-        head = head_of_aside(aside, self._identity.peer_id)
+        head = read_head(self.path, self._identity.peer_id) or head_of_aside(aside, self._identity.peer_id)
         self._set_aside = f"the memory {self.path} was moved aside to {aside.name}: {why}"
         _log.warning("%s; a new one begins", self._set_aside)
         self._epoch += 1

@@ -39,7 +39,10 @@ class World:
     def tamper(self, question: str, values: Sequence[Any] = ()) -> None:
         """Change a closed file as whoever has it may."""
         with sqlite3.connect(self.path, isolation_level=None) as db:
-            db.execute(question, values)
+            if values:
+                db.execute(question, values)
+            else:
+                db.executescript(question)
         db.close()
 
     def rows(self, question: str) -> list[Any]:
