@@ -233,6 +233,11 @@ def unindex(db: sqlite3.Connection, event_id: int, text: str) -> None:
         db.execute("INSERT INTO words (words, rowid, text) VALUES ('delete', ?, ?)", (event_id, text))
 
 
+def shrink(db: sqlite3.Connection, pages: int) -> None:
+    """Give so many free pages back to the disk. Outside a transaction; raises sqlite3.Error."""
+    db.executescript(f"PRAGMA incremental_vacuum({pages})")  # `execute` steps once, which is one page
+
+
 def wipe(db: sqlite3.Connection, *, index: bool) -> None:
     """Leave nothing of what was deleted: one segment without deletions, then an empty write-ahead log.
 
@@ -240,7 +245,6 @@ def wipe(db: sqlite3.Connection, *, index: bool) -> None:
     """
     if index:
         db.execute("INSERT INTO words (words) VALUES ('optimize')")
-    db.execute("PRAGMA incremental_vacuum(1000)")
     (busy, _, _) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     assert not busy, "there is no other reader: the file is locked"
 

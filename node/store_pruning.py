@@ -20,7 +20,7 @@ from node.retention import CONDENSED, Retention, condense
 from node.store_file import text_of_row, unindex
 from node.store_recall import body_of
 
-RETAIN_ROWS_MAX: Final = 5_000  # that go in one step
+RETAIN_ROWS_MAX: Final = 1_000  # that go in one step: some 0.3 s, in which the caller's thread does nothing else
 RETAIN_BYTES_MAX: Final = 8 << 20  # of bodies in one step
 FULL_SHARE: Final = 0.8  # of bytes_max: beyond it the oldest measurements go, whatever their age
 

@@ -122,7 +122,8 @@ def nearest(db: sqlite3.Connection, vector: Sequence[float], n: int) -> list[tup
     while batch := rows.fetchmany(_BATCH):
         y_BD = np.frombuffer(b"".join(blob for _, blob in batch), "<f4").reshape(len(batch), x_D.size)
         likeness_B = y_BD @ x_D
-        best += [(float(like), event_id) for like, (event_id, _) in zip(likeness_B, batch, strict=True)]
+        first_K = np.argsort(-likeness_B, kind="stable")[: min(n, RECALL_MAX)]
+        best += [(float(likeness_B[at]), batch[at][0]) for at in first_K.tolist()]
         best = sorted(best, key=lambda each: (-each[0], -each[1]))[: min(n, RECALL_MAX)]
     found = []
     for like, event_id in best:

@@ -231,10 +231,21 @@ def test_codes_are_counted_and_forgotten_ones_too(world: World) -> None:
     store.close()
 
 
+def test_room_that_retention_makes_goes_back_to_the_disk(world: World) -> None:
+    world.retention = terms(inference=Term(age_ms=1, rows_max=10))
+    store = world.open()
+    store.append([inference(text="x" * 10_000)] * 200)
+    before = store.statistics().bytes
+    assert store.retain(T0_MS + HOUR_MS) == 200
+    assert store.statistics().bytes < before / 4
+    assert store.verify() is None
+    store.close()
+
+
 def test_a_verification_in_steps_goes_on_while_events_come_and_begins_anew_when_some_go(world: World) -> None:
     store = world.open()
     for _ in range(3):
-        store.append([state() for _ in range(900)])
+        store.append([state() for _ in range(200)])
     walk = store.verification()
     walk.step()
     store.append([note("meanwhile", "them")])
