@@ -222,6 +222,5 @@ def head_or_none(raw: bytes, peer_id: PeerId) -> Head | None:
     """The head when these bytes are one of this peer's, else None: what a damaged file may still tell."""
     try:
         return open_head(raw, peer_id)
-    except CryptoError as exc:
-        del exc
+    except CryptoError:
         return None

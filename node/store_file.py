@@ -15,6 +15,7 @@ import errno
 import logging
 import os
 import sqlite3
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -63,20 +64,19 @@ def open_file(path: Path, bytes_max: int) -> sqlite3.Connection:
     _spare_log(path)
     if not path.exists():  # else the lock of another connection of this process would end with our handle
         os.close(SYSTEM.append_to(path))  # 0600, and SQLite gives its log the same
-    db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-    try:
-        _prepare(db, path, bytes_max)
-    except sqlite3.OperationalError as exc:
-        db.close()
-        if primary_code(exc) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+    with ExitStack() as undo:
+        db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        undo.callback(db.close)
+        try:
+            _prepare(db, path, bytes_max)
+        except sqlite3.OperationalError as exc:
+            if primary_code(exc) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise
             raise StoreLocked(
                 f"the memory {path} is open in another process; a node's memory has one writer: "
                 "stop the other node, or give this one a data directory of its own"
             ) from exc
-        raise
-    except BaseException:
-        db.close()
-        raise
+        undo.pop_all()
     return db
 
 
@@ -222,8 +222,7 @@ def text_of_row(kind: str, body: bytes) -> str:
     """What the index has of a row; of a body that does not decode, nothing: `verify` names it."""
     try:
         return searchable(decode_body(kind, body))
-    except BadEncoding as exc:
-        del exc
+    except BadEncoding:
         return ""
 
 
@@ -256,13 +255,11 @@ def head_of_aside(path: Path, peer_id: PeerId) -> Head | None:
     """The last signed head of a file that was moved aside, if it can be read. Leaves the file as it is."""
     try:
         db = sqlite3.connect(f"{path.resolve().as_uri()}?immutable=1", uri=True)
-    except sqlite3.Error as exc:
-        del exc
+    except sqlite3.Error:
         return None
     try:
         raw = get_meta(db, "head")
-    except sqlite3.Error as exc:
-        del exc
+    except sqlite3.Error:
         return None
     finally:
         db.close()

@@ -40,8 +40,7 @@ def body_of(kind: str, raw: bytes | None) -> Body | None:
         return None
     try:
         return decode_body(kind, raw)
-    except BadEncoding as exc:
-        del exc
+    except BadEncoding:
         return None
 
 
