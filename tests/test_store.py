@@ -72,6 +72,7 @@ def test_the_most_alike_come_first(world: World) -> None:
     for bad in ([], [0.0, 0.0], [float("nan")], [1.0] * (DIMS_MAX + 1)):
         with pytest.raises(ValueError, match="finite numbers"):
             store.nearest(bad, 1)
+    assert store.append([note("after a refusal")]) == (5,)
     store.close()
 
 
@@ -404,6 +405,45 @@ def test_a_log_that_was_cut_is_found_by_the_head_beside_the_file(world: World, t
     crashed.path.unlink()
     store = crashed.open()
     assert "a signed head names 1" in store.statistics().set_aside, "so does a file that was deleted"
+    store.close()
+
+
+def test_an_older_copy_of_the_file_is_found_by_the_head_beside_it(world: World, tmp_path: Path) -> None:
+    world.open().close()
+    store = world.open()
+    store.append([note("first")])
+    store.close()
+    older = world.path.read_bytes()
+    store = world.open()
+    store.append([note("second")])
+    store.close()
+    world.path.write_bytes(older)
+    store = world.open()
+    assert "names event 2 and its last one is 1: the end was cut off" in store.statistics().set_aside
+    store.close()
+
+
+def test_another_history_of_ones_own_is_not_taken_for_this_one(world: World, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = World(tmp_path / "other")
+    for each in (world, other):
+        store = each.open()
+        store.append([note("first")])
+        store.close()
+    other.path.replace(world.path)
+    store = world.open()
+    assert "its event 1 is not the one that the signed head beside it names" in store.statistics().set_aside
+    store.close()
+
+
+def test_what_vouches_for_a_forgotten_event_stays_as_long_as_it_does(world: World) -> None:
+    world.retention = terms(forgotten=Term(age_ms=1, rows_max=10), state=Term(age_ms=1, rows_max=10))
+    store = world.open()
+    store.append([note("x", "them"), note("kept"), state()])
+    store.forget("them")
+    assert store.retain(T0_MS + HOUR_MS) == 1
+    assert len(store.recent("forgotten", 9)) == 1
+    assert store.verify() is None
     store.close()
 
 
