@@ -16,7 +16,8 @@ RequestError(code, message, retryable)
 |- PeerFailed        the serving peer died or broke the protocol; another may do          503
 `- InternalError     a bug                                                                500
 
-ConfigError (exit 2), DataDirLocked (exit 75): problems found at start.
+ConfigError (exit 2), DataDirLocked (exit 75), StoreLocked (exit 75): problems found at start.
+StoreUnavailable: the memory's file cannot be written now, and the caller must know.
 """
 
 from __future__ import annotations
@@ -172,3 +173,11 @@ class ConfigError(Exception):
 
 class DataDirLocked(Exception):
     """Another node holds the data directory: exit 75."""
+
+
+class StoreLocked(Exception):
+    """Another process has the memory's file open: says which file and what to do."""
+
+
+class StoreUnavailable(Exception):
+    """The memory's file cannot be written now, so that what was asked for is not done: says why and what to do."""

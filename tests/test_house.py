@@ -28,7 +28,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "hypercorn": ("node/web/",),
     "peft": ("model/adapters.py",),
     "opacus": ("model/budget.py",),
-    "sqlite3": ("node/store.py",),
+    "sqlite3": ("node/store",),  # store.py and the files beside it that work on its connection
     "msgpack": ("crypto/canonical.py",),
     "zeroconf": ("p2p/mdns.py",),
     "prometheus_client": ("node/metrics.py",),
@@ -116,6 +116,9 @@ CORES = (
     "p2p/reach.py",
     "p2p/relay.py",
     "p2p/relay_places.py",
+    "node/events.py",
+    "node/chain.py",
+    "node/retention.py",
     "node/work.py",
     "node/loading.py",
     "node/tools.py",
