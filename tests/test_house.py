@@ -167,6 +167,7 @@ CORES = (
     "node/web/schema_anthropic.py",
     "node/web/schema_responses.py",
     "node/web/schema_sealed.py",
+    "node/web/schema_shown.py",
     "node/web/schema_ollama.py",
 )
 WAITING = {"trio", "socket", "time", "threading", "select", "subprocess", "os", "queue", "sched", "datetime"}

@@ -14,6 +14,7 @@ from trio.testing import MockClock
 
 from node.front import Readiness
 from node.web import schema_answers as answers
+from node.web import schema_shown as shapes
 from node.web.app import build_app
 from node.web.errors import TABLE
 from node.web.schema import NEUTRAL, ChatRequest
@@ -111,3 +112,50 @@ async def test_a_node_that_is_loading_says_how_far_it_is(bench: Bench, autojump_
     assert response.json()["error"]["loading"] == progress
     assert response.headers["retry-after"] == "1"
     assert json.loads(response.text)["loading"] is True
+
+
+USER, ASSISTANT = {"role": "user"}, {"role": "assistant"}
+SHOWN: list[tuple[str, dict[str, Any], str, Any]] = [
+    (
+        "/v1/messages",
+        {
+            "max_tokens": 3,
+            "system": [{"type": "text", "text": "Be brief."}],
+            "messages": [
+                {**USER, "content": "hi"},
+                {**ASSISTANT, "content": [{"type": "tool_use", "id": "c1", "name": "look", "input": {"a": 1}}]},
+                {**USER, "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "b"}]},
+            ],
+        },
+        "messages",
+        shapes.AnthropicMessages,
+    ),
+    (
+        "/v1/responses",
+        {
+            "input": [
+                {**USER, "content": [{"type": "input_text", "text": "hi"}]},
+                {"type": "function_call", "call_id": "c1", "name": "look", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "c1", "output": "b"},
+            ]
+        },
+        "input",
+        shapes.ResponsesInput,
+    ),
+    ("/api/chat", {"model": "fairy", "messages": [{**USER, "content": "hi"}]}, "messages", shapes.OllamaMessages),
+    ("/api/embed", {"model": "org/enc", "input": ["a", "b"]}, "input", shapes.OllamaTexts),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "field", "shape"), SHOWN, ids=[each[0] for each in SHOWN])
+async def test_what_is_shown_of_a_field_read_by_hand_is_taken(
+    bench: Bench, autojump_clock: MockClock, path: str, body: dict[str, Any], field: str, shape: Any
+) -> None:
+    adapter = pydantic.TypeAdapter(shape)
+    adapter.validate_python(body[field])
+    response = await bench.post(path, body)
+    assert response.status_code == 200, response.text
+    shown = (await bench.get("/openapi.json")).json()
+    [name] = shown["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"].values()
+    told = json.dumps(shown["components"]["schemas"][name.rsplit("/")[-1]]["properties"][field])
+    assert "string" in told or "#/components" in told, "anything at all is shown"

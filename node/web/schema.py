@@ -17,12 +17,13 @@ from itertools import takewhile
 from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from node import work
 from node.errors import BadRequest, TooLarge
 from node.tools import ToolCall, Tooling
 from node.web.schema_parts import shown
+from node.web.schema_shown import shown_as
 from node.web.schema_tools import (
     ChatMessages,
     MadeCall,
@@ -65,11 +66,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-
-
-def _shown_as(kind: Any) -> WithJsonSchema:
-    """How GET /openapi.json (node/web/schema_openapi.py) shows a field that is read by hand, for better errors."""
-    return WithJsonSchema(TypeAdapter(kind).json_schema(ref_template="#/components/schemas/{model}"))
 
 
 TokenList = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=work.TOKENS_MAX)]
@@ -130,7 +126,7 @@ class Generation(Request):
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 64)
-    stop: Annotated[Any, _shown_as(Stops)] = None
+    stop: Annotated[Any, shown_as(Stops)] = None
     n: int = Field(default=1, ge=1, le=CHOICES_MAX)
 
     def sampling(self, *, index: int, seed: int, tokens_default: int, logprobs: int | None = None) -> work.Sampling:
@@ -183,7 +179,7 @@ class Streamed(Generation):
 class ChatRequest(Streamed):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Any], _shown_as(ChatMessages)] = Field(min_length=1)
+    messages: Annotated[list[Any], shown_as(ChatMessages)] = Field(min_length=1)
     tools: Tools = []
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -208,14 +204,14 @@ class ChatRequest(Streamed):
 class CompletionRequest(Streamed):
     """POST /v1/completions."""
 
-    prompt: Annotated[Any, _shown_as(Texts)]
+    prompt: Annotated[Any, shown_as(Texts)]
     logprobs: int | None = Field(default=None, ge=0, le=work.LOGPROBS_MAX)
 
 
 class EmbeddingsRequest(Request):
     """POST /v1/embeddings."""
 
-    input: Annotated[Any, _shown_as(Texts)]
+    input: Annotated[Any, shown_as(Texts)]
     encoding_format: str = Field(default="float", pattern="^(float|base64)$")
     dimensions: int | None = Field(default=None, ge=1, le=DIMENSIONS_MAX)
 
@@ -223,7 +219,7 @@ class EmbeddingsRequest(Request):
 class InferenceRequest(Generation):
     """POST /api/v1/model/inference: text in, text or embeddings out, by the kind of the model."""
 
-    text: Annotated[Any, _shown_as(Texts)]
+    text: Annotated[Any, shown_as(Texts)]
 
 
 def parse(body: bytes, kind: type[Asked]) -> Asked:

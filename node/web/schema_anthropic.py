@@ -11,7 +11,7 @@ Source: Claude API reference, "Create a Message", "Count tokens in a Message", "
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,6 +21,7 @@ from node.tools import TOOLS_MAX, Tooling
 from node.web.schema import Body, Generation, messages_of
 from node.web.schema_called import Turn, call_turn, result_turn, tool_of, with_calls_joined
 from node.web.schema_parts import PartKinds, Stops, Temperature, Tokens, TopK, TopP, object_of, shown, text_of
+from node.web.schema_shown import AnthropicMessages, AnthropicSystem, shown_as
 from node.web.schema_tools import FunctionChoice, FunctionName, Name, ToolChoice, tooling_of
 
 USER_ID_CHARS_MAX = 512
@@ -89,8 +90,8 @@ class Conversation(Body):
         "thinking": "thinking is not offered by this node: leave it out, or send {'type': 'disabled'}",
     }
 
-    messages: list[Any] = Field(min_length=1)
-    system: Any = None
+    messages: Annotated[list[Any], shown_as(AnthropicMessages)] = Field(min_length=1)
+    system: Annotated[Any, shown_as(AnthropicSystem)] = None
     tools: list[AnthropicTool] = Field(default_factory=list, max_length=TOOLS_MAX)
     tool_choice: AnthropicToolChoice | None = None
     cache_control: CacheControl | None = None

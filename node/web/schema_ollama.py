@@ -23,6 +23,7 @@ from node.tools import TOOLS_MAX, Tooling
 from node.web.schema import DIMENSIONS_MAX, Body, Generation, messages_of
 from node.web.schema_called import Turn, call_turn, result_turn, tool_of, with_calls_joined
 from node.web.schema_parts import Logprobs, Stops, Temperature, TopK, TopP, object_of, shown
+from node.web.schema_shown import OllamaMessages, OllamaTexts, shown_as
 from node.web.schema_tools import Name, check_calls, check_messages, tooling_of
 
 CONTEXT_TOKENS_MAX = 1 << 24  # above any model's
@@ -187,7 +188,7 @@ class OllamaTool(BaseModel):
 class OllamaChatRequest(OllamaGeneration):
     """POST /api/chat. Without messages it asks that the model be loaded."""
 
-    messages: list[Any] = Field(default_factory=list)
+    messages: Annotated[list[Any], shown_as(OllamaMessages)] = Field(default_factory=list)
     tools: list[OllamaTool] = Field(default_factory=list, max_length=TOOLS_MAX)
 
     def tooling(self) -> Tooling | None:
@@ -253,7 +254,7 @@ class OllamaGenerateRequest(OllamaGeneration):
 class OllamaEmbedRequest(OllamaWork):
     """POST /api/embed. truncate: a text that is too long is cut, else an error."""
 
-    input: Any
+    input: Annotated[Any, shown_as(OllamaTexts)]
     truncate: bool = True
     dimensions: int | None = Field(default=None, ge=1, le=DIMENSIONS_MAX)
 

@@ -9,7 +9,7 @@ Source: OpenAI API reference, "Create a model response"; OpenAI's openai-python 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,6 +19,7 @@ from node.tools import TOOLS_MAX, Tooling
 from node.web.schema import USER_CHARS_MAX, Generation, Request, messages_of
 from node.web.schema_called import Turn, call_turn, result_turn, tool_of, with_calls_joined
 from node.web.schema_parts import Logprobs, PartKinds, Temperature, Tokens, TopP, object_of, shown, text_of
+from node.web.schema_shown import ResponsesInput, shown_as
 from node.web.schema_tools import FunctionChoice, FunctionName, Name, tooling_of
 
 METADATA_MAX = 16
@@ -95,7 +96,7 @@ class ResponsesRequest(Request):
         "truncation": "what does not fit is an error here and never cut: leave truncation out, or send 'disabled'",
     }
 
-    input: Any
+    input: Annotated[Any, shown_as(ResponsesInput)]
     instructions: str | None = None
     tools: list[ResponsesTool] = Field(default_factory=list, max_length=TOOLS_MAX)
     tool_choice: Literal["none", "auto", "required"] | ResponsesChoice | None = None
