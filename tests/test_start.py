@@ -52,6 +52,7 @@ def test_a_directory_that_cannot_be_used_is_a_sentence(tmp_path: Path) -> None:
 def test_ctrl_c_among_the_imports_ends_it_without_a_traceback() -> None:
     code = """
 import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background has it ignored
 
 class Stops:
     def find_spec(self, name, *_):
