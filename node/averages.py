@@ -16,6 +16,7 @@ from typing import Final
 
 from node.errors import BadFigure
 
+BIN_TOKENS_MAX: Final = 1 << 40  # sums of all bins stay exact
 BINS: Final = 10  # of confidence; Guo and others take 15, of which few are filled by the tokens of one look
 
 
@@ -29,10 +30,11 @@ class Bin:
 
     def __post_init__(self) -> None:
         """Checked when made. Raises BadFigure: a bug of whoever counted."""
-        if not (0 <= self.correct <= self.tokens and 0.0 <= self.confidence_sum <= self.tokens):
+        sound = 0 <= self.correct <= self.tokens and 0.0 <= self.confidence_sum <= self.tokens
+        if not sound or self.tokens > BIN_TOKENS_MAX:
             raise BadFigure(
                 f"a bin of {self.tokens} tokens with confidences of {self.confidence_sum} in all and {self.correct} "
-                "right came; both must lie between 0 and its tokens"
+                f"right came; both must lie between 0 and its tokens, of which there may be {BIN_TOKENS_MAX}"
             )
 
 

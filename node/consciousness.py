@@ -83,7 +83,7 @@ class Measured:
             least, most = 0.0, NATS_MAX
         else:
             least, most = -FIGURE_MAX if name in self.SIGNED else 0.0, FIGURE_MAX
-        if not math.isfinite(value) or not least <= value <= most:
+        if not least <= value <= most:  # neither are NaN and the infinities
             raise BadFigure(
                 f"{self._name(name)}: {value} came, a number of {least:g} to {most:g} was wanted "
                 "(None where nothing was measured)"

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from node.averages import BINS, Bin
-from node.consciousness import Body, Load, Measured, Recorded, Social, check_reason, check_reasons
+from node.consciousness import NATS_MAX, Body, Load, Measured, Recorded, Social, check_reason, check_reasons
 from node.errors import BadFigure
 from node.prediction import Outcome, Prediction
 
@@ -72,6 +72,8 @@ class Generated(Measured):
         Measured.__post_init__(self)
         if self.tokens < 1 or self.margin_sum > self.tokens:
             raise BadFigure(f"{self.tokens} tokens with margins of {self.margin_sum} came: 1 or more, each 0 to 1")
+        if self.entropy_sum_nats > NATS_MAX * self.tokens:
+            raise BadFigure(f"{self.tokens} tokens of {self.entropy_sum_nats} nats came: each 0 to {NATS_MAX:g}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from node.averages import BINS, Bin, binned
+from node.averages import BIN_TOKENS_MAX, BINS, Bin, binned
 from node.consciousness import NATS_MAX, Body, Load, Recorded, Social
 from node.facts import (
     Fact,
@@ -112,7 +112,7 @@ _social = st.builds(
     live_peers=_maybe(COUNTS), observed_peers=_maybe(COUNTS), success_mean=_maybe(SHARES), success_least=_maybe(SHARES),
     rtt_ms=_maybe(AMOUNTS),
 )  # fmt: skip
-_bin = st.tuples(st.integers(0, 10_000), SHARES, SHARES).map(
+_bin = st.tuples(st.integers(0, 10_000) | st.integers(0, BIN_TOKENS_MAX), SHARES, SHARES).map(
     lambda t: Bin(tokens=t[0], confidence_sum=t[0] * t[1], correct=int(t[0] * t[2]))
 )
 _score = st.tuples(AMOUNTS, AMOUNTS, AMOUNTS, st.booleans()).map(
@@ -128,7 +128,7 @@ facts: st.SearchStrategy[Fact] = st.one_of(
         peer_id=st.none() | WORDS, revision=st.none() | WORDS, phase=st.none() | WORDS, training=st.none() | WORDS,
         uptime_s=_maybe(AMOUNTS), load=_load, body=_body, social=_social,
     ),
-    st.tuples(st.integers(1, 1 << 40), st.floats(0, 20), SHARES).map(
+    st.tuples(st.integers(1, 1 << 40), NATS, SHARES).map(
         lambda t: Generated(tokens=t[0], entropy_sum_nats=t[0] * t[1], margin_sum=t[0] * t[2])
     ),
     st.builds(HeldOut, nll_nats=NATS, bins=st.none() | st.tuples(*[_bin] * BINS)),

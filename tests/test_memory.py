@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 
 from node import events
-from node.consciousness import OTHER, REASONS_MAX, ConsciousnessState, Learning, Load, social_of
+from node.consciousness import OTHER, REASONS_MAX, ConsciousnessState, Learning, Load, Uncertainty, social_of
 from node.consciousness_fields import FIELDS, Field, figures_and_words, member, page, state_of
 from node.errors import BadFigure
 from node.events import FIGURES_MAX, WORDS_MAX, Body, Event, Note, decode_body, encode_body
@@ -179,6 +179,10 @@ def test_words_and_reasons_that_no_event_takes_are_refused() -> None:
         Learning(rejected={f"w{n}": 1 for n in range(REASONS_MAX + 2)})
     with pytest.raises(BadFigure, match="each 0 to 1"):
         Generated(tokens=1, entropy_sum_nats=1.0, margin_sum=1.5)
+    with pytest.raises(BadFigure, match="each 0 to 1000"):
+        Generated(tokens=2, entropy_sum_nats=2000.5, margin_sum=1.5)
+    with pytest.raises(BadFigure, match="queue_length"):
+        Load(queue_length=10**400)
     with pytest.raises(BadFigure, match="bins"):
         HeldOut(nll_nats=1.0, bins=())
     with pytest.raises(BadFigure, match="not finite"):
@@ -260,6 +264,31 @@ def test_events_of_another_program_are_refused_and_later_members_passed_over() -
     with pytest.raises(BadFigure, match="latency_s"):
         from_event(events.Outcome(prediction=1, figures={"latency_s": 1.0}, errors={}))
     assert from_event(None) is None  # it was forgotten
+
+
+def test_what_was_learned_of_a_model_goes_with_it_and_stays_over_a_restart() -> None:
+    lived = fold(LIFE)
+    again = apply(Started(boot_count=4, version="1", model="a", last_stop="kill"), lived)
+    assert (again.uncertainty, again.calibration, again.coherence) == (
+        lived.uncertainty, lived.calibration, lived.coherence,
+    )  # fmt: skip
+    assert (again.body, again.identity.uptime_s, again.identity.revision) == (Sampled().body, None, "rev1")
+    other = apply(Started(boot_count=4, version="1", model="b", last_stop="kill"), lived)
+    assert (other.uncertainty, other.learning, other.identity.revision) == (Uncertainty(), Learning(), None)
+    assert other.self_prediction_error == lived.self_prediction_error  # which is the node's own
+    assert apply(Sampled(), lived).identity.peer_id == "peer1"  # who it is stays where a sample leaves it out
+
+
+def test_counts_stop_at_their_bound() -> None:
+    most = (1 << 53) - 1
+    state = fold([Generated(tokens=most, entropy_sum_nats=0.0, margin_sum=0.0)] * 2)
+    assert state.uncertainty.tokens == most
+    state = fold([Merged(run="r", round=1, accepted=most, rejected={"late": most})] * 2)
+    assert (state.learning.accepted, state.learning.rejected) == (most, {"late": most})
+    looks = fold([HeldOut(nll_nats=1.0), HeldOut(nll_nats=math.nextafter(1.0, 2)), HeldOut(nll_nats=1000.0)])
+    assert looks.surprise.deviations is not None
+    assert looks.surprise.deviations > 1e15 / 4
+    assert fold([HeldOut(nll_nats=0.0), HeldOut(nll_nats=1e-150), HeldOut(nll_nats=1000.0)]).surprise.deviations == most
 
 
 def test_stored_is_told_as_it_is() -> None:

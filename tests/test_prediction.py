@@ -145,7 +145,13 @@ def test_the_calibration_error_of_an_example_worked_by_hand() -> None:
     for bad in (math.nan, -0.1, 1.1):
         with pytest.raises(BadFigure):
             binned([(bad, True)])
-    for wrong in ({"correct": 3}, {"confidence_sum": 2.5}, {"confidence_sum": math.nan}, {"correct": -1}):
+    for wrong in (
+        {"correct": 3},
+        {"confidence_sum": 2.5},
+        {"confidence_sum": math.nan},
+        {"correct": -1},
+        {"tokens": 1 << 41},
+    ):
         with pytest.raises(BadFigure):
             Bin(**{"tokens": 2, "confidence_sum": 1.0, "correct": 1, **wrong})  # type: ignore[arg-type]  # of both kinds
 
@@ -172,6 +178,13 @@ def test_means_and_variances_are_those_of_a_list_until_the_window(values: list[f
     wanted = math.fsum(values) / len(values)
     assert mean == pytest.approx(wanted, abs=1e-6)
     assert variance == pytest.approx(math.fsum((each - wanted) ** 2 for each in values) / len(values), abs=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(AMOUNTS, AMOUNTS, st.floats(0, 1))
+def test_a_mean_never_steps_over_its_ends(mean: float, value: float, weight: float) -> None:
+    assert min(mean, value) <= mixed(mean, value, weight) <= max(mean, value)
+    assert mixed(1e6, 0.1, 1.0) == 0.1  # 0.1 - 1e6 is rounded, and 1e6 more of it is less than 0.1
 
 
 def test_the_weight_of_many_at_once_is_that_of_one_after_the_other() -> None:
