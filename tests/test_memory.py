@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 
 from node import events
+from node.averages import binned
 from node.consciousness import OTHER, REASONS_MAX, ConsciousnessState, Learning, Load, Uncertainty, social_of
 from node.consciousness_fields import FIELDS, Field, figures_and_words, member, page, state_of
 from node.errors import BadFigure
@@ -119,6 +120,7 @@ def test_surprise_is_measured_against_the_looks_before() -> None:
     assert state.surprise.deviations == pytest.approx(3.0)
     assert (state.surprise.mean_nats, state.surprise.variance) == (pytest.approx(4.0), pytest.approx(8 / 3))
     assert state.calibration.error is None  # no bins were counted
+    assert fold([HeldOut(nll_nats=6.0, bins=binned([]))], state).calibration == state.calibration
 
 
 def test_drift_is_told_by_round_and_a_restart_alone_is_none() -> None:
@@ -134,6 +136,14 @@ def test_reasons_are_bounded_and_none_is_lost() -> None:
     assert len(rejected) == REASONS_MAX + 1
     assert sum(rejected.values()) == 80
     assert rejected[OTHER] == 2 * (40 - REASONS_MAX)
+
+
+def test_which_reasons_are_told_apart_does_not_hang_on_the_order_in_which_they_came() -> None:
+    """An event has them in order: a replay told others apart than the node had."""
+    one = Merged(run="r", round=1, accepted=0, rejected={f"why{n}": n for n in range(40, 0, -1)})
+    again = from_event(over_disk(to_event(one, T0_MS).body))
+    assert isinstance(again, Merged)
+    assert fold([again]) == fold([one])
 
 
 def test_peers_are_summed_up_of_those_that_were_measured() -> None:
@@ -256,7 +266,7 @@ def test_events_of_another_program_are_refused_and_later_members_passed_over() -
     for figures in ({"load.queue_length": 2.5}, {"load.queue_length": -1.0}, {"calibration.error": 2.0}):
         with pytest.raises(BadFigure):
             state_of(figures, {})
-    for words in ({"calibration.gaps": "1 2"}, {"calibration.gaps": "x"}, {"learning.rejected.late": "-1"}):
+    for words in ({"calibration.gaps": "1 2"}, {"calibration.gaps": "x"}, {"learning.rejected.late": "1_0"}):
         with pytest.raises(BadFigure):
             state_of({}, words)
     with pytest.raises(BadFigure, match=r"latency_s\.naive"):

@@ -159,6 +159,7 @@ def test_the_calibration_error_of_an_example_worked_by_hand() -> None:
 def test_likeness_of_vectors_and_answers() -> None:
     assert cosine([1.0, 0.0], [1.0, 1.0]) == pytest.approx(math.sqrt(0.5))
     assert cosine([1e300, 0.0], [-1e300, 0.0]) == -1.0
+    assert cosine([1.7e308, 1.7e308], [1.7e308, 1.7e308]) == pytest.approx(1.0)
     assert cosine([5e-324, 0.0], [1.0, 0.0]) == 1.0
     assert cosine([0.0], [1.0]) is None
     with pytest.raises(BadFigure, match="1 and 2"):
