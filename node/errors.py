@@ -18,6 +18,7 @@ RequestError(code, message, retryable)
 
 ConfigError (exit 2), DataDirLocked (exit 75), StoreLocked (exit 75): problems found at start.
 StoreUnavailable: the memory's file cannot be written now, and the caller must know.
+BadFigure: a figure of the node's own state that is no number or out of its bounds: a bug of whoever measured it.
 """
 
 from __future__ import annotations
@@ -181,3 +182,7 @@ class StoreLocked(Exception):
 
 class StoreUnavailable(Exception):
     """The memory's file cannot be written now, so that what was asked for is not done: says why and what to do."""
+
+
+class BadFigure(ValueError):
+    """A figure of the node's own state that is no number or out of its bounds: a bug of whoever measured it."""
