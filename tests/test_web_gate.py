@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import h11
 import httpx
 import msgspec
 import pytest
@@ -29,7 +30,7 @@ from node.web.caller import Need, need_of
 from node.web.door import BODY_BYTES_MAX, DoorConfig
 from node.web.gate import GateConfig
 from node.web.ollama import OPERATORS
-from node.web.serve import serve
+from node.web.serve import AGAIN_S, serve
 from node.web.settings import WebConfig, door_config, gate_config
 from tests.fake_front import PEER, FakeFront, finished, started, tale
 from tests.test_api_keys import made
@@ -582,6 +583,69 @@ def test_a_bind_beyond_loopback_names_both_ways(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+class Talk:
+    """One connection to a real socket."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+
+    async def ask(self, raw: bytes) -> tuple[int, set[bytes], dict[str, Any]]:
+        """Status, names of the headers and body of the answer."""
+        await self._stream.send_all(raw)
+        told = b""
+        while b"\r\n\r\n" not in told:
+            told += await self._stream.receive_some(1)
+        head = told.removesuffix(b"\r\n\r\n").split(b"\r\n")
+        fields = dict(line.split(b": ", 1) for line in head[1:])
+        body = b""
+        while len(body) < int(fields[b"content-length"]):
+            body += await self._stream.receive_some(1)
+        return int(head[0].split(b" ")[1]), set(fields), json.loads(body)
+
+
+async def test_the_same_refused_request_again_is_answered_as_the_first_until_it_is_due(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[bytes] = []
+    receive_data = h11.Connection.receive_data
+
+    def noted(connection: h11.Connection, data: bytes) -> None:
+        parsed.append(data)
+        receive_data(connection, data)
+
+    monkeypatch.setattr(h11.Connection, "receive_data", noted)
+    key, text = made(requests_per_s=0.1, burst=1.0)
+    bench = Bench(tmp_path, key)
+    body = json.dumps(CHAT).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nx-api-key: {text}\r\n"
+    raw = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    async with trio.open_nursery() as nursery:
+        port = await nursery.start(serve, bench.app, "127.0.0.1", 0)
+        talk = Talk(await trio.open_tcp_stream("127.0.0.1", port))
+        assert (await talk.ask(raw))[0] == 200
+        first = await talk.ask(raw)
+        assert first[0] == 429
+        count = len(parsed)
+        for _ in range(5):
+            again = await talk.ask(raw)
+            assert again[:2] == first[:2]
+            assert {**again[2]["error"], "request_id": ""} == {**first[2]["error"], "request_id": ""}
+            assert again[2]["error"]["request_id"] != first[2]["error"]["request_id"]
+        assert len(parsed) == count, "the same bytes were parsed anew"
+        assert bench.drops["limited_account"] == 6
+        other = raw.replace(b"hello", b"hallo")
+        assert (await talk.ask(other))[0] == 429
+        assert len(parsed) == count + 1
+        await trio.sleep(AGAIN_S)
+        assert (await talk.ask(other))[0] == 429
+        assert len(parsed) == count + 2, "now and then it is parsed"
+        await trio.sleep(9.0)  # below the time that an idle connection has
+        assert (await talk.ask(other))[0] == 200
+        assert (await talk.ask(other))[0] == 429
+        nursery.cancel_scope.cancel()
+    assert len(bench.front.works) == 2
+
+
 async def test_a_flood_over_a_socket_is_answered_early_and_as_it_would_be_late(tmp_path: Path) -> None:
     """What serve.py answers by the head alone is what the routes' own way answers."""
     key, text = made(requests_per_s=0.001, burst=1.0)

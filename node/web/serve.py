@@ -22,7 +22,7 @@ from typing import Any, cast
 import h11
 import trio
 from hypercorn.config import Config
-from hypercorn.events import RawData
+from hypercorn.events import Event, RawData
 from hypercorn.protocol.events import EndBody
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.task_group import TaskGroup
@@ -34,6 +34,7 @@ from hypercorn.utils import parse_socket_addr, wrap_app
 from node.web.door import CONNECTION_KEY, Door, is_small
 from p2p.errors import CannotListen
 
+AGAIN_S = 1.0  # below idle_s_max
 HEAD_BYTES_MAX = 16 << 10  # a request line and its headers; h11 looks after each read, so that twice this may pass
 BACKLOG = 256
 DOOR_KEY = "openagi.door"  # of the connection's state
@@ -231,6 +232,24 @@ class _BoundedStream:
         self.socket.close()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Again:
+    """A whole request that was refused by its head, as it came. Who floods sends the same bytes again and again: as
+    long as they are refused, they are not parsed anew. Now and then they are, which also winds Hypercorn's clock."""
+
+    door: Door
+    raw: bytes
+    path: str
+    headers: list[tuple[bytes, bytes]]
+    until_s: float
+
+
+def _written(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bytes:
+    """A whole answer, as h11 writes it."""
+    lines = [b"HTTP/1.1 %d " % status, *(name + b": " + value for name, value in headers), b"", body]
+    return b"\r\n".join(lines)
+
+
 class _Http11Only(H11Protocol):
     """Hypercorn's HTTP/1.1 without its ways into HTTP/2 and WebSocket.
 
@@ -238,11 +257,37 @@ class _Http11Only(H11Protocol):
     Hypercorn's reader, and so would end the node: such a request is an ordinary GET here.
     """
 
+    _again: _Again | None = None
+    _chunk = b""  # what was read, when it began with a request
+
+    async def handle(self, event: Event) -> None:
+        if isinstance(event, RawData):
+            is_between = self._is_between()
+            if is_between and self._again is not None and await self._refused_again(self._again, event.data):
+                return
+            self._chunk = event.data if is_between else b""
+        await super().handle(event)
+
+    def _is_between(self) -> bool:
+        """Whether no request is under way, and nothing of the next is here."""
+        connection = cast(h11.Connection, self.connection)
+        return self.stream is None and connection.their_state is h11.IDLE and not connection.trailing_data[0]
+
+    async def _refused_again(self, again: _Again, data: bytes) -> bool:
+        """Answer the very request that was refused a moment ago, if it still is: whether it was."""
+        if data != again.raw or trio.current_time() >= again.until_s:
+            return False
+        refused = again.door.early(again.path, again.headers)
+        if refused is not None:
+            await self.send(RawData(data=_written(*refused)))
+        return refused is not None
+
     async def _check_protocol(self, event: h11.Request) -> None:
         pass
 
     async def _create_stream(self, request: h11.Request) -> None:
         refused = self._refused(request)
+        self._chunk = b""  # another request of the same read did not begin it
         if refused is not None:
             self.stream = cast(Any, _Refused(partial(self._send_whole, *refused)))
             return
@@ -262,9 +307,15 @@ class _Http11Only(H11Protocol):
                 return None
         if door is None or request.method == b"HEAD" or not is_small(length.decode("latin-1")):
             return None  # the answer to HEAD has no body
-        if len(cast(h11.Connection, self.connection).trailing_data[0]) < int(length):
+        body = len(cast(h11.Connection, self.connection).trailing_data[0])
+        if body < int(length):
             return None
-        return door.early(request.target.partition(b"?")[0].decode("latin-1"), request.headers)
+        path = request.target.partition(b"?")[0].decode("latin-1")
+        refused = door.early(path, request.headers)
+        if refused is not None and body == int(length) and self._chunk:
+            until_s = trio.current_time() + AGAIN_S
+            self._again = _Again(door=door, raw=self._chunk, path=path, headers=list(request.headers), until_s=until_s)
+        return refused
 
     async def _send_whole(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """A whole answer in one write, and on to the next request."""
