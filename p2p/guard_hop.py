@@ -22,6 +22,7 @@ from crypto.errors import BadKey
 from crypto.identity import PeerId, public_key_of
 from p2p.errors import RemoteProtocolError, StreamClosed, Unreachable
 from p2p.guard_circuit import ByteStream
+from p2p.guard_noise import HANDSHAKE
 
 MESSAGE_BYTES_MAX = 4096  # ours have under 1,000
 AGREE_S = 5.0  # for the few words before a circuit is open, on each of the two streams
@@ -47,13 +48,13 @@ async def ended(stream: ByteStream) -> AsyncIterator[ByteStream]:
 
 @contextmanager
 def mapped(what: str) -> Iterator[None]:
-    """libp2p's errors, a broken stream and a peer that says nothing as Unreachable."""
+    """libp2p's errors, a broken handshake or stream, and a peer that says nothing, as Unreachable."""
     try:
         yield
     except trio.TooSlowError as exc:
         raise Unreachable(f"{what}: it said nothing for {AGREE_S:g} s") from exc
-    except (BaseLibp2pError, StreamClosed, RemoteProtocolError) as exc:
-        raise Unreachable(f"{what}: {exc}") from exc
+    except (BaseLibp2pError, StreamClosed, RemoteProtocolError, *HANDSHAKE) as exc:
+        raise Unreachable(f"{what}: {str(exc) or type(exc).__name__}") from exc
 
 
 async def write(stream: ByteStream, message: HopMessage | StopMessage | HolePunch) -> None:

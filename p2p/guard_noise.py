@@ -17,8 +17,11 @@ from cryptography.exceptions import InvalidTag
 from libp2p.io.exceptions import ConnectionClosedError, IncompleteReadError
 from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH, NoiseTransportReadWriter
 from libp2p.security.secure_session import SecureSession
+from noise.exceptions import NoiseHandshakeError, NoiseInvalidMessage, NoiseValueError  # type: ignore[import-untyped]
 
 LENGTH_BYTES = 2  # before each record, big endian
+# what a handshake lets through when the peer's words are wrong, beside libp2p's own errors
+HANDSHAKE = (InvalidTag, NoiseHandshakeError, NoiseInvalidMessage, NoiseValueError)
 RECORD_BYTES = 65_519  # of plaintext in the largest record: 65,535 less its tag of 16
 
 

@@ -341,6 +341,35 @@ async def test_nobody_reserves_or_connects_through_two_relays() -> None:
 # ---- dial-backs ----
 
 
+async def breaks_the_handshake(stream: trio.SocketStream) -> None:
+    """A listener that agrees on Noise, and whose second message nobody encrypted."""
+
+    async def line() -> bytes:
+        size, told = (await stream.receive_some(1))[0], b""
+        while len(told) < size:
+            told += await stream.receive_some(size - len(told))
+        return told
+
+    async with stream:
+        await stream.send_all(b"\x13/multistream/1.0.0\n")
+        assert await line() == b"/multistream/1.0.0\n"
+        assert await line() == b"/noise\n"
+        await stream.send_all(b"\x07/noise\n")
+        await stream.receive_some(1000)
+        await stream.send_all((96).to_bytes(2, "big") + bytes(range(96)))
+        await stream.receive_some(1000)
+
+
+async def test_a_dial_back_to_words_that_nobody_encrypted_reaches_nobody() -> None:
+    async with node() as alice, trio.open_nursery() as nursery:
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, breaks_the_handshake, [listener])
+        with pytest.raises(Unreachable):
+            port = listener.socket.getsockname()[1]
+            await alice.relay.probe(f"/ip4/127.0.0.1/tcp/{port}/p2p/{Identity.make().peer_id}")
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_dial_back_proves_the_peer_and_leaves_nothing() -> None:
     async with node() as alice, node() as bob:
         await bob.relay.probe(alice.addresses()[0])

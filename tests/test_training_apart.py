@@ -214,7 +214,10 @@ async def test_what_was_trained_ahead_outlives_a_restart(tmp_path: Path, model: 
         assert all(len(states) == 1 for states in common_rounds(again, back).values())
 
 
-async def test_a_budget_that_is_spent_ahead_ends_no_round_that_was_announced(tmp_path: Path, model: Path) -> None:
+async def test_a_budget_that_is_spent_ahead_ends_no_round_that_was_announced(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.training_session.AHEAD_ROUNDS", 1_000_000)  # so that it trains ahead when it is spent
     async with world(tmp_path, model) as all_of_them:
         one, other = await grown(all_of_them, 2)
         await all_of_them.rounds(1)
