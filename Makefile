@@ -8,11 +8,11 @@ BIN := $(VENV)/bin
 run: $(VENV)/.run
 	$(BIN)/python -m node run $(ARGS)
 
-# two files at a time; then, alone, the tests that start real nodes
+# two files at a time; then, alone, the tests that start real nodes or measure their own process
 LONG := not soak and not bench and not interop and not browser
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(LONG) and not real" $(ARGS)
-	$(BIN)/python -m pytest -q -m "$(LONG) and real" $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(LONG) and not (real or alone)" $(ARGS)
+	$(BIN)/python -m pytest -q -m "$(LONG) and (real or alone)" $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

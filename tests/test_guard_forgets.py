@@ -17,7 +17,7 @@ from libp2p.utils import encode_varint_prefixed
 from p2p.transport import GOSSIP_BYTES_MAX
 from tests.libp2p_peers import TOPIC, Stranger, node, stranger, until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 FRAMES, FRAME_BYTES = 300, 60_000
 
 

@@ -364,8 +364,8 @@ async def test_a_dial_back_to_words_that_nobody_encrypted_reaches_nobody() -> No
     async with node() as alice, trio.open_nursery() as nursery:
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, breaks_the_handshake, [listener])
+        port = listener.socket.getsockname()[1]
         with pytest.raises(Unreachable):
-            port = listener.socket.getsockname()[1]
             await alice.relay.probe(f"/ip4/127.0.0.1/tcp/{port}/p2p/{Identity.make().peer_id}")
         nursery.cancel_scope.cancel()
 
