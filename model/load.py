@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ BUFFER_BYTES_MAX = 256 << 20  # what a model computes for itself: masks, positio
 MEMORY_SHARE_MAX = 0.9  # of the free memory
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "1_Pooling/*")
 FAULTS = (*FOREIGN, SafetensorError, StrictDataclassError)
+# transformers builds a model while its own classes are patched; two at a time would leave them so for good
+_building = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +99,15 @@ def resolve(name_or_path: str, *, cache_dir: Path | None = None) -> Found:
 
 
 def load(found: Found, *, device: str = "auto", dtype: str = "auto", on_progress: OnProgress | None = None) -> Loaded:
-    """Checks and loads a model. Takes seconds and memory: call it in a worker thread, one at a time.
+    """Checks and loads a model. Takes seconds and memory: call it in a worker thread. One at a time; others wait.
 
     Raises BadModel, NotFound, OutOfMemory; nothing stays allocated then.
     """
+    with _building:
+        return _load(found, device, dtype, on_progress)
+
+
+def _load(found: Found, device: str, dtype: str, on_progress: OnProgress | None) -> Loaded:
     quiet()
     checkpoint = read_checkpoint(found.path, inside=found.inside)
     config = _read_config(checkpoint)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import model.load
 from model.checkpoint import HEADER_BYTES_MAX, read_checkpoint, read_header, revision_of
 from model.errors import BadModel, ModelError, NotFound, OutOfMemory
 from model.load import DEFAULT_PATH, MINILM, Found, Loaded, load, pick_dtype, resolve
@@ -64,6 +66,29 @@ def edit_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 @pytest.mark.slow
+def test_two_that_load_at_once_load_one_after_the_other(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers patches its own classes while it builds: two at a time left them patched for good."""
+    inside, most = [0], [0]
+    check, ties = model.load.check_fit, transformers.PreTrainedModel.tie_weights
+
+    def counted(*args: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.02)  # so that the others come meanwhile, if they may
+        made = check(*args)
+        inside[0] -= 1
+        return made
+
+    monkeypatch.setattr("model.load.check_fit", counted)
+    threads = [threading.Thread(target=load_path, args=(tiny,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+    assert transformers.PreTrainedModel.tie_weights is ties
+
+
 def test_facts(tiny: Path) -> None:
     loaded = load_path(tiny)
     facts = loaded.facts
