@@ -19,6 +19,7 @@ from model.timings import EngineTimings
 from node.recent import Recent
 from node.requester import LOCAL
 from node.sealed import SealedCall
+from node.self_face import SelfFace
 from node.tallies import RowStatistics
 from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, GenerateWork
@@ -127,6 +128,10 @@ class Front(Protocol):
     @property
     def recent(self) -> Recent:
         """What came of the last minutes."""
+
+    @property
+    def itself(self) -> SelfFace | None:
+        """The node's self-state and memory; None where there is none (--no-memory)."""
 
     def answer(self, work: GenerateWork, route: RouteHint) -> AbstractAsyncContextManager[AsyncIterator[AnswerItem]]:
         """Answer a request: Started once (a takeover does not repeat it), then Progress and Piece, then Finished.

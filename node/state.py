@@ -29,6 +29,7 @@ from node.recent import Recent, Totals
 from node.remote import Network
 from node.sealed import SealedCall
 from node.sealed_relay import SealedRelay
+from node.self_face import SelfFace
 from node.state_told import disk_told, engine_told, offer_told, row_of, training_told
 from node.training_wish import Begin, Join
 from node.version import VERSION
@@ -96,6 +97,7 @@ class NodeState:
         self.log_left_out: Mapping[str, int] = {}
         self.trains: Trains | None = None  # once the model is there
         self.backend: Backend | None = None  # as soon as there is one, ready or not
+        self.itself: SelfFace | None = None  # where the node has a memory
 
     def answer(self, work: GenerateWork, route: RouteHint) -> AbstractAsyncContextManager[AsyncIterator[AnswerItem]]:
         """See node.front.Front."""

@@ -13,6 +13,7 @@ from node.errors import RequestError, UnknownModel
 from node.front import FrontStatistics, Measured, ModelRow, Readiness, RouteHint
 from node.recent import Recent
 from node.sealed import SealedCall
+from node.self_face import SelfFace
 from node.state import NoTraining
 from node.training_wish import Begin, Join
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, Piece, Started, TokenLogprob
@@ -109,6 +110,7 @@ class FakeFront:
         self.seals: list[tuple[SealedCall, str, str]] = []
         self.frames: list[bytes | RequestError] = []
         self.recent = Recent()
+        self.itself: SelfFace | None = None
 
     def _change(self) -> None:
         self.changed.set()
