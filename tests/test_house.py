@@ -27,6 +27,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "starlette": ("node/web/",),
     "hypercorn": ("node/web/",),
     "peft": ("model/adapters.py",),
+    "llvmlite": ("model/native",),  # native.py, and the files that write kernels
     "opacus": ("model/budget.py",),
     "sqlite3": ("node/store",),  # store.py and the files beside it that work on its connection
     "msgpack": ("crypto/canonical.py",),
