@@ -40,7 +40,7 @@ def _row(path: str, kind: Kind, unit: str, formula: str, told: tuple[str, str]) 
 
 _START: Final = ("node start", "Started")
 _SAMPLE: Final = ("each part, asked at intervals", "Sampled Started")
-_LOGITS: Final = ("the model's own distributions while it generates", "Generated Started")
+_LOGITS: Final = ("the model's own distribution of tokens that it chose, before any sampling rule", "Generated Started")
 _HELD_OUT: Final = ("a forward pass over held-out text", "HeldOut Started")
 _PROBES: Final = ("fixed probes, asked again", "Probed Started")
 _MERGE: Final = ("a round of training", "Merged Started")
@@ -80,7 +80,7 @@ def _of_model() -> tuple[Field, ...]:
     return (
         _row(
             "uncertainty.entropy_nats", "float", "nats/token",
-            "Running mean, about the last 1,024 generated tokens, of -sum p ln p of what each was drawn from.",
+            "Running mean, about the last 1,024 judged tokens, of -sum p ln p of softmax(logits) at temperature 1.",
             _LOGITS,
         ),
         _row(
