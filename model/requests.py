@@ -121,6 +121,16 @@ class EngineStatistics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Looked:
+    """What the weights at `revision` gave to a text's tokens: nats is the sum of -ln p(token) over them; judged: of
+    each, the probability of the token that the model held for likeliest, and whether it was that one."""
+
+    revision: str
+    nats: float
+    judged: tuple[tuple[float, bool], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Embeddings:
     """Vectors in the order of the texts as little-endian fp32, which texts were cut, and the tokens read of each.
     passes: forward passes; padded: tokens that went through them, padding among them; seconds: all that it took, 0 if
