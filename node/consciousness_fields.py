@@ -113,7 +113,7 @@ def _of_model() -> tuple[Field, ...]:
             "calibration.gaps", "floats", "tokens",
             "Of each bin: sum of its confidences less how many were right, fading alike; over 0: too sure.", _HELD_OUT,
         ),
-        _row("coherence.answers", "float", "share", "Share of the answers' tokens, by place, equal to the stored.", _PROBES),
+        _row("coherence.answers", "float", "share", "Share of the answers' tokens equal to the stored.", _PROBES),
         _row("coherence.answers_drift", "float", "share/round", "(1 - answers) / rounds; absent at 0.", _PROBES),
         _row("coherence.embeddings", "float", "cosine", "Mean over the probes of the cosine with the stored.", _PROBES),
         _row("coherence.embeddings_drift", "float", "1/round", "(1 - embeddings) / rounds; absent at 0.", _PROBES),
