@@ -124,6 +124,7 @@ CORES = (
     "node/consciousness.py",
     "node/consciousness_fields.py",
     "node/facts.py",
+    "node/self_probes.py",
     "node/memory.py",
     "node/memory_events.py",
     "node/prediction.py",
