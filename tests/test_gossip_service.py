@@ -25,6 +25,7 @@ from gossip.routing import Need, WhyNot
 from gossip.saved import FILE_BYTES_MAX, SAVE_S, Keeper, SavedState
 from gossip.service import ADVERTS_PROTOCOL, GOODBYE_S, GossipService
 from gossip.standing import Fault, SavedBan, Verdict
+from gossip.summaries import summary_topic
 from p2p.allowance import Buckets
 from p2p.errors import Unreachable
 from p2p.loopback import LoopbackNetwork, LoopbackTransport
@@ -623,7 +624,7 @@ async def test_over_libp2p_on_localhost() -> None:
     from p2p.host import open_host
     from p2p.host_config import HostConfig
 
-    host_config = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), topics=frozenset({TOPIC}))
+    host_config = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), topics=frozenset({TOPIC, summary_topic("main")}))
     with trio.fail_after(60):
         async with AsyncExitStack() as stack:
             nursery = await stack.enter_async_context(trio.open_nursery())
