@@ -112,7 +112,8 @@ def test_no_figure_is_infinite_or_none_at_all(name: str, value: float) -> None:
     "body",
     [
         b"", b"\xc0", b"\x80\x80", encode([1]), encode({"mood": 1.0}), encode({"peers": ["a"]}),
-        encode({"busy": "0.5"}), encode({"busy": True}), encode({"busy": [0.5]}), encode({f"x{n}": 0 for n in range(33)}),
+        encode({"busy": "0.5"}), encode({"busy": True}), encode({"busy": [0.5]}),
+        encode({f"x{n}": 0 for n in range(33)}),
         b"\x81\xa4busy\xca\x3f\x00\x00\x00", b"\x81\xa4busy\xcb\x7f\xf8" + bytes(6),
     ],
 )  # fmt: skip

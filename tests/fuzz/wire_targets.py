@@ -66,9 +66,9 @@ CAPACITY: Final = Capacity(
     accepting=True,
 )
 SUMMARY: Final = SelfSummary(
-    revision="r1", uptime_s=5.5, boot_count=2, loop_lag_ms=1.5, busy=0.5, queued=0.0, first_token_s=0.2, entropy_nats=2.5,
-    margin=0.25, calibration_error=0.1, latency_skill=-0.5, load_skill=0.5, success_mean=1.0, success_least=0.5, head_id=9,
-    head_hash=bytes(32),
+    revision="r1", uptime_s=5.5, boot_count=2, loop_lag_ms=1.5, busy=0.5, queued=0.0, first_token_s=0.2,
+    entropy_nats=2.5, margin=0.25, calibration_error=0.1, latency_skill=-0.5, load_skill=0.5, success_mean=1.0,
+    success_least=0.5, head_id=9, head_hash=bytes(32),
 )  # fmt: skip
 ADVERT: Final = Advert(instance="00ff" * 4, started_ms=5, agent="a/1", addresses=(ADDRESS,), capacity=CAPACITY)
 
@@ -427,7 +427,6 @@ TARGETS: Final[Mapping[str, Callable[[], Target]]] = {
     "advert": advert,
     "summary": summary,
     "address": address,
-    "advert": advert,
     "direct_agreement": direct_agreement,
     "direct_sealed": direct_sealed,
     "manifest": manifest,
