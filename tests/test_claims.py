@@ -56,7 +56,7 @@ class Table:
 
     def of(self, identity: Identity = IDENTITY, now: float = 0.0) -> SelfSummary | None:
         claim = self.claims.claim_of(identity.peer_id, now)
-        return claim and claim.summary
+        return None if claim is None else claim.summary
 
 
 # --- what is taken ---
@@ -262,6 +262,9 @@ def test_a_flood_costs_its_standing_and_ends_in_seconds(ear: Ear) -> None:
         assert now < 5.0
     assert ear.verdicts == [(IDENTITY.peer_id, Verdict.DISCONNECT)]
     assert ear.claims.statistics(0).heard == {"accepted": 1}
+    claim = ear.claims.claim_of(IDENTITY.peer_id, now)
+    assert claim is not None
+    assert claim.sequence == 1, "what is looked at to find out whom to blame is not kept"
     assert sequence > TOO_FAST_BURST
 
 

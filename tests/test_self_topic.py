@@ -56,7 +56,7 @@ def network() -> LoopbackNetwork:
 
 def claim(here: Node, of: Node) -> SelfSummary | None:
     found = here.gossip.self_topic.claims.claim_of(of.peer, trio.current_time())
-    return found and found.summary
+    return None if found is None else found.summary
 
 
 async def test_what_one_tells_of_itself_the_others_hear(network: LoopbackNetwork, autojump_clock: MockClock) -> None:
