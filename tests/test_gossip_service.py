@@ -620,7 +620,7 @@ def test_time_that_goes_back_takes_nothing_from_a_bucket() -> None:
 
 @pytest.mark.slow
 async def test_over_libp2p_on_localhost() -> None:
-    """Three hosts in a row: adverts and a summary pass the middle one, a newcomer is told at once, a goodbye arrives."""
+    """Three hosts in a row: adverts and summaries pass the middle one, a newcomer is told at once, a goodbye comes."""
     from p2p.host import open_host
     from p2p.host_config import HostConfig
 
