@@ -67,6 +67,7 @@ TASKS = {
 INSIDE = {
     "gossip.service.GossipService.run": [
         "gossip.finder.Finder.sample_now_and_then",
+        "gossip.self_topic.SelfTopic.speak",
         "gossip.service.GossipService._enforce_verdicts",
         "gossip.service.GossipService._keep_house",
         "gossip.service.GossipService._pull_from_the_joined",
