@@ -174,6 +174,7 @@ CORES = (
     "node/web/schema_anthropic.py",
     "node/web/schema_responses.py",
     "node/web/schema_sealed.py",
+    "node/web/schema_itself.py",
     "node/web/schema_shown.py",
     "node/web/schema_ollama.py",
 )
