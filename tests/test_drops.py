@@ -58,6 +58,7 @@ SILENT = {
     "node/chain.py:head_or_none": "no head: the caller says what that means",
     "node/store_file.py:head_of_aside": "the lost event says that no head could be read",
     "node/store_file.py:read_head": "there is none yet",
+    "node/store_look.py:_tidy": "it was not made, or stays as an empty file that the next opening uses",
     "node/store_file.py:text_of_row": "`verify` names it",
     "node/store_recall.py:body_of": "`verify` names it",
     "node/tool_calls.py:_calls": "what is no call is the answer's text, and the client gets it",
