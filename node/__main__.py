@@ -101,6 +101,10 @@ def run(
     strangers: Annotated[
         bool | None, typer.Option(rich_help_panel="Who may ask", help="Answer who signs by a key nobody vouched for.")
     ] = None,
+    self_report: Annotated[
+        bool | None,
+        typer.Option("--self-report", rich_help_panel="Who may ask", help="Chats may have the node tell its state."),
+    ] = None,
     wallets: Annotated[
         list[str] | None,
         typer.Option(metavar="ADDRESS", rich_help_panel="Who may ask", help="May sign in; or a file of such."),

@@ -32,7 +32,9 @@ _DECIMALS = frozenset({"temperature", "train_epsilon"})
 _NUMBERS = frozenset(
     {"max_length", "max_tokens", "threads", "max_batch", "kv_cache_mb", "cache_mb", "direct_port", "upload_mb_s"}
 )
-_FLAGS = frozenset({"mdns", "relay", "training", "log_json", "train_on_battery", "api_keys", "strangers"})
+_FLAGS = frozenset(
+    {"mdns", "relay", "training", "log_json", "train_on_battery", "api_keys", "strangers", "self_report"}
+)
 _shown = reprlib.Repr()  # a setting's value in an error: cut, and no deeper than it can be printed
 _shown.maxstring = _shown.maxother = 200
 
@@ -101,6 +103,7 @@ class NodeConfig(BaseModel):
     api_keys: bool = False  # answer only who has an API key, or signs
     strangers: bool = True  # answer signed requests of keys that nobody vouched for
     wallets: tuple[str, ...] = ()  # that may sign in: addresses, or files of them; empty: any
+    self_report: bool = False  # chats of who may look may ask the node itself for its state
     hosts: tuple[str, ...] = ()  # names of this node beside its addresses
     origins: tuple[str, ...] = ()  # of pages that may ask
     log_level: Literal["debug", "info", "warning", "error"] = "info"

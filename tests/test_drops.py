@@ -58,6 +58,8 @@ SILENT = {
     "node/chain.py:head_or_none": "no head: the caller says what that means",
     "node/store_file.py:head_of_aside": "the lost event says that no head could be read",
     "node/store_file.py:read_head": "there is none yet",
+    "node/self_report.py:about_of": "a model wrote the call: it is told of all fields",
+    "node/self_report.py:question_of": "a model wrote the call: it is told how to ask",
     "node/store_look.py:_tidy": "it was not made, or stays as an empty file that the next opening uses",
     "node/store_file.py:text_of_row": "`verify` names it",
     "node/store_recall.py:body_of": "`verify` names it",

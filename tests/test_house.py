@@ -126,6 +126,7 @@ CORES = (
     "node/memory.py",
     "node/memory_events.py",
     "node/prediction.py",
+    "node/self_report.py",
     "node/work.py",
     "node/loading.py",
     "node/tools.py",

@@ -44,6 +44,7 @@ from node.web.pages import page_routes
 from node.web.responses import Responses
 from node.web.schema_openapi import document
 from node.web.sealed import Sealed
+from node.web.self_tools import SelfTools
 from node.web.session import SessionRoutes
 from node.web.settings import WebConfig
 from node.web.training import Training
@@ -62,7 +63,8 @@ def build_app(front: Front, rng: Random, config: WebConfig | None = None, *, sto
     sign_ins = SignIns(gate.audience, gate.wallets)
     session = SessionRoutes(sign_ins)
     embeddings = Embeddings(front)
-    generations = Generations(front, rng, embeddings, config.defaults)
+    own = SelfTools(front, is_on=config.self_report)
+    generations = Generations(front, rng, embeddings, config.defaults, self_tools=own)
     facts = Facts(front)
     itself = Itself(front)
     training = Training(front)
