@@ -56,7 +56,7 @@ def _lines(told: Mapping[str, Any], fields: Sequence[Mapping[str, Any]]) -> Iter
     memory = told["memory"]
     yield (
         f"This is made from the node's own records, at {told['at_ms']} (Unix ms). "
-        f"The last event in its memory is {memory['head_id']}, of hash {memory['head_hash'] or 'none'}."
+        f"The last event in its memory is {memory.get('head_id') or 'none'}, of hash {memory.get('head_hash') or 'none'}."
     )
     yield f"Now: {told['doing']}."
     if told["before"]:
