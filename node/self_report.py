@@ -53,10 +53,10 @@ def report(told: Mapping[str, Any], about: str = "") -> str:
 
 
 def _lines(told: Mapping[str, Any], fields: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    memory = told["memory"]
+    head_id, head_hash = (told["memory"].get(name) or "none" for name in ("head_id", "head_hash"))  # none: not open yet
     yield (
         f"This is made from the node's own records, at {told['at_ms']} (Unix ms). "
-        f"The last event in its memory is {memory.get('head_id') or 'none'}, of hash {memory.get('head_hash') or 'none'}."
+        f"The last event in its memory is {head_id}, of hash {head_hash}."
     )
     yield f"Now: {told['doing']}."
     if told["before"]:
