@@ -115,9 +115,10 @@ class FakeSelf:
             raise BadRequest(f"{sorted(unknown)[0]!r} is no member of the state; see GET /api/v1/self", param="path")
         states = [each for each in reversed(self.store.recent("state", n)) if isinstance(each.body, events.State)]
         bodies = [each.body for each in states if isinstance(each.body, events.State)]
-        both = [body.figures | body.words for body in bodies]
-        figures = {path: [each.get(path) for each in both] for path in paths}
-        return {"ts_ms": [each.ts_ms for each in states], "figures": figures}
+        numbers = {row.path for row in FIELDS if row.kind in ("int", "float")}
+        figures = {path: [each.figures.get(path) for each in bodies] for path in paths if path in numbers}
+        words = {path: [each.words.get(path) for each in bodies] for path in paths if path not in numbers}
+        return {"ts_ms": [each.ts_ms for each in states], "figures": figures, "words": words}
 
     async def verify(self) -> dict[str, Any]:
         """See node.self_face."""

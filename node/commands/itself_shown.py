@@ -18,7 +18,7 @@ _UNIX_MS = "Unix ms"
 def show_state(told: Mapping[str, Any], *, formulas: bool) -> None:
     """What was measured, by member; with formulas every member, and what it is made of."""
     rows = [row for row in told["fields"] if formulas or _is_measured(row["value"])]
-    missing = [str(row["path"]) for row in told["fields"] if not _is_measured(row["value"])]
+    missing = _missing(told["fields"])
     print(f"now: {printable(str(told['doing']))}")
     if told.get("before"):
         print(f"before the last stop: {printable(str(told['before']))}")
@@ -51,17 +51,19 @@ def show_history(told: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         return
     span = f"{len(times)} snapshots from {_time(times[0])} to {_time(times[-1])}"
     columns = min(get_terminal_size().columns, COLUMNS_MAX) if sys.stdout.isatty() else COLUMNS_MAX
-    for path, values in told["figures"].items():
+    for path, numbers in told["figures"].items():
         unit = f" ({units[path]})" if units.get(path) else ""
         print(f"{path}{unit}, {span}")
-        numbers = [float(each) if isinstance(each, int | float) else None for each in values]
         known = [each for each in numbers if each is not None]
-        if known:
-            print(plot(numbers, columns=columns, signs=_signs()))
-            span_told = f"least {leaf(min(known))}, mean {leaf(fmean(known))}, most {leaf(max(known))}"
-            print(f"{span_told}, last {leaf(known[-1])}; measured in {len(known)}")
+        if not known:
+            print("  not measured in these")
             continue
-        changes = list(_changes(times, values))
+        print(plot(numbers, columns=columns, signs=_signs()))
+        span_told = f"least {leaf(min(known))}, mean {leaf(fmean(known))}, most {leaf(max(known))}"
+        print(f"{span_told}, last {leaf(known[-1])}; measured in {len(known)}")
+    for path, words in told["words"].items():
+        print(f"{path}, {span}")
+        changes = list(_changes(times, words))
         for at, word in changes[-WORDS_SHOWN:]:
             print(f"  {_time(at)}  {printable(word)}")
         if not changes:
@@ -91,6 +93,18 @@ def _changes(times: Sequence[int], values: Sequence[object]) -> Iterator[tuple[i
         if value is not None and value != before:
             yield at, str(value)
         before = value
+
+
+def _missing(fields: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What was not measured; of a field of which nothing was, its name alone."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in fields:
+        groups.setdefault(str(row["path"]).split(".")[0], []).append(row)
+    told = []
+    for name, rows in groups.items():
+        paths = [str(row["path"]) for row in rows if not _is_measured(row["value"])]
+        told += [f"{name} (all)"] if len(paths) == len(rows) else paths
+    return told
 
 
 def _is_measured(value: object) -> bool:

@@ -115,7 +115,8 @@ class HistoryTold(_Told):
     """Oldest first; null where a snapshot does not have the member. As many values a path as there are times."""
 
     ts_ms: list[int]
-    figures: dict[str, list[float | str | None]]
+    figures: dict[str, list[float | None]]
+    words: dict[str, list[str | None]]
 
 
 class RecalledEvent(_Told):
