@@ -29,9 +29,9 @@ from node.self_recall import Recall
 from node.self_sampler import Sampler, Sources
 from node.self_state import SelfState
 from node.state import NodeState
+from node.store_look import MEMORY_FILE
 from p2p.transport import PeerChange
 
-MEMORY_FILE: Final = "memory.db"  # in the data directory
 REASONS_MAX: Final = 4  # signals that are told
 
 

@@ -132,6 +132,7 @@ CORES = (
     "node/memory_events.py",
     "node/prediction.py",
     "node/self_summary.py",
+    "node/self_report.py",
     "node/self_period.py",
     "node/request_ended.py",
     "node/training_merges.py",
@@ -184,6 +185,7 @@ CORES = (
     "node/web/schema_anthropic.py",
     "node/web/schema_responses.py",
     "node/web/schema_sealed.py",
+    "node/web/schema_itself.py",
     "node/web/schema_shown.py",
     "node/web/schema_ollama.py",
 )
