@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from node.backend import Backend
 from node.errors import BadRequest, NotReady
 from node.hosting import Hosting
 from node.inference import Inference
+from node.prediction import Expected
 from node.training_build import CannotTrain, Own, ledger_of, participant_of, planned
 from node.training_kept import keep_run
 from node.training_pause import PausePolicy
@@ -57,7 +59,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingParts:
-    """What training needs of the node. folder: everything of it on disk."""
+    """What training needs of the node. folder: everything of it on disk. expects: see Wishes."""
 
     identity: Identity
     network: str
@@ -68,6 +70,7 @@ class TrainingParts:
     door: RoundDoor
     folder: Path
     policy: PausePolicy
+    expects: Callable[[], Expected | None] = lambda: None
 
 
 class Training:
@@ -78,7 +81,8 @@ class Training:
         self._parts = parts
         self._wished = Wished(parts.folder / "wish.state")
         self._wish = _renewed(wish, self._wished.read())
-        self._wishes = Wishes(policy=parts.policy, is_paused=self._wish is not None and self._wish.paused)
+        is_paused = self._wish is not None and self._wish.paused
+        self._wishes = Wishes(policy=parts.policy, is_paused=is_paused, expects=parts.expects)
         self._session: Session | None = None
         self._scope: trio.CancelScope | None = None
         self._changed = trio.Event()

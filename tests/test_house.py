@@ -166,6 +166,8 @@ CORES = (
     "node/training_choice.py",
     "node/training_pause.py",
     "node/training_away.py",
+    "node/foresight.py",
+    "node/expectations.py",
     "node/web/writer.py",
     "node/web/messages_writer.py",
     "node/web/responses_writer.py",
