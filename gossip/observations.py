@@ -2,8 +2,9 @@
 
 Rules: core. Only what happened to our own requests counts; nothing a peer says enters here. Averages follow the last
 dozen samples, success the last ten minutes. What this node remembers of the time before it started is a prior worth
-REMEMBERED_MAX requests at most, which fades, and of which each new outcome takes half. The load of a peer is what it claims, corrected by our own requests that
-its last advert cannot have counted yet, so that many requests within one advert's life do not herd.
+REMEMBERED_MAX requests at most, which fades, and of which each new outcome takes half. The load of a peer is what it
+claims, corrected by our own requests that its last advert cannot have counted yet, so that many requests within one
+advert's life do not herd.
 Source: SERVING.md "Routing"; Jacobson's mean and deviation for lateness (RFC 6298).
 """
 

@@ -168,6 +168,7 @@ CORES = (
     "node/training_away.py",
     "node/foresight.py",
     "node/expectations.py",
+    "node/remembered.py",
     "node/web/writer.py",
     "node/web/messages_writer.py",
     "node/web/responses_writer.py",
