@@ -43,11 +43,11 @@ class Admission:
         """A request comes now, and these are here, in the order in which they came. Raises NoRoom."""
         job.came_at = now
         reused = figures.reused_tokens / figures.queried_tokens if figures.queried_tokens else 0.0
-        tasks = [self._task(each, reused) for each in others]
+        tasks = [self._task(each, reused, now) for each in others]
         if figures.slots_total < 1:
             return
         job.foreseen = foreseen = self.foresight.foresee(
-            self._task(job, reused), tasks, figures.slots_total, self._crowd()
+            self._task(job, reused, now), tasks, figures.slots_total, self._crowd()
         )
         left_s = job.work.remaining_ms / 1000
         if foreseen is None or foreseen.low_s is None or foreseen.low_s <= left_s:
@@ -100,7 +100,7 @@ class Admission:
         self.trials += 1
         return True
 
-    def _task(self, job: Job, reused: float) -> Task:
+    def _task(self, job: Job, reused: float, now: float) -> Task:
         work, told = job.work, job.told
         if job.wrote:
             unread = 0.0
@@ -114,6 +114,7 @@ class Admission:
             prompt_tokens=unread,
             made=made,
             most=max(made + 1, work.sampling.max_tokens),
+            left_s=job.came_at + work.remaining_ms / 1000 - now,
             runs=job.wrote or (told is not None and told.queue_position == 0),
         )
 

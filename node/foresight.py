@@ -1,19 +1,20 @@
 """When a request admitted now would be answered: foretold from what the engine's turns and answers have measured.
 
 Rules: core; seconds and counts come in. Nothing is foretold before there are enough of turns, answers and outcomes; a
-foretelling is scored against what came, and `low_s` is as much sooner than expected as one in ten outcomes was. How
-long an answer becomes is not known: `low_s` takes the length that nine of ten answers exceed, and where nothing is
-known of lengths one token, so that nobody is judged by a limit that he will not reach. Each class is judged by its own
-answers and outcomes, of which one requester other than this machine's clients gives a quarter at most: no stranger's
-answers decide what is foretold to a user. Who waits is taken in the scheduler's order, class by class and in a class
-one of each requester in turn: who asks for much is not before who asks for little.
-Source: E. L. Kaplan, P. Meier, "Nonparametric estimation from incomplete observations" (1958): answers that were cut
-short by their limit say that they would have been longer.
+foretelling is scored against what came, and `low_s` is as far from the expected as what nine of ten outcomes exceed.
+How long an answer becomes is not known: `low_s` takes the length that three of four answers exceed, and where nothing
+is known of lengths one token, so that nobody is judged by a limit that he will not reach. Each class is judged by its
+own answers and outcomes, of which one requester other than this machine's clients gives a quarter at most: no
+stranger's answers decide what is foretold to a user. Who waits is taken in the scheduler's order, class by class and
+in a class one of each requester in turn: who asks for much is not before who asks for little.
+Source: E. L. Kaplan, P. Meier, "Nonparametric estimation from incomplete observations" (1958): an answer that its limit
+cut short would have been longer, and who left without a token would have waited longer.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
@@ -29,20 +30,23 @@ ANSWERS_MIN: Final = 10
 OUTCOMES: Final = 32  # of a class: 0.1 of them are three, so that three good ones correct a bound that was wrong
 OUTCOMES_MIN: Final = 8
 REQUESTER_SHARE: Final = 4  # one requester has one of so many
-SOONER: Final = 0.1  # of outcomes, and of lengths, that the low bound leaves out at its side
-RATIO_MIN, RATIO_MAX = 0.01, 100.0  # of measured over foretold: more says nothing more
+SOONER: Final = 0.1  # of outcomes that the low bound leaves out, and the high one at its side
+SHORTER: Final = 0.25  # of answers that are shorter than the low bound takes them to be
+RATIO_MAX: Final = 100.0  # of measured over foretold: more says nothing more
+LATER_MAX: Final = 3.0  # of the low bound over what is expected: a bad hour is not held against the next one for long
 TURNS_MIN: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """A request as far as its time goes. prompt_tokens: still to be read; made: tokens of its answer, most: at most.
-    runs: it has a slot."""
+    left_s: to its deadline, when it leaves. runs: it has a slot."""
 
     requester: Requester
     prompt_tokens: float
     made: int
     most: int
+    left_s: float = math.inf
     runs: bool = False
 
 
@@ -107,79 +111,69 @@ class Pace:
         return low + (high - low) * (writing - fewer) / (more - fewer)
 
 
-class _Ring:
-    """The newest values of one class; a requester's own make room for those beyond its share."""
+class _Ends:
+    """The newest values of one class, some of them cut short, and the share that is beyond each.
+
+    A requester's own make room for those beyond its share."""
 
     def __init__(self, most: int) -> None:
-        self._values: deque[tuple[Requester, float, bool]] = deque()
+        self._kept: deque[tuple[Requester, float, bool]] = deque()
         self._most = most
+        self._ends: list[float] = []
+        self._beyond: list[float] = []
 
-    def add(self, who: Requester, value: float, mark: bool) -> None:
-        own = [kept for kept in self._values if kept[0] == who]
+    def add(self, who: Requester, value: float, *, ended: bool) -> None:
+        """ended: False, if it was cut short there."""
+        own = [kept for kept in self._kept if kept[0] == who]
         if who != OWN and len(own) >= self._most // REQUESTER_SHARE:
-            self._values.remove(own[0])
-        elif len(self._values) >= self._most:
-            self._values.popleft()
-        self._values.append((who, value, mark))
+            self._kept.remove(own[0])
+        elif len(self._kept) >= self._most:
+            self._kept.popleft()
+        self._kept.append((who, value, ended))
+        self._ends, self._beyond, share = [], [], 1.0
+        values = sorted((value, not ended) for _, value, ended in self._kept)
+        for place, (end, is_cut) in enumerate(values):
+            if not is_cut:
+                share *= 1.0 - 1.0 / (len(values) - place)
+                self._ends.append(end)
+                self._beyond.append(share)
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self._kept)
 
-    @property
-    def values(self) -> list[tuple[float, bool]]:
-        return sorted((value, mark) for _, value, mark in self._values)
+    def at(self, share: float, beyond: float = 0.0) -> float:
+        """Before which this share of those ends that are beyond a value; infinite: not as far as is known."""
+        place = bisect_right(self._ends, beyond)
+        left = (self._beyond[place - 1] if place else 1.0) * (1.0 - share)
+        while place < len(self._ends):
+            if self._beyond[place] <= left:
+                return self._ends[place]
+            place += 1
+        return math.inf
 
 
 class Lengths:
-    """How long answers become: the share that is longer, by tokens."""
+    """How long answers become, in tokens."""
 
     def __init__(self) -> None:
-        self._ring = _Ring(ANSWERS)
-        self._ends: list[float] = []
-        self._longer: list[float] = []
+        self._ends = _Ends(ANSWERS)
 
     def note(self, who: Requester, tokens: int, *, ended: bool) -> None:
         """An answer of so many tokens; ended: by itself, else it was cut short there."""
-        self._ring.add(who, float(tokens), ended)
-        ends, longer, share = list[float](), list[float](), 1.0
-        values = self._ring.values
-        at = 0
-        while at < len(values):
-            tokens_here = values[at][0]
-            after, stops = at, 0
-            while after < len(values) and values[after][0] == tokens_here:
-                stops += values[after][1]
-                after += 1
-            if stops:
-                share *= 1.0 - stops / (len(values) - at)
-                ends.append(tokens_here)
-                longer.append(share)
-            at = after
-        self._ends, self._longer = ends, longer
-
-    @property
-    def is_known(self) -> bool:
-        """Whether enough answers were seen."""
-        return len(self._ring) >= ANSWERS_MIN
+        self._ends.add(who, float(tokens), ended=ended)
 
     def at(self, share: float, made: int, most: int) -> int:
         """The length below which this share of the answers ends that are longer than `made`, at most `most`."""
-        if not self.is_known:
+        if len(self._ends) < ANSWERS_MIN:
             return min(most, made + 1)
-        place = bisect_right(self._ends, made)
-        left = (self._longer[place - 1] if place else 1.0) * (1.0 - share)
-        while place < len(self._ends):
-            if self._longer[place] <= left:
-                return max(made + 1, min(most, int(self._ends[place])))
-            place += 1
-        return max(made + 1, most)
+        return max(made + 1, int(min(most, self._ends.at(share, made))))
 
 
 class Scores:
     """Measured over foretold, of the newest outcomes."""
 
     def __init__(self) -> None:
-        self._ring = _Ring(OUTCOMES)
+        self._ends = _Ends(OUTCOMES)
         self.outcomes = 0
         self.error_s: float | None = None
         self.inside = 0  # of the outcomes that had bounds
@@ -188,9 +182,9 @@ class Scores:
     def note(self, who: Requester, foreseen: Foreseen, tokens: int, seconds: float) -> None:
         """So many tokens came in so many seconds; 0 tokens: not even the first in that time."""
         told_s = max(foreseen.at(max(1, tokens)), 1e-6)
-        if not tokens and seconds <= told_s:
+        self._ends.add(who, min(RATIO_MAX, seconds / told_s), ended=tokens > 0)
+        if not tokens:
             return
-        self._ring.add(who, min(RATIO_MAX, max(RATIO_MIN, seconds / told_s)), True)
         self.outcomes += 1
         error_s = abs(seconds - told_s)
         self.error_s = error_s if self.error_s is None else self.error_s + WEIGHT * (error_s - self.error_s)
@@ -200,11 +194,9 @@ class Scores:
 
     def bounds(self) -> tuple[float, float] | None:
         """What a foretold time is multiplied by to be at the soonest, and at the latest; None: too few outcomes."""
-        if len(self._ring) < OUTCOMES_MIN:
+        if len(self._ends) < OUTCOMES_MIN:
             return None
-        ratios = [ratio for ratio, _ in self._ring.values]
-        place = int(SOONER * (len(ratios) - 1))
-        return min(1.0, ratios[place]), max(1.0, ratios[-1 - place])
+        return min(LATER_MAX, self._ends.at(SOONER)), min(RATIO_MAX, self._ends.at(1.0 - SOONER))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,7 +236,7 @@ class Foresight:
         if not self.pace.is_known:
             return None
         lengths, bounds = self._lengths[newcomer.requester.priority], self._scores[newcomer.requester.priority].bounds()
-        least = lengths.at(SOONER, newcomer.made, newcomer.most) - newcomer.made
+        least = lengths.at(SHORTER, newcomer.made, newcomer.most) - newcomer.made
         first_s, end_s = self._played(newcomer, least, others, max(1, slots), crowd)
         token_s = (end_s - first_s) / (least - 1) if least > 1 else self.pace.step_s(self._beside(others, slots)) or 0.0
         expected = Foreseen(first_s=first_s, token_s=token_s, low_s=None, high_s=None)
@@ -276,23 +268,28 @@ class Foresight:
         self, newcomer: Task, least: int, others: Sequence[Task], slots: int, crowd: float
     ) -> tuple[float, float]:
         """Seconds to its first token, and to the `least`-th: one turn gives each who runs a token, a prompt's reading
-        holds up everybody, and whoever ends leaves a slot."""
-        read_s, now_s, turn = self.pace.read_s, 0.0, 0
+        holds up everybody, and whoever ends, or has waited to its deadline, leaves a slot or the queue."""
+        now_s, turn, first_s = 0.0, 0, 0.0
         running: list[tuple[int, bool]] = []  # the turn at which it ends, and whether it is the newcomer
-        first_s = 0.0
+
+        def runs(task: Task) -> None:
+            nonlocal now_s
+            now_s += task.prompt_tokens * self.pace.read_s
+            turn_s = self._turn_s(len(running) + 1, slots, crowd)
+            tokens = least if task is newcomer else min(self._left(task), _turns(task.left_s - now_s, turn_s))
+            heapq.heappush(running, (turn + tokens, task is newcomer))
+
         for each in others:
             if each.runs:
-                now_s += each.prompt_tokens * read_s
-                running.append((self._left(each), False))
-        heapq.heapify(running)
+                runs(each)
         queue = deque(_in_turn([each for each in others if not each.runs], newcomer, others))
         while True:
             while queue and len(running) < slots:
                 each = queue.popleft()
-                now_s += each.prompt_tokens * read_s
-                is_it = each is newcomer
-                heapq.heappush(running, (turn + (least if is_it else self._left(each)), is_it))
-                if is_it:
+                if each is not newcomer and each.left_s <= now_s:
+                    continue
+                runs(each)
+                if each is newcomer:
                     first_s = now_s + self._turn_s(len(running), slots, crowd)
             end, is_it = heapq.heappop(running)
             now_s += (end - turn) * self._turn_s(len(running) + 1, slots, crowd)
@@ -306,6 +303,11 @@ class Foresight:
     def _left(self, task: Task) -> int:
         """Tokens that are still to come, as of an answer of middling length."""
         return self._lengths[task.requester.priority].at(0.5, task.made, task.most) - task.made
+
+
+def _turns(seconds: float, turn_s: float) -> int:
+    """So many turns fit in, one at least."""
+    return max(1, int(min(seconds / turn_s, 1e9))) if turn_s > 0.0 else 1
 
 
 def _in_turn(waiting: Iterable[Task], newcomer: Task, others: Sequence[Task]) -> list[Task]:

@@ -16,7 +16,18 @@ from trio.testing import MockClock
 from model.step import Priority
 from node.admission import RETRY_S_MAX, TRIAL_EVERY, TRIAL_S, Admission
 from node.errors import NoRoom, RequestError
-from node.foresight import ANSWERS_MIN, OUTCOMES_MIN, TURNS_MIN, Foreseen, Foresight, Lengths, Pace, Scores, Task
+from node.foresight import (
+    ANSWERS_MIN,
+    LATER_MAX,
+    OUTCOMES_MIN,
+    TURNS_MIN,
+    Foreseen,
+    Foresight,
+    Lengths,
+    Pace,
+    Scores,
+    Task,
+)
 from node.hosting import Hosting
 from node.requester import OWN, Requester
 from node.work import AnswerItem, Finished, GenerateWork
@@ -138,12 +149,18 @@ def test_bounds_come_from_outcomes_and_from_nothing_else() -> None:
     assert high == pytest.approx(1.0)
 
 
-def test_what_has_not_begun_counts_only_once_it_is_late() -> None:
+def test_who_left_without_a_token_would_have_waited_longer() -> None:
     scores, told = Scores(), Foreseen(first_s=1.0, token_s=0.1, low_s=None, high_s=None)
-    scores.note(OWN, told, 0, 0.5)  # left before it could be wrong
+    for _ in range(20):
+        scores.note(OWN, told, 0, 0.5)
     assert scores.outcomes == 0
-    scores.note(OWN, told, 0, 3.0)
-    assert scores.outcomes == 1
+    for _ in range(4):
+        scores.note(OWN, told, 1, 2.0)
+    low, _ = scores.bounds() or (0.0, 0.0)
+    assert low == pytest.approx(2.0)  # not 0.5
+    for _ in range(40):
+        scores.note(OWN, told, 0, 50.0)
+    assert (scores.bounds() or (0.0,))[0] == LATER_MAX
 
 
 # --- what is foretold ---
@@ -358,7 +375,7 @@ async def test_a_node_whose_outcomes_were_wrong_finds_out() -> None:
         foresight.scored(OWN, slow, 20, 50.0)
     late = foresight.foresee(task(), [], 2)
     assert late is not None
-    assert late.low_s == pytest.approx(20 * STEP_S)  # that it was late says nothing of how soon it may be
+    assert late.low_s == pytest.approx(LATER_MAX * 20 * STEP_S)  # not 50: this hour may be better
     for _ in range(4):
         foresight.scored(OWN, slow, 20, 0.5)
     soon = foresight.foresee(task(), [], 2)
