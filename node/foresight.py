@@ -243,7 +243,9 @@ class Foresight:
         if bounds is None:
             return expected
         most = lengths.at(1.0 - SOONER, newcomer.made, newcomer.most) - newcomer.made
-        return Foreseen(first_s=first_s, token_s=token_s, low_s=bounds[0] * end_s, high_s=bounds[1] * expected.at(most))
+        low_s = bounds[0] * end_s
+        high_s = max(low_s, bounds[1] * expected.at(most))
+        return Foreseen(first_s=first_s, token_s=token_s, low_s=low_s, high_s=high_s)
 
     def statistics(self) -> ForesightStatistics:
         """How well it foretells."""
