@@ -22,6 +22,7 @@ REMEMBERED_LEAST = 0.5  # of a request: less says nothing
 ENDED_MAX = 256  # ended requests remembered of each peer: more cannot end within one advert's life of a slow engine
 SAMPLE_WEIGHT = 0.2  # of the newest sample
 SUCCESS_HALF_LIFE_S = 300.0
+FADED_LEAST = 0.01  # of a request: half an hour after the only one nothing is said of it any more
 NETWORK_PRIOR = 0.5  # one failure and no success make a network dubious, until half of it has faded
 NETWORKS_MAX = 1024
 NEWCOMERS_PRIOR = 3.0  # newcomers that worked, before any was tried
@@ -69,6 +70,12 @@ class _Tally:
     def fade(self, now: float) -> None:
         keep = 0.5 ** (max(0.0, now - self.faded_s) / SUCCESS_HALF_LIFE_S)
         self.worked, self.failed, self.faded_s = self.worked * keep, self.failed * keep, now
+
+    def share(self, now: float) -> float | None:
+        """The share that worked; None when less than FADED_LEAST of a request is left."""
+        ended = self.worked + self.failed
+        keep: float = 0.5 ** (max(0.0, now - self.faded_s) / SUCCESS_HALF_LIFE_S)
+        return None if ended * keep < FADED_LEAST else self.worked / ended
 
     def success(self, prior: float, now: float, before: tuple[float, float] = (0.0, 0.0)) -> float:
         """The share that worked, as if `prior` more had; before: worked and failed, remembered."""
@@ -260,6 +267,14 @@ class Observations:
             connected=record.connected,
             distrusted=before[1] - before[0] >= REMEMBERED_LEAST and not record.breaker.proven,
         )
+
+    def measured(self, peer: PeerId, now: float) -> tuple[float | None, float | None]:
+        """(share of own requests that worked, round trip in seconds), as measured and without any prior; None: never,
+        or so long ago that it has faded."""
+        record = self._records.get(peer)
+        if record is None:
+            return None, None
+        return record.tally.share(now), record.rtt_s
 
     def network(self, peer: PeerId) -> str | None:
         """The public network in which the peer was last seen; None: in a private one, or never."""

@@ -111,6 +111,16 @@ def run(
         list[str] | None,
         typer.Option(metavar="ORIGIN", rich_help_panel="Who may ask", help="Page that may, as https://chat.example."),
     ] = None,
+    memory: Annotated[
+        bool | None, typer.Option(rich_help_panel="Memory", help="Keep what the node did and how it was, on its disk.")
+    ] = None,
+    memory_mb: Annotated[
+        int | None, typer.Option(metavar="MB", rich_help_panel="Memory", help="That it may take on disk.")
+    ] = None,
+    remember_text: Annotated[
+        bool | None,
+        typer.Option("--remember-text", rich_help_panel="Memory", help="Also what own clients asked and got."),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="NAME", rich_help_panel="Model", help="Name, path or none; default: the embedded one."),

@@ -23,7 +23,7 @@ PEERS_MAX: Final = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remembered:
-    """Requests of this node's to one peer, as many as they are worth now; age_s: of the newest event of it."""
+    """Requests of this node's to one peer, older ones counting less than the newest, which was age_s ago."""
 
     peer: str
     worked: float
@@ -34,9 +34,7 @@ class Remembered:
 
 def remembered(log: Iterable[events.Kept], now_ms: int) -> list[Remembered]:
     """What these events, in any order, say of each peer, that with the newest event first."""
-    worked: dict[str, float] = {}
-    failed: dict[str, float] = {}
-    newest: dict[str, int] = {}
+    ended: dict[str, list[tuple[int, bool]]] = {}
     rtts: dict[str, tuple[int, float]] = {}
     for event in log:
         peer, is_good = _said(event.body)
@@ -44,18 +42,20 @@ def remembered(log: Iterable[events.Kept], now_ms: int) -> list[Remembered]:
             continue
         if isinstance(event.body, events.Peer) and (rtt_ms := event.body.rtt_ms) is not None and math.isfinite(rtt_ms):
             rtts[peer] = max(rtts.get(peer, (0, 0.0)), (event.ts_ms, max(0.0, rtt_ms / 1000)))
-        if is_good is None:
-            continue
-        age_s = max(0.0, (now_ms - event.ts_ms) / 1000)
-        tally = worked if is_good else failed
-        tally[peer] = tally.get(peer, 0.0) + 0.5 ** (age_s / REMEMBERED_HALF_LIFE_S)
-        newest[peer] = max(newest.get(peer, 0), event.ts_ms)
+        if is_good is not None:
+            ended.setdefault(peer, []).append((event.ts_ms, is_good))
+    newest = {peer: max(ts_ms for ts_ms, _ in ends) for peer, ends in ended.items()}
     order = sorted(newest, key=lambda peer: (-newest[peer], peer))[:PEERS_MAX]
+
+    def worth(peer: str, *, is_good: bool) -> float:
+        ages_s = [(newest[peer] - ts_ms) / 1000 for ts_ms, good in ended[peer] if good is is_good]
+        return sum(0.5 ** (age_s / REMEMBERED_HALF_LIFE_S) for age_s in ages_s)
+
     return [
         Remembered(
             peer=peer,
-            worked=worked.get(peer, 0.0),
-            failed=failed.get(peer, 0.0),
+            worked=worth(peer, is_good=True),
+            failed=worth(peer, is_good=False),
             age_s=max(0.0, (now_ms - newest[peer]) / 1000),
             rtt_s=rtts[peer][1] if peer in rtts else None,
         )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import random
 import secrets
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +33,12 @@ from model.errors import BadText, ModelError
 from model.load import Loaded
 from node.backend import Backend
 from node.errors import BadRequest, NotReady
+from node.facts import Merged
 from node.hosting import Hosting
 from node.inference import Inference
-from node.prediction import Expected
 from node.training_build import CannotTrain, Own, ledger_of, participant_of, planned
 from node.training_kept import keep_run
+from node.training_merges import Merges
 from node.training_pause import PausePolicy
 from node.training_plan import Plan, fault_of, plan_of
 from node.training_session import Session, Wishes
@@ -59,7 +59,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingParts:
-    """What training needs of the node. folder: everything of it on disk. expects: see Wishes."""
+    """What training needs of the node. folder: everything of it on disk."""
 
     identity: Identity
     network: str
@@ -70,7 +70,6 @@ class TrainingParts:
     door: RoundDoor
     folder: Path
     policy: PausePolicy
-    expects: Callable[[], Expected | None] = lambda: None
 
 
 class Training:
@@ -81,12 +80,12 @@ class Training:
         self._parts = parts
         self._wished = Wished(parts.folder / "wish.state")
         self._wish = _renewed(wish, self._wished.read())
-        is_paused = self._wish is not None and self._wish.paused
-        self._wishes = Wishes(policy=parts.policy, is_paused=is_paused, expects=parts.expects)
+        self._wishes = Wishes(policy=parts.policy, is_paused=self._wish is not None and self._wish.paused)
         self._session: Session | None = None
         self._scope: trio.CancelScope | None = None
         self._changed = trio.Event()
         self._doing, self._why, self._problem = "idle", "", ""
+        self._merges = Merges()
 
     # ---- the operator's ----
 
@@ -142,7 +141,7 @@ class Training:
         """JSON for GET /api/v1/training."""
         session = self._session
         told: dict[str, Any] = {
-            "state": session.doing if session is not None else self._doing,
+            "state": self.doing,
             "why": (session.service.history.trouble or session.why) if session is not None else self._why,
             "problem": self._problem or self._wished.file.status().problem,
             "paused": self._wishes.is_paused,
@@ -152,6 +151,15 @@ class Training:
         if session is not None:
             told |= told_run(session, self._parts.door.drops)
         return told
+
+    @property
+    def doing(self) -> str:
+        """In a word."""
+        return self._doing if self._session is None else self._session.doing
+
+    def merged(self, *, is_last: bool = False) -> list[Merged]:
+        """Rounds that changed the model here since the last call. is_last: there is no later one."""
+        return [] if self._session is None else self._merges.since(self._session.weights, is_last=is_last)
 
     # ---- the life of it ----
 

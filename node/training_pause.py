@@ -12,6 +12,7 @@ Source: TRAINING.md 6; J. D. C. Little, "A proof for the queuing formula L = lam
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,11 +29,11 @@ HOURS_PATTERN = r"([01]?[0-9]|2[0-3])-([01]?[0-9]|2[0-4])"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PausePolicy:
     """hours: local, from and to, over midnight if from is later; None: at any hour. on_battery: train there too.
-    when_busy: whatever load is expected."""
+    expects: active requests, as the node foretells itself; None: nothing is known, or load is to be no reason."""
 
     hours: tuple[int, int] | None = None
     on_battery: bool = False
-    when_busy: bool = False
+    expects: Callable[[], Expected | None] = lambda: None
 
     def why(self, *, paused: bool, hour: int, plugged: bool | None, load: str = "") -> str:
         """Why not to train now; '' when nothing speaks against it. plugged: None when there is no battery. load: what
@@ -43,7 +44,7 @@ class PausePolicy:
             return f"it trains from {self.hours[0]} to {self.hours[1]} o'clock only (train_hours)"
         if plugged is False and not self.on_battery:
             return "the machine runs on its battery (train_on_battery allows that)"
-        return "" if self.when_busy else load
+        return load
 
 
 class LoadRoom:

@@ -34,7 +34,6 @@ from model.errors import BadState, BudgetSpent, ModelError
 from model.train import MicroStep
 from model.train_state import SavedState
 from node.hosting import Hosting
-from node.prediction import Expected
 from node.training_away import AHEAD_ROUNDS, Absence
 from node.training_pause import LoadRoom, PausePolicy
 from node.training_weights import Weights
@@ -69,13 +68,11 @@ class SessionTold:
 
 @dataclass(slots=True, kw_only=True)
 class Wishes:
-    """What the operator wants of this run. expects: active requests, as the node foretells itself; None: it does not.
-    load: what that leaves."""
+    """What the operator wants of this run. load: what the load that the policy expects leaves room for."""
 
     policy: PausePolicy = field(default_factory=PausePolicy)
     is_paused: bool = False
     leaves: bool = False
-    expects: Callable[[], Expected | None] = lambda: None
     load: LoadRoom = field(default_factory=LoadRoom)
 
 
@@ -289,7 +286,7 @@ class Session:
         battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
         plugged = None if battery is None else bool(battery.power_plugged)
         wishes = self.wishes
-        load = wishes.load.why(wishes.expects(), trio.current_time())
+        load = wishes.load.why(wishes.policy.expects(), trio.current_time())
         return wishes.policy.why(paused=wishes.is_paused, hour=time.localtime().tm_hour, plugged=plugged, load=load)
 
     def _says(self, doing: str, why: str = "") -> None:

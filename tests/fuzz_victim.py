@@ -162,7 +162,7 @@ async def main(path: Path) -> None:
         doors, wants = Doors(transport._host), Wants(transport, here.blobs, nursery)
         print(address, flush=True)
         await trio.to_thread.run_sync(sys.stdin.read)
-        host, gossip, calls = transport.statistics(), here._gossip.statistics(), here._infer.statistics()
+        host, gossip, calls = transport.statistics(), here._gossip.statistics(), here._network.calls.statistics()
         counted = {
             "failed": failed,
             "registered": doors.registered,
