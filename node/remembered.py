@@ -18,6 +18,7 @@ from gossip.observations import REMEMBERED_HALF_LIFE_S
 from node import events
 
 EVENTS_MAX: Final = 1_000  # of each kind that are looked at, the newest
+KINDS: Final = ("inference", "peer")
 PEERS_MAX: Final = 512
 
 
@@ -49,7 +50,7 @@ def remembered(log: Iterable[events.Kept], now_ms: int) -> list[Remembered]:
 
     def worth(peer: str, *, is_good: bool) -> float:
         ages_s = [(newest[peer] - ts_ms) / 1000 for ts_ms, good in ended[peer] if good is is_good]
-        return sum(0.5 ** (age_s / REMEMBERED_HALF_LIFE_S) for age_s in ages_s)
+        return math.fsum(0.5 ** (age_s / REMEMBERED_HALF_LIFE_S) for age_s in ages_s)
 
     return [
         Remembered(
