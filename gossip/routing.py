@@ -66,7 +66,7 @@ class Candidate:
     offer: Offer
     model: ModelOffer
     cost_s: float
-    in_doubt: bool  # unproven, and already trying a request of ours
+    in_doubt: bool  # unproven, and already trying a request of ours or remembered for failing
     hint: float = 0.0  # see gossip.claims.hint: 0 is none
 
     @property
@@ -273,7 +273,7 @@ def _candidate(need: Need, offer: Offer, model: ModelOffer, seen: Observed, load
         offer=offer,
         model=model,
         cost_s=cost_s,
-        in_doubt=not seen.proven and seen.in_flight > 0,
+        in_doubt=not seen.proven and (seen.in_flight > 0 or seen.distrusted),
         hint=hint,
     )
 

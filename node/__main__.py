@@ -127,6 +127,12 @@ def run(
         bool | None,
         typer.Option("--remember-text", rich_help_panel="Memory", help="Also what own clients asked and got."),
     ] = None,
+    remember_peers: Annotated[
+        bool | None, typer.Option(rich_help_panel="Memory", help="Which answered, over a restart: a hint to routing.")
+    ] = None,
+    foresight: Annotated[
+        bool | None, typer.Option(rich_help_panel="Memory", help="Decline at once what would miss its deadline.")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="NAME", rich_help_panel="Model", help="Name, path or none; default: the embedded one."),
@@ -230,6 +236,9 @@ def run(
     ] = None,
     train_on_battery: Annotated[
         bool | None, typer.Option("--train-on-battery", rich_help_panel="Training", help="Train there too.")
+    ] = None,
+    train_when_busy: Annotated[
+        bool | None, typer.Option("--train-when-busy", rich_help_panel="Training", help="Whatever load is expected.")
     ] = None,
     train_epsilon: Annotated[
         float | None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
     """The parts that are asked. phase, training: one word each; tokens_s: tokens made here a second; merges: facts of
-    rounds of training since the last call."""
+    rounds of training since the last call; begun: called once the memory is read."""
 
     peer_id: str
     data_dir: Path
@@ -43,6 +43,7 @@ class Sources:
     training: Callable[[], str]
     tokens_s: Callable[[], float | None]
     merges: Callable[[], Iterable[Fact]]
+    begun: Callable[[], Awaitable[None]]
     process: Process
     inference: Inference
     peering: Peering
@@ -65,6 +66,7 @@ class Sampler:
         """Sample for as long as the node runs."""
         itself = self._itself
         await itself.begin()
+        await self._sources.begun()
         itself.foretell(round(1000 * PERIOD_S))
         period_ends = trio.current_time() + PERIOD_S
         while True:

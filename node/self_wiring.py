@@ -3,12 +3,13 @@
 Rules: shell; the parts are node/recorder.py (the memory's thread), self_state.py (facts in, events out),
 self_sampler.py (asks the parts) and self_recall.py (questions, vectors). `open` is around everything that can still be
 remembered: when it is left the last event, `stop`, says why the node ended, and the file is closed. A new instrument is
-started in `hosted`, and gives its facts to `itself.take`.
+started in `hosted`, and gives its facts to `itself.take`. What decides reads `active` and what was remembered of peers.
 Source: docs/ARCHITECTURE.md, "Tree of tasks", "Self-state".
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -19,9 +20,13 @@ import trio
 from crypto.identity import Identity, PeerId
 from gossip.observations import FULL_REASONS, NEUTRAL_REASONS
 from node.config import NodeConfig
+from node.errors import NotReady
+from node.expectations import expected
 from node.facts import Fact
 from node.memory_events import ERROR
+from node.prediction import Expected
 from node.recorder import Recorder
+from node.remembered import EVENTS_MAX, KINDS, remembered
 from node.remote import Network
 from node.request_ended import Ended
 from node.retention import Retention
@@ -33,6 +38,7 @@ from node.store_look import MEMORY_FILE
 from p2p.transport import PeerChange
 
 REASONS_MAX: Final = 4  # signals that are told
+_log = logging.getLogger(__name__)
 
 
 class Learner(Protocol):
@@ -51,7 +57,7 @@ class Keeping:
 
     def __init__(self, config: NodeConfig, identity: Identity, network: Network, state: NodeState) -> None:
         self.training: Learner | None = None  # once there is one
-        self._network, self._state = network, state
+        self._network, self._state, self._remembers = network, state, config.remember_peers
         self._reasons: list[str] = []
         retention = Retention(bytes_max=config.memory_mb * 1_000_000)
         self._recorder = Recorder(config.data_dir / MEMORY_FILE, identity, retention=retention)
@@ -66,6 +72,7 @@ class Keeping:
             training=lambda: "idle" if self.training is None else self.training.doing,
             tokens_s=lambda: state.recent.told()["tokens_made_per_s"],
             merges=self._merges,
+            begun=self._remember_peers,
             process=state.process,
             inference=inference,
             peering=network.peering,
@@ -111,6 +118,33 @@ class Keeping:
     def banned(self, peer: PeerId, reason: str) -> None:
         """A peer was banned here."""
         self.itself.peer(peer, "banned", text=reason)
+
+    # --- what decides ---
+
+    def active(self) -> Expected | None:
+        """The requests that the node expects to be active now; None: it foretells none, or not well."""
+        return expected(self.itself, "active_requests", self._recorder.clock_ms())
+
+    def crowd(self) -> float:
+        """As many of them as there will be at least; 0: it is not known."""
+        return 0.0 if (active := self.active()) is None else active.low
+
+    async def _remember_peers(self) -> None:
+        """Tell routing which peers worked for this node before it started, unless the operator wants it forgotten."""
+        if not self._remembers:
+            return
+        try:
+            log = await self._recorder.ask(
+                lambda store: [each for kind in KINDS for each in store.recent(kind, EVENTS_MAX)]
+            )
+        except NotReady as exc:
+            _log.warning("which peers worked before this start cannot be read: %s", exc)
+            return
+        for each in remembered(log, self._recorder.clock_ms()):
+            self._network.gossip.observations.remember(
+                PeerId(each.peer), worked=each.worked, failed=each.failed, age_s=each.age_s, now=trio.current_time(),
+                rtt_s=each.rtt_s,
+            )  # fmt: skip
 
     # --- what node/inference.py tells ---
 
