@@ -169,13 +169,15 @@ async def test_a_memory_that_another_process_holds_is_said_and_taken_up_when_it_
     assert told(kept(tmp_path)) == ["kept for later"]
 
 
+async def fill(recorder: Recorder) -> None:
+    for _ in range(200):
+        await recorder.written(note("y" * 12_000))
+
+
 async def test_a_disk_that_fails_is_said_and_nobody_waits_for_it(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with recording(tmp_path, retention=Retention(bytes_max=1 << 20)) as recorder:
-        for _ in range(120):
-            recorder.note(note("y" * 12_000))
-        await trio.sleep(5)
         with pytest.raises(NotReady, match="cannot be written: database or disk is full"):
-            await recorder.written(note("y" * 12_000))
+            await fill(recorder)
         status = recorder.file_status()
         assert status.reason == "not_written"
         assert status.failures["not_written"] > 0
