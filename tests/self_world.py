@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 import trio
 
 from crypto.identity import Identity
+from model.requests import Output
 from node.config import NodeConfig
 from node.consciousness_fields import member
 from node.facts import Fact
@@ -30,6 +32,14 @@ async def until(true: Callable[[], bool]) -> None:
     with trio.fail_after(PATIENCE_S):
         while not true():  # noqa: ASYNC110  # of things that know no trio
             await trio.sleep(0.01)
+
+
+class SlowRuntime(FakeRuntime):
+    """Its steps take time of the worker thread."""
+
+    def step(self) -> list[Output]:
+        time.sleep(0.01)
+        return super().step()
 
 
 @dataclass
@@ -93,7 +103,7 @@ async def living(
     **changes: Any,
 ) -> AsyncIterator[Here]:
     """A node until the block ends; then it is cancelled, and its memory closed."""
-    network, runtime = network or LoopbackNetwork(random.Random(1)), runtime or FakeRuntime(ends_at=None)
+    network, runtime = network or LoopbackNetwork(random.Random(1)), runtime or SlowRuntime()
     config = NodeConfig(**{"data_dir": folder, "http": "off", "mdns": False, "ready_file": folder / "ready", **changes})
     identity = identity or Identity.load_or_make(folder / "identity.key")
     async with network.join(identity) as transport, trio.open_nursery() as nursery:
