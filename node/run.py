@@ -29,6 +29,8 @@ from gossip.round_door import RoundDoor
 from gossip.rounds import round_topic
 from gossip.service import GossipConfig, GossipService
 from gossip.standing import Fault
+from gossip.summaries import summary_topic
+from node.admission import Admission
 from node.backend import Backend
 from node.banner import print_banner
 from node.collector import importing
@@ -79,7 +81,7 @@ async def run_node(config: NodeConfig, log_left_out: Mapping[str, int]) -> None:
 
     identity = Identity.load_or_make(config.data_dir / KEY_FILE)
     bootstrap = _bootstrap(config)
-    topics = frozenset({advert_topic(config.network), round_topic(config.network)})
+    topics = frozenset(topic(config.network) for topic in (advert_topic, round_topic, summary_topic))
     relay = RelayLimits() if config.relay else None
     host_config = HostConfig(listen=config.listen, psk=config.psk(), topics=topics, relay=relay)
     async with open_host(identity, host_config) as transport:
@@ -230,7 +232,10 @@ class Node:
             runtime = await trio.to_thread.run_sync(self._load, self._config, abandon_on_cancel=True)
             level = logging.WARNING if runtime.linears.problem else logging.DEBUG  # the status tells it whenever asked
             _log.log(level, "linear layers are %s", runtime.linears.told)
-            return Hosting(runtime, peer=peer, on_change=on_change, cache_mb=self._config.cache_mb)
+            keeping, config = self._keeping, self._config
+            crowd = (lambda: 0.0) if keeping is None else keeping.crowd
+            admission = Admission(crowd, declines=config.foresight)
+            return Hosting(runtime, peer=peer, on_change=on_change, cache_mb=config.cache_mb, admission=admission)
         with importing():
             from node.upstream_start import upstream_of  # httpx
 
@@ -241,7 +246,8 @@ class Node:
         with importing():
             from node.training import Training, TrainingParts, first_wish
 
-        config = self._config
+        config, keeping = self._config, self._keeping
+        expects = (lambda: None) if keeping is None or config.train_when_busy else keeping.active
         parts = TrainingParts(
             identity=self._identity,
             network=config.network,
@@ -254,6 +260,7 @@ class Node:
             policy=PausePolicy(
                 hours=None if config.train_hours is None else hours_of(config.train_hours),
                 on_battery=config.train_on_battery,
+                expects=expects,
             ),
         )
         training = Training(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -35,15 +35,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """The parts that are asked. phase, training: one word each; tokens_s: tokens made here a second; merges: facts of
-    rounds of training since the last call."""
+    """The parts that are asked. phase, training: one word each; tokens_s: tokens made here a second; facts: what parts
+    measured since the last call; begun: called once the memory is read; sampled: after each sample."""
 
     peer_id: str
     data_dir: Path
     phase: Callable[[], str]
     training: Callable[[], str]
     tokens_s: Callable[[], float | None]
-    merges: Callable[[], Iterable[Fact]]
+    facts: Callable[[], Iterable[Fact]]
+    begun: Callable[[], Awaitable[None]]
+    sampled: Callable[[], None]
     process: Process
     inference: Inference
     peering: Peering
@@ -66,15 +68,17 @@ class Sampler:
         """Sample for as long as the node runs."""
         itself = self._itself
         await itself.begin()
+        await self._sources.begun()
         itself.foretell(round(1000 * PERIOD_S), is_first=True)
         period_ends = trio.current_time() + PERIOD_S
         while True:
             disk_free_bytes = await self._disk_free()
             with itself.counting("sampler"):
                 itself.stored()
-                for fact in self._sources.merges():
+                for fact in self._sources.facts():
                     itself.take(fact)
                 self._take(disk_free_bytes)
+                self._sources.sampled()
                 now = trio.current_time()
                 if now >= period_ends:
                     itself.foretell(round(1000 * PERIOD_S))

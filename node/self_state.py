@@ -179,6 +179,10 @@ class SelfState:
         finally:
             self.spent(part, time.thread_time() - began_s)
 
+    def has_spent(self, part: str, cpu_s: float) -> None:
+        """A part that counts by itself has taken so much CPU time since the start."""
+        self._costs[part] = cpu_s
+
     def spent(self, part: str, cpu_s: float) -> None:
         """A part of the self-state took so much CPU time, wherever it ran."""
         self._costs[part] += cpu_s

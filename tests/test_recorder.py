@@ -212,5 +212,5 @@ async def test_work_goes_between_the_steps_of_a_verification_which_ends_all_the_
         told = await Recall(recorder, lambda: None).verify()
         assert told["is_whole"]
         assert told["fault"] is None
-        assert len(written) > 2
+        assert len(written) >= 2
         nursery.cancel_scope.cancel()
