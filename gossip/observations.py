@@ -50,6 +50,7 @@ class Observed:
     state: State
     proven: bool
     in_flight: int
+    answers: int  # own requests that it finished, so far
     rtt_s: float | None
     first_token_s: float | None
     tok_s: float | None
@@ -108,6 +109,7 @@ class _Record:
     first_token_deviation_s: float = 0.0
     tok_s: float | None = None
     tally: _Tally = field(default_factory=_Tally)
+    answers: int = 0
     starts: list[float] = field(default_factory=list)  # of requests under way, oldest first
     ended: list[tuple[float, float]] = field(default_factory=list)  # (start, end); an empty deque has 0.7 kB
     full_until_s: float = 0.0
@@ -155,6 +157,7 @@ class Observations:
             tally.worked += 1.0
         record.before = None if record.before is None else record.before.halved()
         record.breaker.worked(now)
+        record.answers += 1
         record.refusals, record.full_until_s = 0, 0.0
         if tokens > 1 and seconds > 0.0:
             record.tok_s = _mixed(record.tok_s, tokens / seconds)
@@ -259,6 +262,7 @@ class Observations:
             state=record.breaker.state(now),
             proven=record.breaker.proven,
             in_flight=len(record.starts),
+            answers=record.answers,
             rtt_s=record.rtt_s,
             first_token_s=record.first_token_s,
             tok_s=record.tok_s,

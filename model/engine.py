@@ -22,6 +22,7 @@ from model.errors import FOREIGN, BadInput, ComputeFailed, EngineFull, ModelErro
 from model.execute import Task, executor_for
 from model.fair_share import Account
 from model.load import Loaded
+from model.openness import Judge
 from model.requests import EngineStatistics, GenerationRequest, Output, Progress, TokenLogprob
 from model.sample import choose, greedy, is_plain
 from model.scheduler import Scheduler
@@ -68,6 +69,7 @@ class Engine:
         self._decode_rate = Rate()
         self._prefill_rate = Rate()
         self._timings = Timings()
+        self._judge = Judge(clock)
         self._counts: Counter[str] = Counter()
 
     @property
@@ -138,6 +140,7 @@ class Engine:
             failed=self._counts["failed"],
             cancelled=self._counts["cancelled"],
             timings=self._timings.read(),
+            openness=self._judge.read(),
         )
 
     def step(self) -> list[Output]:
@@ -155,6 +158,9 @@ class Engine:
         logits = self._run(tasks, errors)
         seconds = self._clock() - began
         made = {o.request_id: o for o in self._chosen(logits)}
+        chosen = [name for name, output in made.items() if output.tokens]
+        rows = [logits[name] for name in chosen if not self._requests[name].private]
+        self._judge.judge(rows, len(chosen), self._clock() - began)
         errors |= {name: output for name, output in made.items() if output.error is not None}
         outcome = Outcome(
             sampled={name: output.tokens[0] for name, output in made.items() if output.tokens},

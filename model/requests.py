@@ -37,7 +37,7 @@ class SamplingParameters:
 class GenerationRequest:
     """One answer to make. delivered: the answer's first tokens, made elsewhere: they count toward max_tokens and are
     not given out again; delivered_chars: characters of the answer's text that the client already has. requester: who
-    asks, of those of its priority; private: nothing computed for it is used for another."""
+    asks, of those of its priority; private: nothing computed for it is used for another, or counted in Openness."""
 
     request_id: str
     prompt: tuple[int, ...]
@@ -79,9 +79,24 @@ class Progress(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Openness:
+    """Sums over tokens that the engine chose: how open each was (model/openness.py says of which distribution).
+
+    tokens: that were judged, of `chosen` in all; entropy_sum_nats, margin_sum (first less second probability): over the
+    judged ones; cost_s: what judging took, steps_s: what the steps took that it is a share of."""
+
+    tokens: int = 0
+    chosen: int = 0
+    entropy_sum_nats: float = 0.0
+    margin_sum: float = 0.0
+    cost_s: float = 0.0
+    steps_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatistics:
     """The engine's state in numbers. The speeds are of the whole engine, measured over its real steps; 0: not yet.
-    An encoder has no slots. timings: None where no engine of ours measures them."""
+    An encoder has no slots. timings, openness: None where no engine of ours measures them."""
 
     slots_total: int = 0
     slots_free: int = 0
@@ -102,6 +117,17 @@ class EngineStatistics:
     failed: int = 0
     cancelled: int = 0
     timings: EngineTimings | None = None
+    openness: Openness | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Looked:
+    """What the weights at `revision` gave to a text's tokens: nats is the sum of -ln p(token) over them; judged: of
+    each, the probability of the token that the model held for likeliest, and whether it was that one."""
+
+    revision: str
+    nats: float
+    judged: tuple[tuple[float, bool], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,9 +22,10 @@ from model.errors import BadInput, BadSetting
 from model.linears import PackedModel, Ready
 from model.load import Loaded, device_free_bytes, load, resolve
 from model.load_progress import OnProgress
+from model.look import looking
 from model.packing import packed
 from model.participant import load_named
-from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress
+from model.requests import Embeddings, EngineStatistics, GenerationRequest, Looked, Output, Progress
 from model.template import TakesNoTools, Turn
 
 
@@ -118,6 +119,22 @@ class Runtime:
         """Vectors of length 1. Many or long texts take long: give a few at a call. Raises BadInput, ComputeFailed."""
         return self._embedder.embed(texts)
 
+    def looking(self, text: str, piece: int) -> Generator[None, None, Looked | None]:
+        """Read a text with the main model, `piece` tokens a pass, and yield after each (model/look.py); None: its
+        weights changed meanwhile. Requests may run between two passes. Raises BadInput, ComputeFailed."""
+        self._generating()
+        loaded = self._loaded
+        work = looking(loaded, loaded.tokens.encode(text), piece)
+        while True:
+            try:
+                next(work)
+            except StopIteration as end:
+                result: Looked = end.value
+                return result
+            yield
+            if self._loaded is not loaded:
+                return None
+
     def statistics(self) -> EngineStatistics:
         """The engine's numbers, with no slots for an encoder. Costs microseconds."""
         return EngineStatistics() if self._engine is None else self._engine.statistics()
@@ -125,6 +142,14 @@ class Runtime:
     def device_free_bytes(self) -> int:
         """Memory that is free on the model's device."""
         return device_free_bytes(self._loaded.device)
+
+    def accelerator_bytes(self) -> int | None:
+        """Memory of the model's device that this process holds, torch's own reserve among it; None on a CPU."""
+        if self._loaded.device.type == "cuda":
+            return int(torch.cuda.memory_reserved(self._loaded.device))
+        if self._loaded.device.type == "mps":
+            return int(torch.mps.driver_allocated_memory())
+        return None
 
     @property
     def loaded(self) -> Loaded:

@@ -9,7 +9,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 from model.config import LinearFacts, ModelFacts
-from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress
+from model.requests import Embeddings, EngineStatistics, GenerationRequest, Looked, Output, Progress
 
 
 class Served(Protocol):
@@ -36,6 +36,9 @@ class Served(Protocol):
 
     def device_free_bytes(self) -> int:
         """Memory that is free there; 0: not known."""
+
+    def accelerator_bytes(self) -> int | None:
+        """Memory of an accelerator that this process holds; None: it uses none."""
 
 
 class Runtime(Served, Protocol):
@@ -71,6 +74,10 @@ class Runtime(Served, Protocol):
 
     def embed(self, texts: Sequence[str | Sequence[int]]) -> Embeddings:
         """Vectors of length 1. Raises BadInput, ComputeFailed."""
+
+    def looking(self, text: str, piece: int) -> Generator[None, None, Looked | None]:
+        """Read a text with the main model, `piece` tokens a pass, and yield after each; None: its weights changed
+        meanwhile. Raises BadInput, ComputeFailed."""
 
     def statistics(self) -> EngineStatistics:
         """The engine's numbers."""

@@ -23,6 +23,7 @@ from node.commands.ask import ASK_PAGE, ask
 from node.commands.chat import CHAT_PAGE, chat
 from node.commands.demo import DEMO_PAGE, demo
 from node.commands.doctor import DOCTOR_PAGE, doctor
+from node.commands.itself import SELF_PAGE, itself
 from node.commands.keys import keys
 from node.commands.pages import CLIENT_VARIABLES, RUN_EXITS, RUN_VARIABLES, page
 from node.commands.peers import PEERS_PAGE, peers
@@ -70,6 +71,7 @@ for command, its_page in (
     (status, STATUS_PAGE),
 ):
     app.command(epilog=its_page)(command)
+app.command("self", epilog=SELF_PAGE)(itself)
 app.add_typer(keys, name="keys")
 app.add_typer(train, name="train")
 
@@ -98,6 +100,10 @@ def run(
     ] = None,
     strangers: Annotated[
         bool | None, typer.Option(rich_help_panel="Who may ask", help="Answer who signs by a key nobody vouched for.")
+    ] = None,
+    self_report: Annotated[
+        bool | None,
+        typer.Option("--self-report", rich_help_panel="Who may ask", help="Chats may have the node tell its state."),
     ] = None,
     wallets: Annotated[
         list[str] | None,

@@ -38,7 +38,7 @@ _NUMBERS = frozenset(
 _FLAGS = frozenset(
     (
         "mdns", "relay", "training", "log_json", "train_on_battery", "train_when_busy", "api_keys", "strangers",
-        "memory", "remember_text", "remember_peers", "foresight",
+        "memory", "remember_text", "remember_peers", "foresight", "self_report",
     )
 )  # fmt: skip
 _shown = reprlib.Repr()  # a setting's value in an error: cut, and no deeper than it can be printed
@@ -115,6 +115,7 @@ class NodeConfig(BaseModel):
     api_keys: bool = False  # answer only who has an API key, or signs
     strangers: bool = True  # answer signed requests of keys that nobody vouched for
     wallets: tuple[str, ...] = ()  # that may sign in: addresses, or files of them; empty: any
+    self_report: bool = False  # chats of who may look may ask the node itself for its state
     hosts: tuple[str, ...] = ()  # names of this node beside its addresses
     origins: tuple[str, ...] = ()  # of pages that may ask
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -43,8 +43,11 @@ def _row(path: str, kind: Kind, unit: str, formula: str, told: tuple[str, str]) 
 
 _START: Final = ("node start", "Started")
 _SAMPLE: Final = ("each part, asked at intervals", "Sampled Started")
-_LOGITS: Final = ("the model's own distributions while it generates", "Generated Started")
-_HELD_OUT: Final = ("a forward pass over held-out text", "HeldOut Started")
+_LOGITS: Final = ("the model's own distribution of tokens that it chose, before any sampling rule", "Generated Started")
+_HELD_OUT: Final = (
+    "forward passes over the held-out text of this package; the embedded model never read it, another may have",
+    "HeldOut Started",
+)
 _PROBES: Final = ("fixed probes, asked again", "Probed Started")
 _MERGE: Final = ("a round of training", "Merged Started")
 _STORE: Final = ("node.store", "Stored")
@@ -83,7 +86,7 @@ def _of_model() -> tuple[Field, ...]:
     return (
         _row(
             "uncertainty.entropy_nats", "float", "nats/token",
-            "Running mean, about the last 1,024 generated tokens, of -sum p ln p of what each was drawn from.",
+            "Running mean, about the last 1,024 judged tokens, of -sum p ln p of softmax(logits) at temperature 1.",
             _LOGITS,
         ),
         _row(
@@ -91,7 +94,7 @@ def _of_model() -> tuple[Field, ...]:
             "Running mean over the same tokens of the first less the second probability.", _LOGITS,
         ),
         _row("uncertainty.tokens", "int", "tokens", "Tokens that these means have seen.", _LOGITS),
-        _row("surprise.nll_nats", "float", "nats/token", "Mean -ln p(token) of held-out text, last look.", _HELD_OUT),
+        _row("surprise.nll_nats", "float", "nats/token", "Mean -ln p(token) over a look's slices.", _HELD_OUT),
         _row("surprise.mean_nats", "float", "nats/token", "Running mean of it, about 100 looks.", _HELD_OUT),
         _row("surprise.variance", "float", "nats^2", "Running population variance of it, alike.", _HELD_OUT),
         _row(
@@ -115,7 +118,7 @@ def _of_model() -> tuple[Field, ...]:
         ),
         _row("coherence.answers", "float", "share", "Share of the answers' tokens equal to the stored.", _PROBES),
         _row("coherence.answers_drift", "float", "share/round", "(1 - answers) / rounds; absent at 0.", _PROBES),
-        _row("coherence.embeddings", "float", "cosine", "Cosine of the embeddings with the stored.", _PROBES),
+        _row("coherence.embeddings", "float", "cosine", "Mean over the probes of the cosine with the stored.", _PROBES),
         _row("coherence.embeddings_drift", "float", "1/round", "(1 - embeddings) / rounds; absent at 0.", _PROBES),
         _row("coherence.rounds", "int", "rounds", "Rounds merged since the probes were stored.", _PROBES),
         _row("coherence.probes", "int", "times", "How often the probes were asked again.", _PROBES),

@@ -60,8 +60,8 @@ class Sampled(Measured):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated(Measured):
-    """This node chose so many tokens: sums over them of the entropy of the distribution that each was drawn from, and
-    of its first less its second probability."""
+    """This node chose so many tokens that were judged (model/openness.py): sums over them of the entropy of what the
+    model gave to each, softmax of its logits at temperature 1, and of its first less its second probability."""
 
     tokens: int
     entropy_sum_nats: float

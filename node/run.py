@@ -29,6 +29,7 @@ from gossip.round_door import RoundDoor
 from gossip.rounds import round_topic
 from gossip.service import GossipConfig, GossipService
 from gossip.standing import Fault
+from gossip.summaries import summary_topic
 from node.admission import Admission
 from node.backend import Backend
 from node.banner import print_banner
@@ -80,7 +81,7 @@ async def run_node(config: NodeConfig, log_left_out: Mapping[str, int]) -> None:
 
     identity = Identity.load_or_make(config.data_dir / KEY_FILE)
     bootstrap = _bootstrap(config)
-    topics = frozenset({advert_topic(config.network), round_topic(config.network)})
+    topics = frozenset(topic(config.network) for topic in (advert_topic, round_topic, summary_topic))
     relay = RelayLimits() if config.relay else None
     host_config = HostConfig(listen=config.listen, psk=config.psk(), topics=topics, relay=relay)
     async with open_host(identity, host_config) as transport:

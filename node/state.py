@@ -293,6 +293,7 @@ class NodeState:
             offer = offers.get(peer)
             capacity = offer.capacity if offer is not None else None
             rtt_ms = self._parts.network.peering.rtt_ms(peer)
+            observed = network.gossip.observations.observed(peer, now)
             rows.append(
                 {
                     "peer_id": peer,
@@ -301,7 +302,8 @@ class NodeState:
                     "relayed": is_relayed(network.transport.remote_address(peer)),
                     "rtt_ms": None if rtt_ms is None else round(rtt_ms, 2),
                     "score": round(network.gossip.standing.score(peer, now), 1),
-                    "observed": asdict(network.gossip.observations.observed(peer, now)),
+                    "observed": asdict(observed),
+                    "claims": network.gossip.self_topic.claims.told(peer, observed, now),
                     "requests": asdict(self._parts.inference.flows.of(peer)),
                     "advert_age_s": None if offer is None else round(now - offer.received_s, 1),
                     "agent": None if offer is None else offer.advert.agent,

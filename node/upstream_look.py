@@ -93,6 +93,9 @@ class Identity:
         """Nobody tells."""
         return 0
 
+    def accelerator_bytes(self) -> None:
+        """That server's, not this process's."""
+
     def is_same(self, main: Served, vectors: Served | None) -> bool:
         """Whether these are the same weights under the same names."""
         own = None if self.vectors is self.main else self.vectors

@@ -17,7 +17,16 @@ import trio
 
 from model.config import UNPACKED, LinearFacts, ModelFacts
 from model.errors import BadInput, EngineFull, ModelError, TooLong
-from model.requests import Embeddings, EngineStatistics, GenerationRequest, Output, Progress, TokenLogprob
+from model.requests import (
+    Embeddings,
+    EngineStatistics,
+    GenerationRequest,
+    Looked,
+    Openness,
+    Output,
+    Progress,
+    TokenLogprob,
+)
 from model.timings import Timings
 
 VOCABULARY = 50_000
@@ -81,6 +90,11 @@ class FakeRuntime:
     linears: LinearFacts = UNPACKED
     embedded: list[int] = field(default_factory=list)  # texts of each embed() call
     takes_s: float = 0.0
+    look_s: float = 0.01  # a pass
+    look_passes: int = 2
+    look_error: ModelError | None = None
+    looks: list[tuple[str, int]] = field(default_factory=list)  # texts looked at, and the piece of each
+    openness: Openness = field(default_factory=Openness)
     _waiting: deque[_Run] = field(default_factory=deque)
     _running: list[_Run] = field(default_factory=list)
     _steps: int = 0
@@ -233,6 +247,19 @@ class FakeRuntime:
             seconds=self.embed_s * len(texts) + self.embed_pass_s,
         )
 
+    def looking(self, text: str, piece: int) -> Generator[None, None, Looked | None]:
+        """A look costs as many nats as the text has characters; half of it is right, at a confidence of 0.75."""
+        self.looks.append((text, piece))
+        before = self.facts
+        for _ in range(self.look_passes):
+            self.takes_s += self.look_s
+            if self.look_error is not None:
+                raise self.look_error
+            yield
+            if self.facts is not before:
+                return None
+        return Looked(revision=before.revision, nats=float(len(text)), judged=((0.75, True), (0.75, False)))
+
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(
             slots_total=self.slots,
@@ -246,10 +273,14 @@ class FakeRuntime:
             prefill_tok_s=100.0,
             prefilled_tokens=self._prefilled,
             timings=self._timings.read(),
+            openness=self.openness,
         )
 
     def device_free_bytes(self) -> int:
         return 1 << 30
+
+    def accelerator_bytes(self) -> int | None:
+        return None
 
 
 def vector_of(text: str | Sequence[int]) -> bytes:

@@ -27,6 +27,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "starlette": ("node/web/",),
     "hypercorn": ("node/web/",),
     "peft": ("model/adapters.py",),
+    "llvmlite": ("model/native",),  # native.py, and the files that write kernels
     "opacus": ("model/budget.py",),
     "sqlite3": ("node/store",),  # store.py and the files beside it that work on its connection
     "msgpack": ("crypto/canonical.py",),
@@ -62,6 +63,9 @@ CORES = (
     "gossip/breaker.py",
     "gossip/pace.py",
     "gossip/hearing.py",
+    "gossip/summaries.py",
+    "gossip/claims.py",
+    "gossip/claims_hearing.py",
     "gossip/transfer.py",
     "gossip/rounds.py",
     "gossip/electors.py",
@@ -123,9 +127,12 @@ CORES = (
     "node/consciousness.py",
     "node/consciousness_fields.py",
     "node/facts.py",
+    "node/self_probes.py",
     "node/memory.py",
     "node/memory_events.py",
     "node/prediction.py",
+    "node/self_summary.py",
+    "node/self_report.py",
     "node/self_period.py",
     "node/request_ended.py",
     "node/training_merges.py",
@@ -181,6 +188,7 @@ CORES = (
     "node/web/schema_anthropic.py",
     "node/web/schema_responses.py",
     "node/web/schema_sealed.py",
+    "node/web/schema_itself.py",
     "node/web/schema_shown.py",
     "node/web/schema_ollama.py",
 )

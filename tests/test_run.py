@@ -59,6 +59,7 @@ TASKS = {
     "memory": "node.recorder.Recorder.run",
     "sampler": "node.self_sampler.Sampler.run",
     "vectors": "node.self_recall.Recall.run",
+    "looks": "node.self_looks.Looks.run",
     "measure": "node.run.Node._measure",
     "watch": "node.process.Process.watch",
     "host the model": "node.run.Node._host_model",
@@ -70,6 +71,7 @@ TASKS = {
 INSIDE = {
     "gossip.service.GossipService.run": [
         "gossip.finder.Finder.sample_now_and_then",
+        "gossip.self_topic.SelfTopic.speak",
         "gossip.service.GossipService._enforce_verdicts",
         "gossip.service.GossipService._keep_house",
         "gossip.service.GossipService._pull_from_the_joined",
