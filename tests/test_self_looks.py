@@ -23,7 +23,7 @@ from model.look import held_out_slices
 from model.requests import Openness
 from model.runtime import Runtime
 from node.averages import binned
-from node.consciousness import ConsciousnessState
+from node.consciousness import NATS_MAX, ConsciousnessState
 from node.facts import Fact, Generated, HeldOut, Probed
 from node.hosting import Hosting
 from node.self_looks import (
@@ -228,6 +228,12 @@ async def test_a_failure_is_counted_said_once_and_the_next_slices_come(
         at.runtime.look_error = None
         await trio.sleep(LOOK_EVERY_S + 1)
         assert len(at.of(HeldOut)) == 1
+
+
+async def test_weights_that_are_broken_end_no_node(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with world(tmp_path, look_nats=1e9) as at:
+        await trio.sleep(FIRST_S + 1)
+        assert at.of(HeldOut)[0].nll_nats == NATS_MAX
 
 
 async def test_cancelled_it_leaves_nothing_in_the_engine(tmp_path: Path, autojump_clock: MockClock) -> None:
