@@ -4,9 +4,10 @@ An engine's step is: plan(), one forward pass for all spans, choose tokens, took
 
 Rules: core, no torch. A step decodes one token of every running answer, and takes in a chunk of the prompts that are
 not through; never more than step_tokens. Prompts that end in it may have a step of their own (ChunkPace.alone), while
-nobody waits for room and nobody is overdue: with a queue, tokens a second count for more than one prompt's wait. Who is admitted has blocks for its prompt, not for its answer: when a decode
-needs a block and none is left, the one that came last of the lowest class is preempted: it keeps its tokens, loses its
-KV, and waits at the front of its class to be computed anew. Nobody overtakes who waits for room.
+nobody waits for room and nobody is overdue: with a queue, tokens a second count for more than one prompt's wait. Who is
+admitted has blocks for its prompt, not for its answer: when a decode needs a block and none is left, the one that came
+last of the lowest class is preempted: it keeps its tokens, loses its KV, and waits at the front of its class to be
+computed anew. Nobody overtakes who waits for room.
 
 Order: classes as in Priority; in a class whoever was preempted, then the requester that was served least (FairShare),
 then who came first. Ageing: the oldest request, once it was there for age_steps, is put before all others until it ends

@@ -34,16 +34,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """The parts that are asked. phase, training: one word each; tokens_s: tokens made here a second; merges: facts of
-    rounds of training since the last call; begun: called once the memory is read."""
+    """The parts that are asked. phase, training: one word each; tokens_s: tokens made here a second; facts: what parts
+    measured since the last call; begun: called once the memory is read; sampled: after each sample."""
 
     peer_id: str
     data_dir: Path
     phase: Callable[[], str]
     training: Callable[[], str]
     tokens_s: Callable[[], float | None]
-    merges: Callable[[], Iterable[Fact]]
+    facts: Callable[[], Iterable[Fact]]
     begun: Callable[[], Awaitable[None]]
+    sampled: Callable[[], None]
     process: Process
     inference: Inference
     peering: Peering
@@ -73,9 +74,10 @@ class Sampler:
             disk_free_bytes = await self._disk_free()
             with itself.counting("sampler"):
                 itself.stored()
-                for fact in self._sources.merges():
+                for fact in self._sources.facts():
                     itself.take(fact)
                 itself.take(self._sampled(disk_free_bytes))
+                self._sources.sampled()
                 now = trio.current_time()
                 if now >= period_ends:
                     itself.foretell(round(1000 * PERIOD_S))
