@@ -94,8 +94,8 @@ class Neutral(Observations):
 
     def observed(self, peer: PeerId, now: float) -> Observed:
         return Observed(
-            state=State.CLOSED, proven=False, in_flight=0, rtt_s=None, first_token_s=None, tok_s=None, success=1.0,
-            refusing=super().observed(peer, now).refusing, connected=None,
+            state=State.CLOSED, proven=False, in_flight=0, answers=0, rtt_s=None, first_token_s=None, tok_s=None,
+            success=1.0, refusing=super().observed(peer, now).refusing, connected=None,
         )  # fmt: skip
 
     def is_proven(self, peer: PeerId) -> bool:

@@ -1,9 +1,10 @@
 """Builds a node's self-state and memory, starts their tasks, and ends them in order.
 
 Rules: shell; the parts are node/recorder.py (the memory's thread), self_state.py (facts in, events out),
-self_sampler.py (asks the parts) and self_recall.py (questions, vectors). `open` is around everything that can still be
-remembered: when it is left the last event, `stop`, says why the node ended, and the file is closed. A new instrument is
-started in `hosted`, and gives its facts to `itself.take`. What decides reads `active` and what was remembered of peers.
+self_sampler.py (asks the parts), self_looks.py (looks at the model) and self_recall.py (questions, vectors). `open` is
+around everything that can still be remembered: when it is left the last event, `stop`, says why the node ended, and the
+file is closed. A new instrument is started in `hosted`, and gives its facts to `itself.take`. What decides reads
+`active` and what was remembered of peers.
 Source: docs/ARCHITECTURE.md, "Tree of tasks", "Self-state".
 """
 
@@ -11,18 +12,20 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
 from crypto.identity import Identity, PeerId
 from gossip.observations import FULL_REASONS, NEUTRAL_REASONS
+from node.collector import importing
 from node.config import NodeConfig
 from node.errors import NotReady
 from node.expectations import expected
 from node.facts import Fact
+from node.hosting import Hosting
 from node.memory_events import ERROR
 from node.prediction import Expected
 from node.recorder import Recorder
@@ -33,9 +36,13 @@ from node.retention import Retention
 from node.self_recall import Recall
 from node.self_sampler import Sampler, Sources
 from node.self_state import SelfState
+from node.self_summary import self_summary
 from node.state import NodeState
 from node.store_look import MEMORY_FILE
 from p2p.transport import PeerChange
+
+if TYPE_CHECKING:
+    from node.self_looks import Looks
 
 REASONS_MAX: Final = 4  # signals that are told
 _log = logging.getLogger(__name__)
@@ -57,7 +64,9 @@ class Keeping:
 
     def __init__(self, config: NodeConfig, identity: Identity, network: Network, state: NodeState) -> None:
         self.training: Learner | None = None  # once there is one
+        self.looks: Looks | None = None  # once there is a model of this process
         self._network, self._state, self._remembers = network, state, config.remember_peers
+        self._folder = config.data_dir
         self._reasons: list[str] = []
         retention = Retention(bytes_max=config.memory_mb * 1_000_000)
         self._recorder = Recorder(config.data_dir / MEMORY_FILE, identity, retention=retention)
@@ -71,8 +80,9 @@ class Keeping:
             phase=lambda: state.phase,
             training=lambda: "idle" if self.training is None else self.training.doing,
             tokens_s=lambda: state.recent.told()["tokens_made_per_s"],
-            merges=self._merges,
+            facts=self._facts,
             begun=self._remember_peers,
+            sampled=self._tell_peers,
             process=state.process,
             inference=inference,
             peering=network.peering,
@@ -105,6 +115,13 @@ class Keeping:
     def hosted(self, nursery: trio.Nursery) -> None:
         """Start, in this nursery, what needs a model."""
         nursery.start_soon(self._recall.run)
+        hosting = self._state.inference.hosting
+        if isinstance(hosting, Hosting):
+            with importing():
+                from node.self_looks import Looks  # torch
+
+            self.looks = Looks(hosting, self.itself.take, self._folder, state=lambda: self.itself.state)
+            nursery.start_soon(self.looks.run)
 
     def told_to_stop(self, signal: str) -> None:
         """A signal came."""
@@ -128,6 +145,22 @@ class Keeping:
     def crowd(self) -> float:
         """As many of them as there will be at least; 0: it is not known."""
         return 0.0 if (active := self.active()) is None else active.low
+
+    def _facts(self) -> Iterator[Fact]:
+        """What was measured since the last sample by parts that are asked."""
+        yield from self._merges()
+        generated = None if self.looks is None else self.looks.generated()
+        if generated is not None:
+            yield generated
+        if self.looks is not None:
+            figures = self.looks.statistics()
+            self.itself.has_spent("looks", figures.look_cpu_s + figures.probe_cpu_s)
+
+    def _tell_peers(self) -> None:
+        """The state is new: what of it peers may hear."""
+        hosting = self._state.inference.hosting
+        engine = None if hosting is None else hosting.statistics()
+        self._network.gossip.offer_summary(self_summary(self.itself.state, engine))
 
     async def _remember_peers(self) -> None:
         """Tell routing which peers worked for this node before it started, unless the operator wants it forgotten."""
@@ -155,13 +188,18 @@ class Keeping:
     def peer_failed(self, peer: PeerId, reason: str) -> None:
         """A request to a peer failed there. One that was full, or that was not at fault, is not noted."""
         if reason not in FULL_REASONS and reason not in NEUTRAL_REASONS:
-            self.itself.peer(peer, "failed", rtt_ms=self._network.peering.rtt_ms(peer), text=reason)
+            self.itself.peer(peer, "failed", rtt_ms=self._rtt_ms(peer), text=reason)
 
     # --- parts ---
 
     def _peer_changed(self, change: PeerChange) -> None:
-        rtt_ms = self._network.peering.rtt_ms(change.peer)
-        self.itself.peer(change.peer, "joined" if change.connected else "left", rtt_ms=rtt_ms, text=change.breach)
+        happened = "joined" if change.connected else "left"
+        self.itself.peer(change.peer, happened, rtt_ms=self._rtt_ms(change.peer), text=change.breach)
+
+    def _rtt_ms(self, peer: PeerId) -> float | None:
+        """As it was measured last, which may be before it left."""
+        _, rtt_s = self._network.gossip.observations.measured(peer, trio.current_time())
+        return None if rtt_s is None else 1000 * rtt_s
 
     def _merges(self, *, is_last: bool = False) -> Iterable[Fact]:
         return () if self.training is None else self.training.merged(is_last=is_last)

@@ -59,6 +59,7 @@ TASKS = {
     "memory": "node.recorder.Recorder.run",
     "sampler": "node.self_sampler.Sampler.run",
     "vectors": "node.self_recall.Recall.run",
+    "looks": "node.self_looks.Looks.run",
     "measure": "node.run.Node._measure",
     "watch": "node.process.Process.watch",
     "host the model": "node.run.Node._host_model",
