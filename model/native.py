@@ -29,8 +29,7 @@ except ImportError:  # a platform that it has no wheel for
     llvm = ir = None
 
 OPENMP: Final = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-PAGE_LARGE: Final = 1 << 21
-HUGE_PAGES, PAGE_OUT = 14, 21  # Linux' MADV_HUGEPAGE, MADV_PAGEOUT; both keep what is in them
+PAGE_OUT: Final = 21  # Linux' MADV_PAGEOUT: it keeps what is in them
 WORK_MIN: Final = 1 << 18  # multiplications from which on a second thread is worth waking
 _log = logging.getLogger(__name__)
 _lock: Final = threading.Lock()
@@ -109,29 +108,15 @@ def tried(what: str, trial: Callable[[], bool]) -> bool:
     return False
 
 
-def room(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor to be filled, in large pages where the system has them: they are there sooner, and are found sooner."""
-    made = torch.empty(shape, dtype=dtype)
-    begin = -(-made.data_ptr() // PAGE_LARGE) * PAGE_LARGE
-    end = (made.data_ptr() + made.numel() * made.element_size()) // PAGE_LARGE * PAGE_LARGE
-    if end > begin:
-        _advise(begin, end, HUGE_PAGES)
-    return made
-
-
 def _let_go() -> None:
     """LLVM is in memory and not needed any more, until something else is compiled: 70 MB that the system may have."""
-    for line in _mapped("libllvmlite") if sys.platform == "linux" else ():
+    if sys.platform != "linux":
+        return
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for line in _mapped("libllvmlite"):
         begin, end = (int(each, 16) for each in line.split(maxsplit=1)[0].split("-"))
-        _advise(begin, end, PAGE_OUT)
-
-
-def _advise(begin: int, end: int, what: int) -> None:
-    """Tell Linux of our memory from `begin` to `end`; where it does not do it, all stays as it is."""
-    if sys.platform == "linux":
-        madvise = ctypes.CDLL(None).madvise
-        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        madvise(begin, end - begin, what)
+        madvise(begin, end - begin, PAGE_OUT)  # where the kernel does not, they stay as they are
 
 
 def _mapped(name: str) -> list[str]:

@@ -63,7 +63,7 @@ def lay(kind: str, weight_OK: torch.Tensor) -> Laid:
     lanes, words = native.lanes(), -(-inputs // INPUTS_A_WORD[kind])
     units = -(-outputs // (BLOCKS * lanes))
     rows = units * BLOCKS * lanes
-    laid = native.room(units, BLOCKS, words, lanes, dtype=torch.int32)
+    laid = torch.empty(units, BLOCKS, words, lanes, dtype=torch.int32)
     scale_O, start_O = torch.zeros(rows if kind == "int8" else 0), torch.zeros(rows, dtype=torch.int32)
     step = max(1, SLICE // (lanes * max(1, inputs))) * lanes
     room_SQ = torch.zeros(min(step, rows), words, dtype=torch.int32)
