@@ -73,6 +73,12 @@ def _rows(peers: int, outcome: Outcome, settled: Crowd, cpu_s: float) -> list[Ro
             unit="B/s, the busiest node",
             better="lower",
         ),
+        Row(
+            figure=f"summary_bytes_per_s_n{peers}",
+            value=settled.summary_bytes_per_peer_s,
+            unit="B/s a node, of these",
+            better="lower",
+        ),
         Row(figure=f"events_per_s_n{peers}", value=settled.events_per_peer_s, unit="a node", better="lower"),
         Row(figure=f"offers_known_n{peers}", value=settled.offers_known, unit="servers, mean", better="higher"),
         Row(

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.harness import Options, Row, options, report
 from model.evaluate import held_out_loss
-from model.linears import KINDS, LAYERS, Int8Linear, PackedLinear, kinds_here, linear_shapes, pack
+from model.linears import KINDS, Int8Linear, PackedLinear, kinds_here, layer_of, linear_shapes, pack
 from model.load import load, resolve
 
 CORPUS: Final = Path("/work/shared/data/fairy_tales.txt.xz")
@@ -70,7 +70,7 @@ def step_rows(shapes: list[tuple[int, int]], turns: int) -> list[Row]:
         name: ([plain_layer(weight.to(dtype)) for weight in weights], dtype) for name, dtype in PLAIN.items()
     }
     for kind in kinds_here():
-        stacks[kind] = ([LAYERS[kind](weight, None) for weight in weights], torch.float32)
+        stacks[kind] = ([layer_of(kind, weight, None) for weight in weights], torch.float32)
     if "int8" in stacks:
         stacks["_int_mm"] = ([Int8Linear(weight, None, by_x86=False) for weight in weights], torch.float32)
     figures: list[Row] = []
@@ -109,7 +109,7 @@ def adopt_rows(shapes: list[tuple[int, int]], name: str) -> list[Row]:
     share = 1e9 / sum(weight.numel() for weight in weights)
     figures = []
     for kind in kinds_here():
-        layers = [LAYERS[kind](weight, None) for weight in weights]
+        layers = [layer_of(kind, weight, None) for weight in weights]
 
         def again(layers: list[PackedLinear] = layers) -> None:
             for layer, weight in zip(layers, weights, strict=True):

@@ -64,7 +64,7 @@ class Hearing:
 
     def heard(self, publisher: PeerId, raw: bytes, now: float, now_ms: int) -> bool:
         """Gossip came; whether it is worth forwarding."""
-        if self._standing.verdict(publisher, now) is Verdict.BANNED:
+        if self.is_banned(publisher, now):
             return self._drop("banned")
         is_stranger = self._directory.offer_of(publisher, now) is None
         refusal = self._quota.refusal(publisher, is_stranger=is_stranger, now=now)
@@ -88,9 +88,13 @@ class Hearing:
     def handed(self, giver: PeerId, raw: bytes, now: float, now_ms: int) -> None:
         """A peer that we asked hands on an advert that it knows."""
         receipt = self._receive(raw, None, now, now_ms)
-        if receipt.peer is not None and self._standing.verdict(receipt.peer, now) is Verdict.BANNED:
+        if receipt.peer is not None and self.is_banned(receipt.peer, now):
             self._directory.forget(receipt.peer)
         self._judge(receipt, giver, now)
+
+    def is_banned(self, peer: PeerId, now: float) -> bool:
+        """Whether nothing of the peer is heard."""
+        return self._standing.verdict(peer, now) is Verdict.BANNED
 
     def may_ask(self, peer: PeerId, now: float) -> bool:
         """Whether a peer may ask for what we know; counted when not."""

@@ -1,8 +1,10 @@
 """What this node itself measured of each peer: round trips, first tokens, speed, success, its own requests there.
 
 Rules: core. Only what happened to our own requests counts; nothing a peer says enters here. Averages follow the last
-dozen samples, success the last ten minutes. The load of a peer is what it claims, corrected by our own requests that
-its last advert cannot have counted yet, so that many requests within one advert's life do not herd.
+dozen samples, success the last ten minutes. What this node remembers of the time before it started is a prior worth
+REMEMBERED_MAX requests at most, which fades, and of which each new outcome takes half. The load of a peer is what it
+claims, corrected by our own requests that its last advert cannot have counted yet, so that many requests within one
+advert's life do not herd.
 Source: SERVING.md "Routing"; Jacobson's mean and deviation for lateness (RFC 6298).
 """
 
@@ -14,9 +16,13 @@ from crypto.identity import PeerId
 from gossip.breaker import Breaker, State
 
 PEERS_MAX = 4096
+REMEMBERED_MAX = 3.0  # requests that all which is remembered of a peer is worth
+REMEMBERED_HALF_LIFE_S = 21_600.0  # over a night it fades to a third
+REMEMBERED_LEAST = 0.5  # of a request: less says nothing
 ENDED_MAX = 256  # ended requests remembered of each peer: more cannot end within one advert's life of a slow engine
 SAMPLE_WEIGHT = 0.2  # of the newest sample
 SUCCESS_HALF_LIFE_S = 300.0
+FADED_LEAST = 0.01  # of a request: half an hour after the only one nothing is said of it any more
 NETWORK_PRIOR = 0.5  # one failure and no success make a network dubious, until half of it has faded
 NETWORKS_MAX = 1024
 NEWCOMERS_PRIOR = 3.0  # newcomers that worked, before any was tried
@@ -38,18 +44,20 @@ class Observed:
     """What was measured of a peer; None = never. success: 0..1, of recent requests, 1 for none.
 
     Of a peer that never finished a request for us it is also as other such peers fared: where many newcomers are black
-    holes, one looks twice before trying another.
+    holes, one looks twice before trying another. distrusted: all that speaks for or against it is remembered failure.
     """
 
     state: State
     proven: bool
     in_flight: int
+    answers: int  # own requests that it finished, so far
     rtt_s: float | None
     first_token_s: float | None
     tok_s: float | None
     success: float
     refusing: bool  # it said no room a moment ago
     connected: bool | None
+    distrusted: bool = False
 
 
 @dataclass(slots=True)
@@ -64,10 +72,33 @@ class _Tally:
         keep = 0.5 ** (max(0.0, now - self.faded_s) / SUCCESS_HALF_LIFE_S)
         self.worked, self.failed, self.faded_s = self.worked * keep, self.failed * keep, now
 
-    def success(self, prior: float, now: float) -> float:
-        """The share that worked, as if `prior` more had."""
+    def share(self, now: float) -> float | None:
+        """The share that worked; None when less than FADED_LEAST of a request is left."""
+        ended = self.worked + self.failed
         keep: float = 0.5 ** (max(0.0, now - self.faded_s) / SUCCESS_HALF_LIFE_S)
-        return (prior + self.worked * keep) / (prior + (self.worked + self.failed) * keep)
+        return None if ended * keep < FADED_LEAST else self.worked / ended
+
+    def success(self, prior: float, now: float, before: tuple[float, float] = (0.0, 0.0)) -> float:
+        """The share that worked, as if `prior` more had; before: worked and failed, remembered."""
+        keep: float = 0.5 ** (max(0.0, now - self.faded_s) / SUCCESS_HALF_LIFE_S)
+        worked = prior + before[0] + self.worked * keep
+        return worked / (worked + before[1] + self.failed * keep)
+
+
+@dataclass(frozen=True, slots=True)
+class _Remembered:
+    """Requests before this run: as many as they are worth at `at_s`."""
+
+    worked: float
+    failed: float
+    at_s: float
+
+    def at(self, now: float) -> tuple[float, float]:
+        keep: float = 0.5 ** (max(0.0, now - self.at_s) / REMEMBERED_HALF_LIFE_S)
+        return self.worked * keep, self.failed * keep
+
+    def halved(self) -> _Remembered:
+        return _Remembered(self.worked / 2, self.failed / 2, self.at_s)
 
 
 @dataclass(slots=True)
@@ -78,12 +109,14 @@ class _Record:
     first_token_deviation_s: float = 0.0
     tok_s: float | None = None
     tally: _Tally = field(default_factory=_Tally)
+    answers: int = 0
     starts: list[float] = field(default_factory=list)  # of requests under way, oldest first
     ended: list[tuple[float, float]] = field(default_factory=list)  # (start, end); an empty deque has 0.7 kB
     full_until_s: float = 0.0
     refusals: int = 0  # in a row
     connected: bool | None = None
     network: str | None = None
+    before: _Remembered | None = None
 
 
 class Observations:
@@ -122,7 +155,9 @@ class Observations:
         for tally in self._tallies(record):
             tally.fade(now)
             tally.worked += 1.0
+        record.before = None if record.before is None else record.before.halved()
         record.breaker.worked(now)
+        record.answers += 1
         record.refusals, record.full_until_s = 0, 0.0
         if tokens > 1 and seconds > 0.0:
             record.tok_s = _mixed(record.tok_s, tokens / seconds)
@@ -139,6 +174,7 @@ class Observations:
         for tally in self._tallies(record):
             tally.fade(now)
             tally.failed += 1.0
+        record.before = None if record.before is None else record.before.halved()
 
     def refused(self, peer: PeerId, now: float) -> None:
         """The peer has no room, whatever its advert says."""
@@ -171,6 +207,24 @@ class Observations:
         """A connected peer is seen in this public network (p2p.address.network_of)."""
         self._record(peer).network = network
 
+    def remember(
+        self, peer: PeerId, *, worked: float, failed: float, age_s: float, now: float, rtt_s: float | None = None
+    ) -> None:
+        """Of this node's own requests to the peer in earlier runs so many worked and failed, about age_s ago; to be
+        told once, at the start. A peer for which most worked is proven. Raises ValueError for what is no such count.
+        """
+        if not all(0.0 <= each < float("inf") for each in (worked, failed, age_s, rtt_s or 0.0)):
+            raise ValueError(f"{worked} worked and {failed} failed {age_s} s ago came, wanted are numbers of 0 or more")
+        scale = min(1.0, REMEMBERED_MAX / max(worked + failed, REMEMBERED_MAX))
+        before = _Remembered(worked * scale, failed * scale, now - age_s)
+        good, bad = before.at(now)
+        if good + bad < REMEMBERED_LEAST:
+            return
+        record = self._record(peer)
+        record.before = before
+        record.rtt_s = rtt_s if record.rtt_s is None else record.rtt_s
+        record.breaker.proven = record.breaker.proven or good - bad >= REMEMBERED_LEAST
+
     def _tallies(self, record: _Record) -> list[_Tally]:
         """Where the outcome of a request to a peer counts."""
         tallies = [record.tally]
@@ -200,20 +254,31 @@ class Observations:
         record = self._records.get(peer)
         if record is None:
             record = _Record()
-        success = record.tally.success(1.0, now)
+        before = (0.0, 0.0) if record.before is None else record.before.at(now)
+        success = record.tally.success(1.0, now, before)
         if not record.breaker.proven:
             success *= self._newcomers.success(NEWCOMERS_PRIOR, now)
         return Observed(
             state=record.breaker.state(now),
             proven=record.breaker.proven,
             in_flight=len(record.starts),
+            answers=record.answers,
             rtt_s=record.rtt_s,
             first_token_s=record.first_token_s,
             tok_s=record.tok_s,
             success=success,
             refusing=now < record.full_until_s,
             connected=record.connected,
+            distrusted=before[1] - before[0] >= REMEMBERED_LEAST and not record.breaker.proven,
         )
+
+    def measured(self, peer: PeerId, now: float) -> tuple[float | None, float | None]:
+        """(share of own requests that worked, round trip in seconds), as measured and without any prior; None: never,
+        or so long ago that it has faded."""
+        record = self._records.get(peer)
+        if record is None:
+            return None, None
+        return record.tally.share(now), record.rtt_s
 
     def network(self, peer: PeerId) -> str | None:
         """The public network in which the peer was last seen; None: in a private one, or never."""

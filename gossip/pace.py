@@ -92,6 +92,7 @@ class OwnAdvert:
         self.started_ms = started_ms
         self.sequence = sequence  # the last one used
         self.raw: bytes | None = None  # the last one signed
+        self.times_said = 0
         self.pace = AdvertPace(rng)
         self._capacity = GOODBYE
         self._said: Capacity | None = None
@@ -117,6 +118,7 @@ class OwnAdvert:
     def say(self, now: float, now_ms: int) -> tuple[Capacity, int]:
         """The capacity to tell now, and under which sequence: it grows though the saved one be lost."""
         self.pace.published(now)
+        self.times_said += 1
         self.sequence = max(self.sequence + 1, now_ms)
         self._said = self._capacity
         return self._capacity, self.sequence

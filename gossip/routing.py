@@ -6,7 +6,8 @@ better of two drawn goes first (many clients with the same view must not all tak
 of the draws skips the comparison, so that a bad first sample is not for ever. A peer that never finished a request
 for us gets one at a time while a proven one has room, and of such peers only one of each public network (/24, IPv6
 /56) is tried for a request before all others: identities are cheap, networks less so. Withdrawn, expired, excluded and
-cut-off peers are never chosen.
+cut-off peers are never chosen. What a peer claims of its own state (gossip/claims.py) orders two peers only where own
+observation rates them alike and bears both claims out.
 Source: SERVING.md "Routing"; M. Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing" (2001);
 P. Efraimidis, P. Spirakis, "Weighted random sampling with a reservoir" (2006).
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -38,6 +39,7 @@ CLAIMED_SLOTS_MAX = 8  # of a peer that never finished a request for us
 UNPROVEN_S = 0.3  # the handicap of such a peer
 FAILURE_S = 10.0  # what a failed attempt costs: noticing and asking another
 STICKY_FACTOR = 2.0  # a peer that holds the conversation's prefix may be so much slower
+ALIKE_SHARE = 0.05  # of the cost: averages of a dozen samples tell no smaller difference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +66,8 @@ class Candidate:
     offer: Offer
     model: ModelOffer
     cost_s: float
-    in_doubt: bool  # unproven, and already trying a request of ours
+    in_doubt: bool  # unproven, and already trying a request of ours or remembered for failing
+    hint: float = 0.0  # see gossip.claims.hint: 0 is none
 
     @property
     def peer(self) -> PeerId:
@@ -115,10 +118,23 @@ class WhyNot:
                 return f"of {self.serving} peers serving it {self.full} are full and {self.broken} failing"
 
 
+def no_hint(_peer: PeerId, _seen: Observed, _now: float) -> float:
+    """Nobody claims anything."""
+    return 0.0
+
+
 def rank(
-    need: Need, offers: Iterable[Offer], observations: Observations, now: float, rng: random.Random
+    need: Need,
+    offers: Iterable[Offer],
+    observations: Observations,
+    now: float,
+    rng: random.Random,
+    hint: Callable[[PeerId, Observed, float], float] = no_hint,
 ) -> tuple[Candidate, ...] | WhyNot:
-    """At most CANDIDATES_MAX peers to try in this order, or why there is none. now: monotonic seconds."""
+    """At most CANDIDATES_MAX peers to try in this order, or why there is none. now: monotonic seconds.
+
+    hint: gossip.claims.Claims.hint.
+    """
     serving = [(offer, model) for offer in offers if (model := _served(need, offer, now)) is not None]
     sure: list[Candidate] = []
     doubt: list[Candidate] = []
@@ -135,7 +151,7 @@ def rank(
         elif _is_full(offer, seen, load):
             full += 1
         else:
-            candidate = _candidate(need, offer, model, seen, load)
+            candidate = _candidate(need, offer, model, seen, load, hint(offer.peer, seen, now))
             is_new = seen.proven or _is_of_a_new_network(offer, observations, networks, now)
             (sure if is_new and not candidate.in_doubt else doubt).append(candidate)
             if len(sure) > CANDIDATES_MAX:
@@ -232,7 +248,7 @@ def _is_full(offer: Offer, seen: Observed, load: int) -> bool:
     return not offer.capacity.accepting or seen.refusing or load >= room
 
 
-def _candidate(need: Need, offer: Offer, model: ModelOffer, seen: Observed, load: int) -> Candidate:
+def _candidate(need: Need, offer: Offer, model: ModelOffer, seen: Observed, load: int, hint: float) -> Candidate:
     """Judge one peer: the seconds of network, waiting, first token, typical answer, and likely failure."""
     capacity, slots = offer.capacity, _weight(offer, seen.proven)
     if seen.tok_s is not None:
@@ -257,7 +273,8 @@ def _candidate(need: Need, offer: Offer, model: ModelOffer, seen: Observed, load
         offer=offer,
         model=model,
         cost_s=cost_s,
-        in_doubt=not seen.proven and seen.in_flight > 0,
+        in_doubt=not seen.proven and (seen.in_flight > 0 or seen.distrusted),
+        hint=hint,
     )
 
 
@@ -278,6 +295,14 @@ def _two_choices(drawn: Sequence[Candidate], rng: random.Random) -> list[Candida
     """Of the first two drawn the cheaper goes first; the other one is then compared with the next drawn."""
     order, left = list[Candidate](), list(drawn)
     while len(left) > 1:
-        swap = left[1].cost_s < left[0].cost_s and rng.random() >= EXPLORE_SHARE
+        swap = _is_better(left[1], left[0]) and rng.random() >= EXPLORE_SHARE
         order.append(left.pop(1 if swap else 0))
     return order + left
+
+
+def _is_better(one: Candidate, other: Candidate) -> bool:
+    """By own observation; where that cannot tell two apart, by what both claim and it bears out."""
+    are_alike = abs(one.cost_s - other.cost_s) <= ALIKE_SHARE * min(one.cost_s, other.cost_s)
+    if are_alike and one.hint and other.hint and one.hint != other.hint:
+        return one.hint > other.hint
+    return one.cost_s < other.cost_s

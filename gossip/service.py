@@ -14,7 +14,6 @@ import logging
 import random
 import re
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ import trio
 
 from crypto.disk import SYSTEM, FileStatus, System
 from crypto.identity import Identity, PeerId
+from gossip.claims import Claims, ClaimsStatistics
+from gossip.claims_hearing import ClaimsHearing
 from gossip.directory import Directory, DirectoryStatistics, Own
 from gossip.finder import Finder
 from gossip.finding import FIND_PROTOCOL
@@ -33,7 +34,9 @@ from gossip.observations import Observations
 from gossip.pace import OwnAdvert
 from gossip.routing import Candidate, Need, WhyNot, rank
 from gossip.saved import RESERVED, Keeper, SavedState
+from gossip.self_topic import SelfTopic
 from gossip.standing import FORGIVEN, Fault, Standing, StandingStatistics, Verdict
+from gossip.summaries import OwnSummary, SelfSummary
 from gossip.view import Preference
 from p2p.address import network_of
 from p2p.errors import P2PError, StreamClosed
@@ -89,6 +92,7 @@ class GossipStatistics:
     standing: StandingStatistics
     drops: dict[str, int]
     flow: FlowStatistics
+    claims: ClaimsStatistics
     duplicate_identity: str | None  # what was last heard of a copy of this node
 
 
@@ -122,7 +126,16 @@ class GossipService:
             preference=preference,
         )
         self._finder = Finder(transport, self.directory, self._hearing, self._own, rng, config.wall_clock_ms)
-        self._counts: Counter[str] = Counter()
+        self.self_topic = SelfTopic(
+            transport,
+            identity,
+            config.network,
+            config.wall_clock_ms,
+            OwnSummary(rng, self._own.sequence),
+            ClaimsHearing(
+                Claims(identity.peer_id, config.network, self._is_protected), self._hearing, preference, self._is_known
+            ),
+        )
         self._woken = trio.Event()  # the next advert may be due earlier than it was
         self._joins = trio.open_memory_channel[PeerId](JOINS_WAITING_MAX)
         self._cuts = trio.open_memory_channel[PeerId](DISCONNECTS_WAITING_MAX)
@@ -137,16 +150,25 @@ class GossipService:
         self._own.offer(checked_capacity(capacity), trio.current_time())
         self._woken.set()
 
+    def offer_summary(self, summary: SelfSummary) -> None:
+        """Say this of the node's own state when it is due: seldom, however often it is offered (gossip/summaries.py).
+
+        After `withdraw` it is ignored. Raises: LocalProtocolError (out of bounds; names the field).
+        """
+        self.self_topic.offer(summary)
+
     async def withdraw(self) -> None:
         """Tell the others that this node takes no more requests, for good. At most GOODBYE_S, also when cancelled."""
         self._own.withdraw()
+        self.self_topic.own.withdraw()
         with trio.move_on_after(GOODBYE_S, shield=True):
             await self._publish()
 
     def rank(self, need: Need) -> tuple[Candidate, ...] | WhyNot:
         """Peers to ask, best first, or why there is none."""
         now = trio.current_time()
-        return rank(need, self.directory.offers(now), self.observations, now, self._rng)
+        claims = self.self_topic.claims
+        return rank(need, self.directory.offers(now), self.observations, now, self._rng, claims.hint)
 
     async def find(self, model: str | None) -> bool:
         """Ask peers who serves a model that no known peer serves, None: any; whether some are known then.
@@ -168,11 +190,12 @@ class GossipService:
         """A snapshot of the counters."""
         now = trio.current_time()
         return GossipStatistics(
-            adverts_sent=self._counts["sent"],
+            adverts_sent=self._own.times_said,
             directory=self.directory.statistics(now),
             standing=self.standing.statistics(now),
             drops=dict(self._hearing.drops),
             flow=self._hearing.flow.statistics(),
+            claims=self.self_topic.statistics(),
             duplicate_identity=self._hearing.duplicate,
         )
 
@@ -189,16 +212,19 @@ class GossipService:
                 self._transport.serve(ADVERTS_PROTOCOL, self._hand_on)
                 self._transport.serve(FIND_PROTOCOL, self._finder.answer)
                 await self._transport.subscribe(advert_topic(self._config.network), self._heard)
+                await self.self_topic.open()
                 for peer in self._transport.peers():
                     self._peer_changed(PeerChange(peer=peer, connected=True))
                 for _ in range(PULLERS):
                     nursery.start_soon(self._pull_from_the_joined)
                 nursery.start_soon(self._finder.sample_now_and_then)
                 nursery.start_soon(self._speak)
+                nursery.start_soon(self.self_topic.speak)
                 nursery.start_soon(self._enforce_verdicts)
                 nursery.start_soon(self._keep_house)
                 task_status.started()
         finally:
+            self.self_topic.close()
             self._save(self._state(0))
             self._keeper.close()
 
@@ -231,7 +257,6 @@ class GossipService:
             life_ms=self._hearing.flow.life_ms,
         )
         self._own.raw = raw
-        self._counts["sent"] += 1
         try:
             await self._transport.publish(advert_topic(network), raw)
         except P2PError as exc:  # best effort: the next refresh says it again
@@ -306,12 +331,16 @@ class GossipService:
     def _is_protected(self, peer: PeerId) -> bool:
         return peer in self._transport.peers() or self.observations.is_proven(peer)
 
+    def _is_known(self, peer: PeerId, now: float) -> bool:
+        return peer in self._transport.peers() or self.directory.offer_of(peer, now) is not None
+
     # --- effects ---
 
     def _enforce(self, peer: PeerId, verdict: Verdict, reason: str) -> None:
         _log.warning("%s: %s after %s", peer, verdict.value, reason)
         if verdict is Verdict.BANNED:
             self._keeper.soon()
+            self.self_topic.claims.forget(peer)
         if peer in self._transport.peers():
             try:
                 self._cuts[0].send_nowait(peer)
@@ -330,7 +359,8 @@ class GossipService:
             now = trio.current_time()
             self.directory.tick(now)
             self._hearing.flow.tick(now)
-            self._own.pace.stretch = self._hearing.flow.stretch
+            self.self_topic.claims.tick(now)
+            self._own.pace.stretch = self.self_topic.own.stretch = self._hearing.flow.stretch
             if self._keeper.take_turn(now):
                 await trio.to_thread.run_sync(self._save, self._state(RESERVED))
 
@@ -340,7 +370,8 @@ class GossipService:
         now, now_ms = trio.current_time(), self._config.wall_clock_ms()
         floors = {str(peer): floor for peer, floor in self.directory.floors().items()}
         bans = self.standing.saved_bans(now, now_ms)
-        return SavedState(sequence=self._own.sequence + reserved, floors=floors, bans=bans)
+        sequence = max(self._own.sequence, self.self_topic.own.sequence) + reserved
+        return SavedState(sequence=sequence, floors=floors, bans=bans)
 
     def _save(self, state: SavedState) -> None:
         """Blocks for the disk. A full disk costs the memory of a restart, not the node."""

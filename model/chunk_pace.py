@@ -6,6 +6,11 @@ large chunks, and steps without one in between: a token of a small chunk costs s
 prompt that is taken in whole by one step does not wait for that. Who comes while nothing decodes is not held back by
 those that came with it: until BURST chunks are taken in, or a step has no prompt, chunks are as large as they may be,
 so that a crowd soon decodes together.
+
+Such a prompt may even have a step of its own, in which the decodes are passed over: its first token comes sooner by
+what they would have taken, and theirs later by what every pass costs however little it does. So only where many decodes
+take ALONE_MIN times what the fewest did (on an accelerator they hardly do), never twice in a row, and it counts as time
+that the decodes have waited: what such a step takes, the next may not.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ STRETCH = 2.0
 LONGEST = 4.0
 RESTS = 4  # steps between two chunks, at most
 BURST = 4  # of the largest chunks, once nothing decoded
+ALONE_MIN = 1.5
 WEIGHT = 0.2  # of the newest step in a mean: one slow step does not move it far
 
 
@@ -26,6 +32,7 @@ class ChunkPace:
         self._token_s: dict[int, float] = {}  # of one token of prompt, by the bits of a chunk's length
         self._burst = 0  # tokens of prompt that are left of it
         self._debt_s = 0.0  # what decodes have waited beyond their part
+        self._passed_s = 0.0  # what the step took in which they were passed over, until the next of theirs
         self._rests = 0
 
     def chunk(self, decodes: int) -> int:
@@ -37,21 +44,40 @@ class ChunkPace:
         if self._burst:
             return min(self._burst, self._chunk_max)
         alone_s = self._alone_s(decodes)
+        if alone_s is None and not self._rests:
+            self._rests = 1  # a step without a prompt, to be measured; once, for there may be no clock
+            return 0
         if alone_s is None or not self._token_s:
+            self._rests = 0
             return self._chunk_min
         if self._debt_s > 0.0 and self._rests < RESTS:
             self._rests += 1
             return 0
         self._rests = 0
-        return self._largest(alone_s * (LONGEST - 1.0))
+        return self._largest(alone_s * (LONGEST - 1.0) - self._passed_s)
 
     def at_once(self, decodes: int) -> int:
         """Tokens of prompts that end with them, in a step whose chunk is 0."""
         alone_s = self._alone_s(decodes)
-        return 0 if alone_s is None else self._largest(alone_s * (LONGEST - 1.0))
+        if alone_s is None or not self._token_s:
+            return 0
+        return self._largest(alone_s * (LONGEST - 1.0) - self._passed_s)
 
-    def note(self, decodes: int, prefilled: int, seconds: float) -> None:
-        """Takes in one step: how many decoded, how many tokens of prompts, and what it took; 0: not measured."""
+    def alone(self, decodes: int) -> int:
+        """Tokens of prompts that end with them, in a step of their own before these decode; 0: there is to be none."""
+        alone_s = self._alone_s(decodes)
+        if alone_s is None or not self._token_s or self._burst or self._passed_s or self._debt_s > alone_s:
+            return 0
+        pass_s = min(self._decode_s.values())
+        return self._largest(alone_s * (LONGEST - 1.0) - pass_s) if alone_s >= ALONE_MIN * pass_s else 0
+
+    def note(self, decodes: int, prefilled: int, seconds: float, passed_over: int = 0) -> None:
+        """Takes in one step: how many decoded, how many tokens of prompts, and what it took; 0: not measured.
+        passed_over: how many would have decoded in a step that prompts had to themselves."""
+        if passed_over:
+            self._debt_s, self._passed_s = self._debt_s + seconds, max(seconds, 1e-9)
+            return
+        self._passed_s = 0.0
         is_burst, self._burst = self._burst > 0, max(0, self._burst - prefilled) if prefilled else 0
         if seconds <= 0.0:
             return

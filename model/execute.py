@@ -19,6 +19,7 @@ import torch
 from model import lengths
 from model.errors import FOREIGN
 from model.forward import KV, Forward
+from model.linears import EXACT, PackedLinear
 from model.load import Loaded
 from model.paged import KNOWN, NAME, Pool
 from model.paged_plan import ROWS_MIN, Part, Pass
@@ -86,7 +87,7 @@ class Blockwise:
         self._parameters = inspect.signature(loaded.model.forward).parameters
         self._keeps = "logits_to_keep" in self._parameters
         self._configs = [*{id(c): c for m in loaded.model.modules() if (c := getattr(m, "config", None))}.values()]
-        self._pool = Pool(4, TRIAL_BLOCK, loaded.device)
+        self._pool = Pool(4, TRIAL_BLOCK, loaded.device, is_rounded=is_rounded(loaded))
 
     def with_pool(self, blocks: int, block_tokens: int) -> Blockwise:
         """Itself, with so many blocks, or as many as take the memory that these would by the model's configuration."""
@@ -191,6 +192,12 @@ class Blockwise:
         finally:
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation_internal = name
+
+
+def is_rounded(loaded: Loaded) -> bool:
+    """Whether a model computes in no more than bf16, somewhere on the way."""
+    kinds = {module.kind for module in loaded.model.modules() if isinstance(module, PackedLinear)}
+    return loaded.facts.dtype == "bfloat16" or bool(kinds - {EXACT[torch.float32]})
 
 
 class Single:

@@ -8,8 +8,7 @@ What is packed has no weights to save: embeddings, norms and whatever shares a w
 A product for one row takes microseconds, and so does each step of Python on the way: what need not be done is not, and
 hooks are not called.
 Legend: O outputs, K inputs, M rows, S outputs of a slice.
-Source: SERVING.md, "Linear layers", "Batch invariance"; pytorch aten/src/ATen/native/mkldnn/Linear.cpp; Dettmers and
-others, "LLM.int8()" (arXiv 2208.07339), section 2 (a scale for each row and each output).
+Source: SERVING.md, "Linear layers", "Batch invariance"; pytorch aten/src/ATen/native/mkldnn/Linear.cpp.
 """
 
 from __future__ import annotations
@@ -22,23 +21,19 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from model import linears_int4, linears_x86
+from model import linears_int4, linears_x86, native_linears
 from model.errors import BadModel, NotFound
 from model.lengths import at_least
 from model.linears_joined import Names
+from model.quantized import LARGEST, SCALE_MIN, quantized
 
 EXACT: Final = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # the kind that keeps a model's number type
 KINDS: Final = ("fp32", "bf16", "int8", "int8-dynamic", "int4")
 INVARIANT: Final = frozenset({"fp32", "bf16", "int8", "int4"})
 HEAD: Final = {"int4": "int8"}  # of the layer that makes the logits, where it is here: half of what int4 loses is there
-ROWS_MIN: Final = (
-    4  # oneDNN adds up one row of more than about a thousand inputs in another order; 4 cost no more than 1
-)
+ROWS_MIN: Final = 4  # oneDNN adds up one row of over a thousand inputs in another order; 4 cost no more than 1
 INPUTS_MAX: Final = 65_536  # 255 * 127 * K has to stay within 31 bits
-LARGEST: Final = 127.0
-SCALE_MIN: Final = 1e-30  # of a row of zeros
 TABLE_ROWS: Final = 257  # numbers of rows of which it is known beforehand how many fill up
-SLICE: Final = 1 << 17  # elements that are quantized at once: they stay in the cache, which is four times as fast
 _LEAST: Final = torch.full((1, 1), SCALE_MIN)
 
 
@@ -46,6 +41,7 @@ class PackedLinear(nn.Module):
     """A linear layer with a packed weight, and its bias. dtype: of the weights that it was made of."""
 
     kind: str
+    fills = True  # numbers of rows come from model/lengths.py
     spares = tuple(at_least(rows or 1) - rows for rows in range(TABLE_ROWS))  # rows that fill up, by those that come
 
     def __init__(self, weight_OK: torch.Tensor, bias_O: torch.Tensor | None) -> None:
@@ -91,7 +87,7 @@ class PackedLinear(nn.Module):
 
     def _spare(self, rows: int) -> int:
         """As `spares`, for many rows."""
-        return at_least(rows) - rows
+        return at_least(rows) - rows if self.fills else 0
 
     def _bias_dtype(self) -> torch.dtype:
         return torch.float32
@@ -104,6 +100,23 @@ class PackedLinear(nn.Module):
 
     def _save_to_state_dict(self, *_args: Any, **_named: Any) -> None:
         raise BadModel("a packed layer has no weights to save; save the model before it is packed, or load it anew")
+
+
+class NativeLinear(PackedLinear):
+    """fp32, bf16 or int8 by machine code of our own, where that is here: sums in fp32, of int8 in whole numbers."""
+
+    fills, spares = False, (0,) * TABLE_ROWS
+
+    def __init__(self, kind: str, weight_OK: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        nn.Module.__init__(self)  # before anything is put into it
+        self.kind = kind
+        super().__init__(weight_OK, bias_O)
+
+    def _pack(self, weight_OK: torch.Tensor) -> native_linears.Laid:
+        return native_linears.lay(self.kind, weight_OK)
+
+    def _products(self, x_MK: torch.Tensor) -> torch.Tensor:
+        return native_linears.products(x_MK, self._packed, self._bias_O)
 
 
 class OneDnnLinear(PackedLinear):
@@ -190,10 +203,7 @@ class Int4Linear(PackedLinear):
     """int4 weights with a scale and a zero for each group of inputs, bf16 activations."""
 
     kind = "int4"
-    spares = (0,) * TABLE_ROWS
-
-    def _spare(self, rows: int) -> int:
-        return 0
+    fills, spares = False, (0,) * TABLE_ROWS
 
     def _pack(self, weight_OK: torch.Tensor) -> Any:
         return linears_int4.pack_int4(weight_OK)
@@ -210,34 +220,24 @@ LAYERS: Final[Mapping[str, type[PackedLinear]]] = {
 }
 
 
-def quantized(weight_OK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(int8 weights, the scale of each output): weight = int8 * scale, to half a scale. A NaN makes its scale NaN."""
-    outputs, inputs = weight_OK.shape
-    whole_OK, scale_O = torch.empty(outputs, inputs, dtype=torch.int8), torch.empty(outputs)
-    step = max(1, SLICE // inputs)
-    room_SK = torch.empty(min(step, outputs), inputs)
-    for begin in range(0, outputs, step):
-        part_SK = weight_OK[begin : begin + step].float()
-        largest_S = torch.maximum(part_SK.amax(1), part_SK.amin(1).neg_())
-        scale_S = largest_S.clamp_(min=SCALE_MIN).div_(LARGEST)
-        scale_O[begin : begin + step] = scale_S
-        whole_SK = torch.div(part_SK, scale_S[:, None], out=room_SK[: len(part_SK)])
-        whole_OK[begin : begin + step] = whole_SK.round_()
-    return whole_OK, scale_O
+def layer_of(kind: str, weight_OK: torch.Tensor, bias_O: torch.Tensor | None) -> PackedLinear:
+    """The best layer of a kind on this machine: our own products, else torch's."""
+    if native_linears.is_here(kind):
+        return NativeLinear(kind, weight_OK, bias_O)
+    return LAYERS[kind](weight_OK, bias_O)
 
 
 def kinds_here() -> tuple[str, ...]:
     """The kinds that this machine computes in by its own instructions."""
-    if not torch._C._has_mkldnn:
-        return ()
+    has_onednn = torch._C._has_mkldnn
     here = {
-        "fp32": True,
-        "bf16": torch.cpu._is_avx512_bf16_supported(),
-        "int8": torch.cpu._is_vnni_supported(),
-        "int8-dynamic": linears_x86.is_here(),
-        "int4": linears_int4.is_here(),
+        "fp32": has_onednn,
+        "bf16": has_onednn and torch.cpu._is_avx512_bf16_supported(),
+        "int8": has_onednn and torch.cpu._is_vnni_supported(),
+        "int8-dynamic": has_onednn and linears_x86.is_here(),
+        "int4": has_onednn and linears_int4.is_here(),
     }
-    return tuple(kind for kind in KINDS if here[kind])
+    return tuple(kind for kind in KINDS if here[kind] or native_linears.is_here(kind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,8 +347,9 @@ def pack(model: Any, kind: str) -> PackedModel:
             if plain not in made:
                 turned = isinstance(plain, Conv1D)
                 weight, bias = plain.weight, plain.bias
-                layer = LAYERS[own_kind.get(plain, kind)](weight.t() if turned else weight, bias).train(plain.training)
+                layer = layer_of(own_kind.get(plain, kind), weight.t() if turned else weight, bias)
                 packed._put(first[id(weight)], _Place(layer, False, turned))
+                layer.train(plain.training)
                 if bias is not None:
                     packed._put(first[id(bias)], _Place(layer, True, turned))
                 made[plain] = layer

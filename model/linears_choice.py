@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from model.errors import BadInput
-from model.linears import EXACT, INVARIANT, LAYERS, kinds_here
+from model.linears import EXACT, INVARIANT, kinds_here, layer_of
 
 PLAIN: Final = "plain"  # the model's own layers
 WISHES: Final = {"exact": (), "int8": ("int8",), "int8-dynamic": ("int8", "int8-dynamic"), "int4": ("int4",)}
@@ -149,7 +149,7 @@ def _layer(kind: str, inputs: int, outputs: int, dtype: torch.dtype) -> nn.Modul
         -1.0, 1.0, generator=torch.Generator().manual_seed(0)
     )
     if kind != PLAIN:
-        return LAYERS[kind](weight_OK, None)
+        return layer_of(kind, weight_OK, None)
     with torch.device("meta"):
         plain = nn.Linear(inputs, outputs, bias=False)
     plain.weight = nn.Parameter(weight_OK, requires_grad=False)

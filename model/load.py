@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
+from model import native
 from model.checkpoint import Checkpoint, read_checkpoint, revision_of
 from model.config import UNPACKED, LinearFacts, ModelFacts
 from model.errors import FOREIGN, BadModel, NotFound, OutOfMemory, first_line
@@ -264,9 +265,12 @@ def context_of(config: Any, tokens: Tokens) -> int:
     return tokens.length_max or CONTEXT_TOKENS_DEFAULT
 
 
-def kv_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Of keys and values: fp32 on a CPU, where attention in bf16 took three times as long (SERVING.md)."""
-    return torch.float32 if device.type == "cpu" else dtype
+def kv_dtype(device: torch.device, dtype: torch.dtype, *, is_rounded: bool = False) -> torch.dtype:
+    """Of keys and values. On a CPU bf16 where the model computes in no more (is_rounded) and our own kernels read it;
+    torch's attention in bf16 took three times as long as in fp32 (SERVING.md)."""
+    if device.type != "cpu":
+        return dtype
+    return torch.bfloat16 if (is_rounded or dtype is torch.bfloat16) and native.is_able() else torch.float32
 
 
 def kv_token_bytes(config: Any, dtype: torch.dtype) -> int:

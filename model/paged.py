@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from transformers import AttentionInterface
 
+from model import native_attention
 from model.errors import BadModel
 from model.load import kv_dtype
 from model.paged_plan import Group, Pass
@@ -33,8 +34,9 @@ _current: ContextVar[tuple[Pool, Pass] | None] = ContextVar("paged_pass", defaul
 class _Layer:
     """One layer's blocks: keys (blocks, J, S, D), values (blocks, J, S, E); and views of them."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, *, is_native: bool) -> None:
+        """is_native: attention over them is computed by our own kernels."""
+        self.keys, self.values, self.is_native = keys, values, is_native
         self.heads, self.size = keys.shape[1:3]
         self.keys_turned = keys.view(-1, *keys.shape[2:]).transpose(1, 2)  # (blocks * J, D, S)
         self.values_flat = values.view(-1, *values.shape[2:])  # (blocks * J, S, E)
@@ -59,11 +61,14 @@ class _Layer:
 class Pool:
     """The blocks of all layers. Memory is taken as blocks are first used."""
 
-    def __init__(self, blocks: int, block_tokens: int, device: torch.device) -> None:
-        self.blocks, self.block_tokens = blocks, block_tokens
+    def __init__(self, blocks: int, block_tokens: int, device: torch.device, *, is_rounded: bool = False) -> None:
+        """is_rounded: the model computes in no more than bf16 somewhere, and blocks may hold that."""
+        self.blocks, self.block_tokens, self.is_rounded = blocks, block_tokens, is_rounded
         self._device = device
         self._layers: dict[int, _Layer] = {}
-        self.rows_fewest = 1 << 30  # query heads to a key head, over all layers
+        self.rows_fewest = 1 << 30  # query heads to a key head, over all layers that torch computes
+        self._work: Pass | None = None
+        self._lines: dict[tuple[int, int | None], native_attention.Rows] = {}
         self.seen: dict[int, dict[str, Any]] = {}  # by layer, what its module asked for: for who checks a model
 
     @property
@@ -75,14 +80,22 @@ class Pool:
 
     def like(self, blocks: int, block_tokens: int) -> Pool:
         """Another, with layers of the same shapes."""
-        pool = Pool(blocks, block_tokens, self._device)
+        pool = Pool(blocks, block_tokens, self._device, is_rounded=self.is_rounded)
         pool.rows_fewest = self.rows_fewest
         for index, layer in self._layers.items():
-            pool._layers[index] = _Layer(
-                *(store.new_empty(blocks, store.shape[1], block_tokens, store.shape[-1])
-                  for store in (layer.keys, layer.values))
-            )  # fmt: skip
+            pool.layer(index, layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1), is_plain=layer.is_native)
         return pool
+
+    def lines(self, work: Pass, shared: int, window: int | None) -> native_attention.Rows:
+        """The pass, for kernels of our own, and for a layer of so many query heads to a key head."""
+        key = shared, window
+        if self._work is not work:
+            self._work = work
+            self._lines.clear()
+        if (lines := self._lines.get(key)) is None:
+            lines = native_attention.rows_of(work.parts, self.block_tokens, shared=shared, window=window)
+            self._lines[key] = lines
+        return lines
 
     @contextmanager
     def serving(self, work: Pass) -> Iterator[None]:
@@ -93,13 +106,18 @@ class Pool:
         finally:
             _current.reset(token)
 
-    def layer(self, index: int, key_TJD: torch.Tensor, value_TJE: torch.Tensor) -> _Layer:
-        """A layer's blocks, made at its first pass."""
+    def layer(self, index: int, key_TJD: torch.Tensor, value_TJE: torch.Tensor, *, is_plain: bool) -> _Layer:
+        """A layer's blocks, made at its first pass. is_plain: it asks for nothing that our kernels do not do."""
         if (layer := self._layers.get(index)) is None:
-            dtype, shape = kv_dtype(self._device, key_TJD.dtype), (self.blocks, key_TJD.shape[1], self.block_tokens)
-            layer = self._layers[index] = _Layer(
-                *(torch.empty(*shape, new.shape[-1], dtype=dtype, device=self._device) for new in (key_TJD, value_TJE))
-            )
+            widths = key_TJD.shape[-1], value_TJE.shape[-1]
+            dtype, is_native = kv_dtype(self._device, key_TJD.dtype, is_rounded=self.is_rounded), False
+            if self._device.type == "cpu":
+                native = native_attention.Shape(*widths, self.block_tokens, dtype)
+                is_native = is_plain and native_attention.is_here(native)
+                dtype = dtype if is_native else torch.float32
+            shape = self.blocks, key_TJD.shape[1], self.block_tokens
+            keys, values = (torch.empty(*shape, width, dtype=dtype, device=self._device) for width in widths)
+            layer = self._layers[index] = _Layer(keys, values, is_native=is_native)
         return layer
 
 
@@ -117,11 +135,19 @@ def attention(
     query_THD, key_TJD, value_TJE = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     tokens, heads, shared = len(query_THD), query.shape[1], query.shape[1] // key.shape[1]
     pool.seen[module.layer_idx] = asked
-    pool.rows_fewest = min(pool.rows_fewest, shared)
-    layer = pool.layer(module.layer_idx, key_TJD, value_TJE)
-    layer.write(key_TJD, value_TJE, work)
-    query_THD = query_THD.to(layer.keys.dtype) * (asked.get("scaling") or query.shape[-1] ** -0.5)
     wish = _Wish(asked.get("sliding_window"), asked.get("softcap"), asked.get("s_aux"), {})
+    is_plain = wish.softcap is None and wish.sinks is None
+    layer = pool.layer(module.layer_idx, key_TJD, value_TJE, is_plain=is_plain)
+    scale = asked.get("scaling") or query.shape[-1] ** -0.5
+    if layer.is_native:
+        assert is_plain, "a layer that asked for nothing special does so now"
+        lines = pool.lines(work, shared, wish.window)
+        native_attention.write(layer.keys, layer.values, key_TJD, value_TJE, lines)
+        made_THE = native_attention.attend(query_THD, layer.keys, layer.values, lines, scale)
+        return (made_THE if made_THE.dtype is query.dtype else made_THE.to(query.dtype))[None], None
+    pool.rows_fewest = min(pool.rows_fewest, shared)
+    layer.write(key_TJD, value_TJE, work)
+    query_THD = query_THD.to(layer.keys.dtype) * scale
     groups = work.groups(shared, heads)
     if len(groups) == 1 and groups[0].is_whole(tokens):
         return _attend(query_THD, layer, groups[0], wish)[None].to(query.dtype), None

@@ -88,7 +88,7 @@ class Pass:
     """What one forward pass does. tokens: T, without those that fill up. first: block and place of the first."""
 
     def __init__(self, parts: Sequence[Part], block_tokens: int, device: torch.device) -> None:
-        self._parts, self._size, self._device = parts, block_tokens, device
+        self.parts, self._size, self._device = parts, block_tokens, device
         self._offsets: list[int] = []
         slots, fresh = list[int](), list[int]()
         self.positions: list[int] = []
@@ -124,7 +124,7 @@ class Pass:
     def _made(self, shared: int, heads: int) -> Iterator[Group]:
         padded = -(-ROWS_MIN // shared)
         single: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # by rows to pad to, and size of the table
-        for number, part in enumerate(self._parts):
+        for number, part in enumerate(self.parts):
             middle = part.end if padded == 1 else min(part.end, max(part.begin, part.prompt))
             begin, ones = part.begin, [(position, 1) for position in range(middle, part.end)]
             if middle - begin == 1:
@@ -153,7 +153,7 @@ class Pass:
         padded = max(each, padded)
         rows, read, positions = list[int](), list[int](), list[list[int]]()
         for number, begin, end in spans:
-            first = self._offsets[number] + begin - self._parts[number].begin
+            first = self._offsets[number] + begin - self.parts[number].begin
             own = list(range(first, first + each))
             rows += own
             read += own + own[-1:] * (padded - each)
@@ -162,7 +162,7 @@ class Pass:
         wanted = list[tuple[int, int, int, int]]()  # (which of its users, block, sequence, its place)
         users: Counter[int] = Counter()
         for owner, (number, _, end) in enumerate(spans):
-            for at, block in enumerate(self._parts[number].table[: self._blocks(end)]):
+            for at, block in enumerate(self.parts[number].table[: self._blocks(end)]):
                 wanted.append((users[block], block, owner, owner * longest + at))
                 users[block] += 1
         if len(spans) > 1:

@@ -3,9 +3,11 @@
 An engine's step is: plan(), one forward pass for all spans, choose tokens, took().
 
 Rules: core, no torch. A step decodes one token of every running answer, and takes in a chunk of the prompts that are
-not through; never more than step_tokens. Who is admitted has blocks for its prompt, not for its answer: when a decode
-needs a block and none is left, the one that came last of the lowest class is preempted: it keeps its tokens, loses its
-KV, and waits at the front of its class to be computed anew. Nobody overtakes who waits for room.
+not through; never more than step_tokens. Prompts that end in it may have a step of their own (ChunkPace.alone), while
+nobody waits for room and nobody is overdue: with a queue, tokens a second count for more than one prompt's wait. Who is
+admitted has blocks for its prompt, not for its answer: when a decode needs a block and none is left, the one that came
+last of the lowest class is preempted: it keeps its tokens, loses its KV, and waits at the front of its class to be
+computed anew. Nobody overtakes who waits for room.
 
 Order: classes as in Priority; in a class whoever was preempted, then the requester that was served least (FairShare),
 then who came first. Ageing: the oldest request, once it was there for age_steps, is put before all others until it ends
@@ -68,6 +70,7 @@ class Scheduler:
         self._running: dict[str, _Sequence] = {}
         self._planned: dict[str, tuple[_Sequence, Span]] | None = None
         self._work = (0, 0)  # decodes, and tokens of chunks, of the step that is planned
+        self._passed_over = 0  # decodes that wait for the prompts of that step
         self._first: _Sequence | None = None  # overdue: put before all others until it ends
         self._first_waited = False
         self._rest_until = 0
@@ -147,7 +150,12 @@ class Scheduler:
         preempted = self._make_room()
         admitted = self._admit()
         decodes = tuple(_span(sequence, 1) for sequence in self._ranked() if sequence.pending == 1)
-        chunks = tuple(self._chunks(len(decodes)))
+        chunks = tuple(self._alone(len(decodes)))
+        self._passed_over = len(decodes) if chunks else 0
+        if self._passed_over:
+            decodes = ()
+        else:
+            chunks = tuple(self._chunks(len(decodes)))
         self._planned = {span.request_id: (self._running[span.request_id], span) for span in (*decodes, *chunks)}
         self._work = len(decodes), sum(span.end - span.begin for span in chunks)
         self._counts["decoded"] += self._work[0]
@@ -159,7 +167,7 @@ class Scheduler:
         max_tokens. What was cancelled since plan() is passed over."""
         assert self._planned is not None, "took() was called without plan()"
         planned, self._planned = self._planned, None
-        self._pace.note(*self._work, outcome.seconds)
+        self._pace.note(*self._work, outcome.seconds, self._passed_over)
         ended = []
         for request_id, (sequence, span) in planned.items():
             if self._requests.get(request_id) is not sequence:
@@ -235,22 +243,34 @@ class Scheduler:
             admitted.append(Admitted(sequence.request_id, reused))
         return tuple(admitted)
 
+    def _alone(self, decodes: int) -> Iterable[Span]:
+        """Prompts that end in this step, if they are to have it to themselves; none before decodes of a better
+        class."""
+        if self._waiting or self._first is not None or not decodes:
+            return ()
+        room = min(self._config.step_tokens, self._pace.alone(decodes))
+        best = min(sequence.account.priority for sequence in self._running.values() if sequence.pending == 1)
+        return self._spans(room, is_whole=True, lowest=best)
+
     def _chunks(self, decodes: int) -> Iterable[Span]:
-        """Chunks of prompts, the least served requester's first. A block that one computes in this step is not
-        computed by another that could share it: it waits for the next step."""
+        """Chunks of prompts beside so many decodes."""
         free = self._config.step_tokens - decodes
-        room = min(free, self._pace.chunk(decodes))
-        if is_rest := room == 0:
-            room = min(free, self._pace.at_once(decodes))
+        if room := min(free, self._pace.chunk(decodes)):
+            return self._spans(room)
+        return self._spans(min(free, self._pace.at_once(decodes)), is_whole=True)
+
+    def _spans(self, room: int, is_whole: bool = False, lowest: Priority = Priority.STRANGER) -> Iterable[Span]:
+        """Chunks of prompts of these classes, the least served requester's first; is_whole: of those that end. A block
+        that one computes in this step is not computed by another that could share it: it waits for the next step."""
         under_way: set[bytes] = set()
         for sequence in sorted(self._running.values(), key=self._prefill_turn):
-            if sequence.pending == 1 or room == 0:
+            if sequence.pending == 1 or room == 0 or sequence.account.priority > lowest:
                 continue
             name, tokens = sequence.request_id, sequence.tokens
             computed = self.blocks.reuse(name, tokens, sequence.computed)
             self._counts["reused"] += computed - sequence.computed
             sequence.computed = computed
-            if is_rest and sequence.pending > room:
+            if is_whole and sequence.pending > room:
                 continue
             if next(self.blocks.keys(name, tokens, len(tokens) - 1), None) in under_way:
                 continue

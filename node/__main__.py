@@ -23,6 +23,7 @@ from node.commands.ask import ASK_PAGE, ask
 from node.commands.chat import CHAT_PAGE, chat
 from node.commands.demo import DEMO_PAGE, demo
 from node.commands.doctor import DOCTOR_PAGE, doctor
+from node.commands.itself import SELF_PAGE, itself
 from node.commands.keys import keys
 from node.commands.pages import CLIENT_VARIABLES, RUN_EXITS, RUN_VARIABLES, page
 from node.commands.peers import PEERS_PAGE, peers
@@ -70,6 +71,7 @@ for command, its_page in (
     (status, STATUS_PAGE),
 ):
     app.command(epilog=its_page)(command)
+app.command("self", epilog=SELF_PAGE)(itself)
 app.add_typer(keys, name="keys")
 app.add_typer(train, name="train")
 
@@ -99,6 +101,10 @@ def run(
     strangers: Annotated[
         bool | None, typer.Option(rich_help_panel="Who may ask", help="Answer who signs by a key nobody vouched for.")
     ] = None,
+    self_report: Annotated[
+        bool | None,
+        typer.Option("--self-report", rich_help_panel="Who may ask", help="Chats may have the node tell its state."),
+    ] = None,
     wallets: Annotated[
         list[str] | None,
         typer.Option(metavar="ADDRESS", rich_help_panel="Who may ask", help="May sign in; or a file of such."),
@@ -110,6 +116,22 @@ def run(
     origins: Annotated[
         list[str] | None,
         typer.Option(metavar="ORIGIN", rich_help_panel="Who may ask", help="Page that may, as https://chat.example."),
+    ] = None,
+    memory: Annotated[
+        bool | None, typer.Option(rich_help_panel="Memory", help="Keep what the node did and how it was, on its disk.")
+    ] = None,
+    memory_mb: Annotated[
+        int | None, typer.Option(metavar="MB", rich_help_panel="Memory", help="That it may take on disk.")
+    ] = None,
+    remember_text: Annotated[
+        bool | None,
+        typer.Option("--remember-text", rich_help_panel="Memory", help="Also what own clients asked and got."),
+    ] = None,
+    remember_peers: Annotated[
+        bool | None, typer.Option(rich_help_panel="Memory", help="Which answered, over a restart: a hint to routing.")
+    ] = None,
+    foresight: Annotated[
+        bool | None, typer.Option(rich_help_panel="Memory", help="Decline at once what would miss its deadline.")
     ] = None,
     model: Annotated[
         str | None,
@@ -214,6 +236,9 @@ def run(
     ] = None,
     train_on_battery: Annotated[
         bool | None, typer.Option("--train-on-battery", rich_help_panel="Training", help="Train there too.")
+    ] = None,
+    train_when_busy: Annotated[
+        bool | None, typer.Option("--train-when-busy", rich_help_panel="Training", help="Whatever load is expected.")
     ] = None,
     train_epsilon: Annotated[
         float | None,

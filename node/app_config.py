@@ -40,6 +40,7 @@ SWITCHES: dict[str, tuple[str, object]] = {
     "app.enable.mdns": ("mdns", False),
     "app.enable.relay": ("relay", False),
     "app.enable.training": ("training", False),
+    "app.enable.memory": ("memory", False),
 }
 # what a reader of the plan may look for, and why there is no such switch
 ALWAYS_ON = {

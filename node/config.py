@@ -30,9 +30,17 @@ LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 _LISTS = frozenset({"listen", "bootstrap", "data", "hosts", "origins", "wallets"})
 _DECIMALS = frozenset({"temperature", "train_epsilon"})
 _NUMBERS = frozenset(
-    {"max_length", "max_tokens", "threads", "max_batch", "kv_cache_mb", "cache_mb", "direct_port", "upload_mb_s"}
-)
-_FLAGS = frozenset({"mdns", "relay", "training", "log_json", "train_on_battery", "api_keys", "strangers"})
+    (
+        "max_length", "max_tokens", "threads", "max_batch", "kv_cache_mb", "cache_mb", "memory_mb", "direct_port",
+        "upload_mb_s",
+    )
+)  # fmt: skip
+_FLAGS = frozenset(
+    (
+        "mdns", "relay", "training", "log_json", "train_on_battery", "train_when_busy", "api_keys", "strangers",
+        "memory", "remember_text", "remember_peers", "foresight", "self_report",
+    )
+)  # fmt: skip
 _shown = reprlib.Repr()  # a setting's value in an error: cut, and no deeper than it can be printed
 _shown.maxstring = _shown.maxother = 200
 
@@ -95,12 +103,19 @@ class NodeConfig(BaseModel):
     data: tuple[FilePath, ...] = ()  # text to train on, which never leaves
     train_hours: str | None = None  # FROM-TO, local hours of the day
     train_on_battery: bool = False
+    train_when_busy: bool = False  # whatever load is expected
     train_epsilon: float | None = Field(default=None, gt=0.0, le=1000.0)  # train privately, within this epsilon
+    memory: bool = True  # keep what the node did and how it was, in its data directory
+    memory_mb: int = Field(default=2_000, ge=2, le=1 << 20)  # that the memory may take on disk, 10^6 bytes each
+    remember_peers: bool = True  # which of them answered before a restart, as a hint to routing
+    foresight: bool = True  # decline at once what would miss its deadline, as far as that is foretold
+    remember_text: bool = False  # keep what own clients asked and got, unless they say that it is private
     ready_file: FilePath | None = None
     open: bool = False  # answer anybody on a bind that is not loopback
     api_keys: bool = False  # answer only who has an API key, or signs
     strangers: bool = True  # answer signed requests of keys that nobody vouched for
     wallets: tuple[str, ...] = ()  # that may sign in: addresses, or files of them; empty: any
+    self_report: bool = False  # chats of who may look may ask the node itself for its state
     hosts: tuple[str, ...] = ()  # names of this node beside its addresses
     origins: tuple[str, ...] = ()  # of pages that may ask
     log_level: Literal["debug", "info", "warning", "error"] = "info"

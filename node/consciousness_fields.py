@@ -32,6 +32,9 @@ class Field:
     causes: frozenset[str]
 
 
+_LAST_STOP: Final = "How the run before ended: first (none was), order, error, kill; unread: its memory cannot be read."
+
+
 def _row(path: str, kind: Kind, unit: str, formula: str, told: tuple[str, str]) -> Field:
     """told: source, and the causes' names with spaces between."""
     source, causes = told
@@ -65,7 +68,7 @@ def _identity() -> tuple[Field, ...]:
         _row("identity.model", "word", "", "The name of the model that it was started with.", _START),
         _row("identity.revision", "word", "", "The revision of the weights in use.", sampled),
         _row("identity.phase", "word", "", "starting, loading, running or stopping, as last sampled.", _SAMPLE),
-        _row("identity.last_stop", "word", "", "How the run before ended: first (none was), order, kill.", _START),
+        _row("identity.last_stop", "word", "", _LAST_STOP, _START),
         _row(
             "identity.stop_reason", "word", "", "Why this run ended in order; absent while it runs and after a kill.",
             ("node stop", "Stopped Started"),
@@ -147,9 +150,7 @@ def _of_process() -> tuple[Field, ...]:
     return (
         _row("load.queue_length", "int", "requests", "Requests waiting at the engine.", _SAMPLE),
         _row("load.active_requests", "int", "requests", "Requests that the engine works on.", _SAMPLE),
-        _row(
-            "load.tokens_s", "float", "tokens/s", "Tokens made here over the time they took, last ten seconds.", _SAMPLE
-        ),
+        _row("load.tokens_s", "float", "tokens/s", "Tokens made here a second, last ten seconds.", _SAMPLE),
         _row("load.loop_lag_ms", "float", "ms", "How late the event loop comes to looks due at fixed times.", _SAMPLE),
         _row("learning.phase", "word", "", "What training does, as last sampled.", _SAMPLE),
         _row("learning.loss_before_nats", "float", "nats/token", "Held-out loss before the last merge.", _MERGE),
@@ -266,7 +267,7 @@ _PAGE_HEAD: Final = """# The node's own state
 an event that was seen or a statistic of the model's own run, and is absent where nothing was measured. Remove a
 member's cause and the member moves; nothing else moves it. It is not a claim of experience: there is no mood in it, no
 single level and no Phi, and no member is drawn by chance. A start under another model begins the model's members anew,
-every start those that a process measures. Not wired into the node yet: so far no running node fills it in.
+every start those that a process measures. A node keeps it unless it runs with `--no-memory`.
 
 This page is made from the code: `python -c "from node.consciousness_fields import page; print(page(), end='')" >
 docs/SELF.md`.

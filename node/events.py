@@ -108,7 +108,7 @@ class Note(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Start(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The node began. last_stop: how the run before ended: "order", "kill", "first"."""
+    """The node began. last_stop: how the run before ended, see node.memory_events.last_stop_of."""
 
     boot: Count
     version: Word

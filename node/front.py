@@ -38,13 +38,14 @@ class RouteHint:
     """What the client asked of the route: headers x-route and x-peer. `peer` pins one peer (no failover).
 
     account: which of this node's clients asks (node/requester.py). guest: the peer for whose account a sealed request
-    is answered, in place of a client of this node's.
+    is answered, in place of a client of this node's. is_sealed: it came sealed, from a client here or through a peer.
     """
 
     route: Route = Route.AUTO
     peer: str | None = None
     account: str = LOCAL
     guest: PeerId | None = None
+    is_sealed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from model.config import ModelFacts
 from model.errors import ComputeFailed, ModelError
 from model.requests import EngineStatistics, Output
 from model.runtime_face import Runtime
+from node.admission import Admission
 from node.cache import Cache
 from node.embed_queue import EmbedTurn
 from node.embedding import Embedding
@@ -57,9 +58,12 @@ class Hosting:
         on_change: Callable[[], None],
         hop: Hop | None = None,
         cache_mb: int = CACHE_MB,
+        admission: Admission | None = None,
     ) -> None:
-        """hop: where turns run; None: in a worker thread of their own. cache_mb: of answers and vectors; 0: none."""
+        """hop: where turns run; None: in a worker thread of their own. cache_mb: of answers and vectors; 0: none.
+        admission: who is let in by when it would be answered."""
         self.runtime = runtime
+        self.admission = admission or Admission()
         self.answers = Answers(Cache(cache_mb * 1_000_000), peer=peer)
         self.embedding = Embedding(runtime, self.answers.cache, peer=peer)
         self.draining = False
@@ -72,7 +76,6 @@ class Hosting:
         self._wake = trio.Event()
         self._open = 0  # requests whose owner has not left yet
         self._left = trio.lowlevel.ParkingLot()
-        self._count = 0
         self._statistics = runtime.statistics()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -91,8 +94,9 @@ class Hosting:
                 starts = [job for job in self._waiting.next_starts() if job.key in self._jobs]
             share = EMBED_SHARE if starts or self.runtime.has_work else 1.0
             embed = self.embedding.take(is_held=self._is_held(), share=share)
-            beside = self._waiting.next_beside()
-            for output in await self._hop(partial(self._turn, starts, ends, embed, beside)):
+            beside, began = self._waiting.next_beside(), trio.current_time()
+            outputs = await self._hop(partial(self._turn, starts, ends, embed, beside))
+            for output in outputs:
                 self._deliver(output)
             if beside is not None and beside.has_ended:
                 self._waiting.besides.popleft()
@@ -101,6 +105,7 @@ class Hosting:
                 self.embedding.settle(embed)
             self._tell_progress()
             self._tell_change()
+            self.admission.turned(trio.current_time() - began, len(outputs), self._statistics)
 
     # the thread, for others
 
@@ -199,6 +204,7 @@ class Hosting:
             "cache": asdict(self.answers.cache.statistics()),
             "starts_waiting": len(self._waiting.starts),
             "queued_bytes": self._waiting.room.bytes + self.embedding.queued_bytes,
+            "foresight": self.admission.statistics(),
         }
 
     @property
@@ -243,10 +249,10 @@ class Hosting:
         """
         self._check(work.model, work.revision, "causal")
         send, receive = trio.open_memory_channel[AnswerItem | RequestError](math.inf)  # max_tokens items, and progress
-        self._count += 1
-        job = Job(work=work, requester=requester, size=held_bytes(work), send=send, key=f"{self._count}")
+        job = Job(work=work, requester=requester, size=held_bytes(work), send=send, key=self._waiting.next_key())
         if not self._answer_again(job):
             figures = self._statistics
+            self.admission.check(job, self._jobs.values(), figures, trio.current_time())
             self._waiting.room.enter(
                 requester, job.size, slots=max(1, figures.slots_total), queue_max=figures.queue_max
             )
@@ -294,6 +300,7 @@ class Hosting:
         """The one place where a request leaves the engine's books."""
         del self._jobs[job.key]
         self._waiting.room.leave(job.requester, job.size)
+        self.admission.left(job, trio.current_time())
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -349,6 +356,7 @@ class Hosting:
         if job is None:
             return  # cancelled while the step ran
         if output.error is not None:
+            job.is_failed = True
             self._drop(job)
             job.send.send_nowait(request_error(output.error))
             job.send.close()
@@ -356,14 +364,14 @@ class Hosting:
         job.start(self._peer, self.runtime.facts)
         if output.tokens or output.text:
             job.completion_tokens += len(output.tokens)
-            job.wrote = True
+            job.wrote, job.wrote_at = True, trio.current_time()
             piece = Piece(tokens=output.tokens, text=output.text, logprobs=logprobs(output))
             job.send.send_nowait(piece)
             if job.recording is not None:
                 job.recording.take(piece)
         if output.finish is not None:
+            job.reason = reason = finish_reason(output)
             self._drop(job)
-            reason = finish_reason(output)
             if job.recording is not None:
                 self.answers.keep(job.recording, job.prompt_tokens, reason)
             finished = Finished(reason=reason, prompt_tokens=job.prompt_tokens, completion_tokens=job.completion_tokens)

@@ -16,6 +16,7 @@ from model.config import ModelFacts
 from model.errors import ModelError
 from model.requests import Progress as Place
 from node.errors import RequestError
+from node.foresight import Foreseen
 from node.kept_answers import Recording
 from node.requester import Requester
 from node.room import Room
@@ -41,6 +42,11 @@ class Job:
     told_at: float = -math.inf
     told: Progress | None = None
     recording: Recording | None = None
+    came_at: float = 0.0
+    wrote_at: float = 0.0  # its newest piece
+    reason: str | None = None  # why it is finished
+    is_failed: bool = False
+    foreseen: Foreseen | None = None
 
     def start(self, peer: str, facts: ModelFacts) -> None:
         """Say, once, who answers and by which weights."""
@@ -116,6 +122,12 @@ class Waiting:
     loans: deque[Loan] = field(default_factory=deque)
     room: Room = field(default_factory=lambda: Room("requests"))  # requests in the engine counted
     besides: deque[Beside] = field(default_factory=deque)
+    keys: int = 0
+
+    def next_key(self) -> str:
+        """A name in the engine that no other request has had."""
+        self.keys += 1
+        return f"{self.keys}"
 
     @property
     def is_something(self) -> bool:

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import Protocol
 
 import trio
 
@@ -23,12 +24,23 @@ from node.loading import Loading
 from node.pursuit import Pursuit, Seek, Wait, pursue
 from node.recent import Flows
 from node.remote import Network, Remote
+from node.request_ended import CANCELLED, OK, Ended, text_of
 from node.requester import Requester, of_client, of_peer
 from node.tallies import Passage, Tallies
 from node.work import AnswerItem, Embedded, EmbedWork, Finished, GenerateWork, sent_on
 
 INFER_PROTOCOL = "/openagi/infer/1"
 PIECES_BUFFERED = 64  # a client that reads slower than the model writes holds this many pieces back
+
+
+class Watcher(Protocol):
+    """Who is told, by sync calls, what becomes of requests."""
+
+    def ended(self, request: Ended) -> None:
+        """One has ended."""
+
+    def peer_failed(self, peer: PeerId, reason: str) -> None:
+        """One failed at a peer."""
 
 
 class Answer:
@@ -58,9 +70,11 @@ class Inference:
         self.hosting: Backend | None = None
         self.loading: Loading | None = None  # until `hosting` is there
         self.draining = False
+        self.watcher: Watcher | None = None
+        self.remembers_text = False  # of own clients' requests that are neither private nor sealed
         self.counts: Counter[str] = Counter()  # requests; finished, cancelled, error:CODE; takeovers, ...
         self.tallies = Tallies(trio.current_time())
-        self._remote = Remote(network, self.counts)
+        self._remote = Remote(network, self.counts, self._peer_failed)
         self._running = 0
         self._ended = trio.lowlevel.ParkingLot()
         self._latency_s_sum = 0.0
@@ -80,7 +94,7 @@ class Inference:
     async def embed(self, work: EmbedWork, route: RouteHint) -> Embedded:
         """Embed texts here or at a peer. Raises RequestError. If cancelled, the work is given up wherever it runs."""
         began = trio.current_time()
-        with self._counted(), self._outcome(self.tallies.enter(work.model, began)) as passage:
+        with self._counted(), self._outcome(work, route, began) as passage:
             pursuit = pursue(work, route, self, began)
             with trio.move_on_at(pursuit.deadline):
                 embedded = await self._embedded(pursuit, passage)
@@ -169,9 +183,11 @@ class Inference:
             self._ended.unpark_all()
 
     @contextmanager
-    def _outcome(self, passage: Passage) -> Iterator[Passage]:
-        """Count the one way in which a request ends, also for its model."""
+    def _outcome(self, work: GenerateWork | EmbedWork, route: RouteHint, began: float) -> Iterator[Passage]:
+        """Count the one way in which a request ends, also for its model, and tell the watcher."""
         error, is_whole = "", False
+        passage = self.tallies.enter(work.model, began)
+        passage.said = [] if self.remembers_text and not _is_hidden(work, route) else None
         try:
             with self._ended_as():
                 yield passage
@@ -180,7 +196,35 @@ class Inference:
             error = exc.code
             raise
         finally:
-            self.tallies.end(passage, error, is_whole=is_whole, now=trio.current_time())
+            now = trio.current_time()
+            self.tallies.end(passage, error, is_whole=is_whole, now=now)
+            self._tell_ended(passage, work, route, error or (OK if is_whole else CANCELLED), now - began)
+
+    def _tell_ended(
+        self, passage: Passage, work: GenerateWork | EmbedWork, route: RouteHint, outcome: str, took_s: float
+    ) -> None:
+        """Tell of a request of this node's own clients, or of one that came sealed."""
+        if self.watcher is None:
+            return
+        model, revision, served_by = passage.served
+        self.watcher.ended(
+            Ended(
+                account=route.account if route.guest is None else route.guest,
+                is_hidden=_is_hidden(work, route),
+                model=model or work.model or "",
+                revision=revision,
+                prompt_tokens=passage.prompt_tokens,
+                answer_tokens=passage.answer_tokens,
+                took_s=took_s,
+                outcome=outcome,
+                served_by="" if served_by == self.own else served_by,
+                text=None if passage.said is None else text_of(work, "".join(passage.said)),
+            )
+        )
+
+    def _peer_failed(self, peer: PeerId, reason: str) -> None:
+        if self.watcher is not None:
+            self.watcher.peer_failed(peer, reason)
 
     @contextmanager
     def _ended_as(self) -> Iterator[None]:
@@ -208,7 +252,7 @@ class Inference:
         pursuit = pursue(work, route, self, began)
         with send:
             try:
-                with self._outcome(self.tallies.enter(work.model, began)) as passage:
+                with self._outcome(work, route, began) as passage:
                     with trio.move_on_at(pursuit.deadline) as scope:
                         await self._pursued(pursuit, passage, send)
                     if scope.cancelled_caught:
@@ -309,6 +353,10 @@ class Inference:
     async def _seek(self, seek: Seek) -> None:
         self.counts["searches"] += 1
         await self._network.gossip.find(seek.model)
+
+
+def _is_hidden(work: GenerateWork | EmbedWork, route: RouteHint) -> bool:
+    return work.private or route.is_sealed
 
 
 @contextmanager

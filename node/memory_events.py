@@ -9,7 +9,8 @@ Source: SELF.md, "Memory"; node/events.py.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import assert_never
+from dataclasses import replace
+from typing import Final, assert_never
 
 from node import events
 from node.consciousness import ConsciousnessState
@@ -19,6 +20,7 @@ from node.facts import Happened, Merged, Predicted, Started, Stopped
 from node.memory import apply
 from node.prediction import Expected, Outcome, Prediction, Score
 
+ERROR: Final = "error: "  # begins why a run stopped that an error ended
 Remembered = ConsciousnessState | Started | Stopped | Predicted | Happened | Merged
 
 
@@ -94,16 +96,22 @@ def replayed(log: Iterable[events.Event | events.Kept]) -> ConsciousnessState:
 
 
 def last_stop_of(before: ConsciousnessState) -> str:
-    """How the run ended that left this state: "first" (there was none), "order", or "kill"."""
+    """How the run ended that left this state: "first" (there was none), "order", "error", or "kill"."""
     if before.identity.boot_count is None:
         return "first"
-    return "kill" if before.identity.stop_reason is None else "order"
+    reason = before.identity.stop_reason
+    return "kill" if reason is None else "error" if reason.startswith(ERROR) else "order"
 
 
 def started(before: ConsciousnessState, version: str, model: str) -> Started:
     """The fact of a start after the run that left this state."""
     boots = (before.identity.boot_count or 0) + 1
     return Started(boot_count=boots, version=version, model=model, last_stop=last_stop_of(before))
+
+
+def unread(begun: Started) -> Started:
+    """The same start, where what the run before left cannot be read."""
+    return replace(begun, last_stop="unread")
 
 
 def doing(state: ConsciousnessState) -> str:

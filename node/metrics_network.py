@@ -57,6 +57,7 @@ def _disk(told: Told) -> Iterator[Sample]:
 
 _ROUTES: Final = "node/inference.py, attempts for own clients"
 _GOSSIP: Final = "gossip/directory.py"
+_CLAIMS: Final = "gossip/claims.py"
 _TRANSPORT: Final = "p2p/transport.py"
 NETWORK: Final = (
     gauge("peers_connected", "Peers of this network.", "p2p/peering_status.py", at("peering.connected")),
@@ -102,6 +103,22 @@ NETWORK: Final = (
         "outcome",
     ),
     count("gossip_adverts_sent_total", "Own adverts sent.", "gossip/service.py", at("gossip.adverts_sent")),
+    count(
+        "gossip_summaries_total",
+        "Peers' summaries of their own state heard, by what became of them.",
+        _CLAIMS,
+        by_kind("gossip.claims.heard"),
+        "outcome",
+    ),
+    count("gossip_summaries_sent_total", "Own ones sent.", "gossip/summaries.py", at("gossip.claims.said")),
+    count(
+        "gossip_claims_judged_total",
+        "Claims that own observation of the peer bears out, or not.",
+        _CLAIMS,
+        by_kind("gossip.claims.judged"),
+        "observation",
+    ),
+    gauge("gossip_claims", "Live claims of peers on their own state.", _CLAIMS, at("gossip.claims.claims")),
     gauge("gossip_offers", "Live offers of others.", _GOSSIP, at("gossip.directory.offers")),
     gauge("gossip_peers_banned", "Now.", "gossip/standing.py", at("gossip.standing.banned")),
     gauge(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
@@ -84,9 +84,14 @@ class PeerItems:
 class Remote:
     """Attempts at peers, with their outcomes counted and observed."""
 
-    def __init__(self, network: Network, counts: Counter[str]) -> None:
-        self._network = network
-        self._counts = counts
+    def __init__(
+        self,
+        network: Network,
+        counts: Counter[str],
+        on_failed: Callable[[PeerId, str], None] = lambda _peer, _reason: None,
+    ) -> None:
+        """on_failed: called (sync) with the reason of each attempt that failed."""
+        self._network, self._counts, self._on_failed = network, counts, on_failed
         self.tallies = PeerTallies()
         self.flows = Flows()
 
@@ -144,6 +149,7 @@ class Remote:
             self._counts[f"peer_failed:{verdict.reason}"] += 1
             self.tallies.failed(peer)
             gossip.observations.failed(peer, verdict.reason, trio.current_time())
+            self._on_failed(peer, verdict.reason)
             raise verdict.error from exc
         finally:
             gossip.observations.ended(peer, trio.current_time())

@@ -8,22 +8,19 @@ Source: docs/ARCHITECTURE.md "Tree of tasks"; tests/test_run.py compares it with
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
 
-from crypto.disk import write_whole
 from crypto.identity import Identity, PeerId
 from gossip.blob_serving import ServingConfig
 from gossip.blobs import Blobs, BlobsConfig
@@ -32,6 +29,8 @@ from gossip.round_door import RoundDoor
 from gossip.rounds import round_topic
 from gossip.service import GossipConfig, GossipService
 from gossip.standing import Fault
+from gossip.summaries import summary_topic
+from node.admission import Admission
 from node.backend import Backend
 from node.banner import print_banner
 from node.collector import importing
@@ -41,8 +40,10 @@ from node.hosting import Hosting
 from node.inference import INFER_PROTOCOL, Inference
 from node.loading import Loading
 from node.remote import Network
+from node.run_parts import announced, load_runtime
 from node.sealed_relay import SealedRelay
 from node.sealed_serving import SealedServing
+from node.self_wiring import Keeping
 from node.serving import Serving
 from node.state import NodeState, Parts
 from node.training_pause import PausePolicy, hours_of
@@ -80,7 +81,7 @@ async def run_node(config: NodeConfig, log_left_out: Mapping[str, int]) -> None:
 
     identity = Identity.load_or_make(config.data_dir / KEY_FILE)
     bootstrap = _bootstrap(config)
-    topics = frozenset({advert_topic(config.network), round_topic(config.network)})
+    topics = frozenset(topic(config.network) for topic in (advert_topic, round_topic, summary_topic))
     relay = RelayLimits() if config.relay else None
     host_config = HostConfig(listen=config.listen, psk=config.psk(), topics=topics, relay=relay)
     async with open_host(identity, host_config) as transport:
@@ -110,8 +111,8 @@ class Node:
         loading = Loading(
             model=config.model, state="loading" if config.upstream_url() is None else "waiting for its server"
         )
-        self._load = load or partial(_load, on_progress=loading.note)
-        self._transport, self._identity = transport, identity
+        self._load = load or partial(load_runtime, on_progress=loading.note)
+        self._identity = identity
         self._rng = random.Random(secrets.randbits(64))
         instance = secrets.token_hex(16)
         peering_config = PeeringConfig(
@@ -148,7 +149,7 @@ class Node:
         network = Network(transport=transport, peering=self._peering, calls=infer, gossip=self._gossip)
         self._inference = serving.inference = Inference(network)
         self._inference.loading = None if config.model == "none" else loading
-        self._infer = infer
+        self._network = network
         peering.keep_while(lambda peer: infer.is_busy(peer) or self.blobs.is_busy(peer) or self._door.is_member(peer))
         parts = Parts(
             config=config,
@@ -161,6 +162,7 @@ class Node:
         )
         self.state = NodeState(parts)
         self.state.control = self._control
+        self._keeping = Keeping(config, identity, network, self.state) if config.memory else None
 
     def _breach(self, peer: PeerId, what: str) -> None:
         """A peer broke a rule of a call protocol: its standing falls."""
@@ -172,11 +174,17 @@ class Node:
 
     async def run(self) -> None:
         """Run until a signal; returns after an orderly stop."""
+        async with nullcontext() if self._keeping is None else self._keeping.open():
+            await self._run()
+
+    async def _run(self) -> None:
         stop, web_stop = trio.Event(), trio.Event()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_signals, stop, nursery.cancel_scope)
+            nursery.start_soon(_signals, stop, nursery.cancel_scope, self._keeping)
+            if self._keeping is not None:
+                self._keeping.start(nursery)
             await nursery.start(self._control.run)
-            await nursery.start(self._infer.run)
+            await nursery.start(self._network.calls.run)
             await nursery.start(self._door.calls.run)
             await nursery.start(self._direct.run)
             await nursery.start(self._gossip.run)
@@ -206,23 +214,28 @@ class Node:
                 return
             self._inference.hosting, self._inference.loading = backend, None
             self.state.relay.begin(self.state, self._rng, self._config)
+            if self._keeping is not None:
+                self._keeping.hosted(nursery)
             if isinstance(backend, Hosting) and self._config.training:
                 self._train(nursery)
         self.state.phase = "running"
         self._offer()
         ready = self._ready()
-        with _announced(self._config.ready_file, ready):
+        with announced(self._config.ready_file, ready):
             print_banner(ready, self._config, len(self._peering.peers()))
             await trio.sleep_forever()
 
     async def _backend(self) -> Backend:
         """What answers here: the model, loaded, or a server behind this node. Raises ModelError, ConfigError."""
-        peer, on_change = self._transport.peer_id, self._offer
+        peer, on_change = self._network.transport.peer_id, self._offer
         if self._config.upstream_url() is None:
             runtime = await trio.to_thread.run_sync(self._load, self._config, abandon_on_cancel=True)
             level = logging.WARNING if runtime.linears.problem else logging.DEBUG  # the status tells it whenever asked
             _log.log(level, "linear layers are %s", runtime.linears.told)
-            return Hosting(runtime, peer=peer, on_change=on_change, cache_mb=self._config.cache_mb)
+            keeping, config = self._keeping, self._config
+            crowd = (lambda: 0.0) if keeping is None else keeping.crowd
+            admission = Admission(crowd, declines=config.foresight)
+            return Hosting(runtime, peer=peer, on_change=on_change, cache_mb=config.cache_mb, admission=admission)
         with importing():
             from node.upstream_start import upstream_of  # httpx
 
@@ -233,11 +246,12 @@ class Node:
         with importing():
             from node.training import Training, TrainingParts, first_wish
 
-        config = self._config
+        config, keeping = self._config, self._keeping
+        expects = (lambda: None) if keeping is None or config.train_when_busy else keeping.active
         parts = TrainingParts(
             identity=self._identity,
             network=config.network,
-            transport=self._transport,
+            transport=self._network.transport,
             peering=self._peering,
             inference=self._inference,
             blobs=self.blobs,
@@ -246,12 +260,15 @@ class Node:
             policy=PausePolicy(
                 hours=None if config.train_hours is None else hours_of(config.train_hours),
                 on_battery=config.train_on_battery,
+                expects=expects,
             ),
         )
         training = Training(
             parts, None if config.train is None else first_wish(config.train, config.data, config.train_epsilon)
         )
         self.state.trains = training
+        if self._keeping is not None:
+            self._keeping.training = training
         nursery.start_soon(training.run)
 
     def _offer(self) -> None:
@@ -259,7 +276,7 @@ class Node:
 
     async def _measure(self) -> None:
         """Hand round-trip times from peering to routing, adverts' addresses and bans from gossip to peering."""
-        network = self._transport
+        network = self._network.transport
         learned: dict[str, int] = {}
         expelled: frozenset[str] = frozenset()
         clock_is_wrong = False
@@ -267,6 +284,8 @@ class Node:
             await trio.sleep(MEASURE_EVERY_S)
             self.state.relay.serving.tick()
             self.state.sample()
+            if self._keeping is not None:
+                self._keeping.look()
             problem = self.state.clock_problem()
             if problem and not clock_is_wrong:
                 _log.warning("%s", problem)
@@ -283,6 +302,8 @@ class Node:
             for ban in bans:
                 if ban.peer not in expelled:
                     self._peering.expel(ban.peer, f"banned: {ban.reason}")
+                    if self._keeping is not None:
+                        self._keeping.banned(ban.peer, ban.reason)
             expelled = frozenset(ban.peer for ban in bans)
 
     # the door
@@ -296,7 +317,7 @@ class Node:
         address = self._config.http_address()
         assert address is not None
         async with trio.open_nursery() as nursery:
-            settings = web_config(self._config, self._transport.peer_id)
+            settings = web_config(self._config, self._network.transport.peer_id)
             app = build_app(self.state, self._rng, settings, stop=stop)
             limits = ServeLimits(drain_s_max=WEB_DRAIN_S)
             port = await nursery.start(partial(serve, app, address.host, address.port, limits=limits, stop=stop))
@@ -307,9 +328,9 @@ class Node:
         hosting = self._inference.hosting
         facts = None if hosting is None else hosting.runtime.facts
         return {
-            "peer_id": self._transport.peer_id,
+            "peer_id": self._network.transport.peer_id,
             "http": self.state.http,
-            "listen": list(self._transport.addresses()),
+            "listen": list(self._network.transport.addresses()),
             "pid": os.getpid(),
             "model": None if facts is None else facts.name,
             "revision": None if facts is None else facts.revision,
@@ -333,37 +354,16 @@ class Node:
             await trio.sleep(LAST_FRAMES_S)
 
 
-async def _signals(stop: trio.Event, scope: trio.CancelScope) -> None:
+async def _signals(stop: trio.Event, scope: trio.CancelScope, keeping: Keeping | None) -> None:
     """The first signal sets `stop`, the second cancels `scope`."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as arrivals:
-        async for _ in arrivals:
+        async for number in arrivals:
+            if keeping is not None:
+                keeping.told_to_stop(signal.Signals(number).name)
             if stop.is_set():
                 _log.warning("stopping at once: requests in flight are cut")
                 scope.cancel()
             stop.set()
-
-
-def _load(config: NodeConfig, *, on_progress: Callable[[int, int], None]) -> Runtime:
-    """Import torch and load the model; in a worker thread. Raises ModelError."""
-    with importing():
-        from model.config import RuntimeConfig
-        from model.runtime import Runtime
-
-    return Runtime.load(
-        config.model,
-        RuntimeConfig(
-            device=config.device,
-            dtype=config.dtype,
-            quantize=config.quantize,
-            threads=config.threads,
-            embedding_name=config.embedding_model or "",
-            slots=config.max_batch,
-            kv_cache_mb=config.kv_cache_mb,
-            model_type=config.model_type,
-            max_length=config.max_length or 0,
-        ),
-        on_progress,
-    )
 
 
 def _bootstrap(config: NodeConfig) -> tuple[BootstrapPeer, ...]:
@@ -375,20 +375,3 @@ def _bootstrap(config: NodeConfig) -> tuple[BootstrapPeer, ...]:
     except (BadFile, BadAddress) as exc:
         raise ConfigError(str(exc)) from exc
     return (*flagged, *listed)
-
-
-@contextmanager
-def _announced(path: Path | None, ready: dict[str, object]) -> Iterator[None]:
-    """The ready file, whole or absent, there for as long as the block runs. Raises ConfigError."""
-    if path is None:
-        yield
-        return
-    try:
-        write_whole(path, json.dumps(ready).encode() + b"\n", over=True, mode=0o644)
-    except OSError as exc:
-        raise ConfigError(f"cannot write the ready file {path}: {exc.strerror}") from exc
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # a disk that is read-only by now keeps a file, and no more
-            path.unlink(missing_ok=True)

@@ -102,7 +102,9 @@ class SealedRelay:
         async def make() -> None:
             with send:
                 try:
-                    await self.serving.answer(call, RouteHint(route=Route.LOCAL, account=account), send.send)
+                    await self.serving.answer(
+                        call, RouteHint(route=Route.LOCAL, account=account, is_sealed=True), send.send
+                    )
                 except UnknownSealingKey:
                     await send.send(WrongSealingKey(self.serving.peer, self.serving.statement()))
                 except BadSeal as exc:

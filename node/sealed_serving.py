@@ -153,7 +153,7 @@ class SealedServing:
             call = from_wire(incoming.body, SealedCall)
         except RemoteProtocolError as exc:
             raise RemoteError("bad_request", str(exc), retryable=False) from exc
-        hint = RouteHint(route=Route.LOCAL, guest=PeerId(incoming.peer))
+        hint = RouteHint(route=Route.LOCAL, guest=PeerId(incoming.peer), is_sealed=True)
         try:
             await self.answer(call, hint, incoming.send)
         except UnknownSealingKey:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,13 +91,30 @@ class NodeState:
         self._started_s = time.time()
         self.process = Process()
         self.recent = Recent()
-        self.phase = "starting"  # starting | loading | running | stopping; run.py moves it on
+        self._phase = "starting"
+        self.on_phase: Callable[[], None] = lambda: None  # called (sync) when the phase changes
         self.http: str | None = None
         self.control: Calls | None = None  # hello, ping, peers
         self.log_left_out: Mapping[str, int] = {}
         self.trains: Trains | None = None  # once the model is there
         self.backend: Backend | None = None  # as soon as there is one, ready or not
         self.itself: SelfFace | None = None  # where the node has a memory
+        self.memory_file: Callable[[], FileStatus] | None = None  # likewise
+
+    @property
+    def phase(self) -> str:
+        """starting | loading | running | stopping; run.py moves it on."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: str) -> None:
+        self._phase = phase
+        self.on_phase()
+
+    @property
+    def inference(self) -> Inference:
+        """Where requests are answered."""
+        return self._parts.inference
 
     def answer(self, work: GenerateWork, route: RouteHint) -> AbstractAsyncContextManager[AsyncIterator[AnswerItem]]:
         """See node.front.Front."""
@@ -181,8 +198,9 @@ class NodeState:
         return clock_problem(heard.clock_offset_ms, heard.clock_peers)
 
     def _files(self) -> list[FileStatus]:
-        network = self._parts.network
-        return [file for file in (network.peering.file_status(), network.gossip.file_status()) if file is not None]
+        network, memory = self._parts.network, self.memory_file
+        files = (network.peering.file_status(), network.gossip.file_status(), None if memory is None else memory())
+        return [file for file in files if file is not None]
 
     def models(self) -> list[ModelRow]:
         """This node's own models first, then what peers serve; peers counts this node."""
@@ -275,6 +293,7 @@ class NodeState:
             offer = offers.get(peer)
             capacity = offer.capacity if offer is not None else None
             rtt_ms = self._parts.network.peering.rtt_ms(peer)
+            observed = network.gossip.observations.observed(peer, now)
             rows.append(
                 {
                     "peer_id": peer,
@@ -283,7 +302,8 @@ class NodeState:
                     "relayed": is_relayed(network.transport.remote_address(peer)),
                     "rtt_ms": None if rtt_ms is None else round(rtt_ms, 2),
                     "score": round(network.gossip.standing.score(peer, now), 1),
-                    "observed": asdict(network.gossip.observations.observed(peer, now)),
+                    "observed": asdict(observed),
+                    "claims": network.gossip.self_topic.claims.told(peer, observed, now),
                     "requests": asdict(self._parts.inference.flows.of(peer)),
                     "advert_age_s": None if offer is None else round(now - offer.received_s, 1),
                     "agent": None if offer is None else offer.advert.agent,

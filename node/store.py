@@ -48,9 +48,11 @@ class Store(EventLog):
     def put_vector(self, event_id: int, vector: Sequence[float]) -> bool:
         """Keep an event's embedding for `nearest`; False: the event is not there, or it cannot be written now.
 
-        Raises ValueError for a vector that is not 1 to store_recall.DIMS_MAX finite numbers, not all zero.
+        Raises ValueError for a vector that is not 1 to store_vectors.DIMS_MAX finite numbers, not all zero.
         """
-        return self._run(lambda db: store_recall.put_vector(db, event_id, vector), False)
+        from node import store_vectors  # numpy
+
+        return self._run(lambda db: store_vectors.put_vector(db, event_id, vector), False)
 
     # --- recall: newest first, at most store_recall.RECALL_MAX; empty when the file cannot be read ---
 
@@ -68,7 +70,9 @@ class Store(EventLog):
 
     def nearest(self, vector: Sequence[float], n: int) -> list[tuple[float, Kept]]:
         """(cosine, event) of the n whose vectors are most alike. Raises ValueError as `put_vector`."""
-        return self._run(lambda db: store_recall.nearest(db, vector, n), [])
+        from node import store_vectors  # numpy
+
+        return self._run(lambda db: store_vectors.nearest(db, vector, n), [])
 
     # --- taking away ---
 
@@ -140,15 +144,18 @@ class Store(EventLog):
             walk.step()
         return walk.fault
 
-    def statistics(self) -> StoreStatistics:
-        """A snapshot, from memory but for the sizes."""
+    def statistics(self, sizes_of: StoreStatistics | None = None) -> StoreStatistics:
+        """A snapshot, from memory but for the sizes, which are read from the file unless they are given."""
 
         def sizes(db: sqlite3.Connection) -> tuple[int, int]:
             (pages,), (size,) = db.execute("PRAGMA page_count").fetchone(), db.execute("PRAGMA page_size").fetchone()
             (vectors,) = db.execute("SELECT count(*) FROM vectors").fetchone()
             return pages * size, vectors
 
-        size_bytes, vectors = self._run(sizes, (0, 0))
+        if sizes_of is None:
+            size_bytes, vectors = self._run(sizes, (0, 0))
+        else:
+            size_bytes, vectors = sizes_of.bytes, sizes_of.vectors
         tail = self._tail
         return StoreStatistics(
             path=str(self.path),

@@ -70,7 +70,10 @@ class Passage:
     is_cached: bool = False
     last_at: float | None = None  # when the latest tokens came
     prompt_tokens: int = 0
+    answer_tokens: int = 0
     reason: str = ""
+    served: tuple[str, str, str] = ("", "", "")  # by which model, at which revision, by which peer
+    said: list[str] | None = None  # the answer's text, where it is to be remembered
 
 
 class Tallies:
@@ -93,10 +96,13 @@ class Tallies:
         """An item of its answer came that the client gets."""
         match item:
             case Piece():
+                if passage.said is not None:
+                    passage.said.append(item.text)
                 if item.tokens:
                     self._wrote(passage, len(item.tokens), now)
             case Started():
                 passage.row = self._row(item.model, item.revision)
+                passage.served = item.model, item.revision, item.served_by
                 passage.is_cached, passage.prompt_tokens = item.cached, _plausible(item.prompt_tokens)
             case Finished():
                 passage.reason, passage.prompt_tokens = item.reason, _plausible(item.prompt_tokens)
@@ -104,6 +110,7 @@ class Tallies:
     def embedded(self, passage: Passage, vectors: Embedded) -> None:
         """Its vectors came."""
         passage.row = self._row(vectors.model, vectors.revision)
+        passage.served = vectors.model, vectors.revision, vectors.served_by
         passage.prompt_tokens = _plausible(vectors.prompt_tokens, TEXTS_MAX)
 
     def end(self, passage: Passage, error: str, *, is_whole: bool, now: float) -> None:
@@ -149,6 +156,7 @@ class Tallies:
     def _wrote(self, passage: Passage, tokens: int, now: float) -> None:
         row = passage.row or self._at_fault(passage.model)
         row.generation_tokens += tokens
+        passage.answer_tokens += tokens
         self._rates.note(now, generation=tokens)
         if passage.last_at is None:
             row.first_token_s.observe(now - passage.began)

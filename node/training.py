@@ -33,10 +33,12 @@ from model.errors import BadText, ModelError
 from model.load import Loaded
 from node.backend import Backend
 from node.errors import BadRequest, NotReady
+from node.facts import Merged
 from node.hosting import Hosting
 from node.inference import Inference
 from node.training_build import CannotTrain, Own, ledger_of, participant_of, planned
 from node.training_kept import keep_run
+from node.training_merges import Merges
 from node.training_pause import PausePolicy
 from node.training_plan import Plan, fault_of, plan_of
 from node.training_session import Session, Wishes
@@ -83,6 +85,7 @@ class Training:
         self._scope: trio.CancelScope | None = None
         self._changed = trio.Event()
         self._doing, self._why, self._problem = "idle", "", ""
+        self._merges = Merges()
 
     # ---- the operator's ----
 
@@ -138,7 +141,7 @@ class Training:
         """JSON for GET /api/v1/training."""
         session = self._session
         told: dict[str, Any] = {
-            "state": session.doing if session is not None else self._doing,
+            "state": self.doing,
             "why": (session.service.history.trouble or session.why) if session is not None else self._why,
             "problem": self._problem or self._wished.file.status().problem,
             "paused": self._wishes.is_paused,
@@ -148,6 +151,15 @@ class Training:
         if session is not None:
             told |= told_run(session, self._parts.door.drops)
         return told
+
+    @property
+    def doing(self) -> str:
+        """In a word."""
+        return self._doing if self._session is None else self._session.doing
+
+    def merged(self, *, is_last: bool = False) -> list[Merged]:
+        """Rounds that changed the model here since the last call. is_last: there is no later one."""
+        return [] if self._session is None else self._merges.since(self._session.weights, is_last=is_last)
 
     # ---- the life of it ----
 

@@ -35,7 +35,7 @@ from model.train import MicroStep
 from model.train_state import SavedState
 from node.hosting import Hosting
 from node.training_away import AHEAD_ROUNDS, Absence
-from node.training_pause import PausePolicy
+from node.training_pause import LoadRoom, PausePolicy
 from node.training_weights import Weights
 
 MOMENTS, NUMBERS, UNSENT = "moments.safetensors", "moments.state", "unsent.safetensors"
@@ -68,11 +68,12 @@ class SessionTold:
 
 @dataclass(slots=True, kw_only=True)
 class Wishes:
-    """What the operator wants of this run."""
+    """What the operator wants of this run. load: what the load that the policy expects leaves room for."""
 
     policy: PausePolicy = field(default_factory=PausePolicy)
     is_paused: bool = False
     leaves: bool = False
+    load: LoadRoom = field(default_factory=LoadRoom)
 
 
 class Session:
@@ -284,7 +285,9 @@ class Session:
     def _why_paused(self) -> str:
         battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
         plugged = None if battery is None else bool(battery.power_plugged)
-        return self.wishes.policy.why(paused=self.wishes.is_paused, hour=time.localtime().tm_hour, plugged=plugged)
+        wishes = self.wishes
+        load = wishes.load.why(wishes.policy.expects(), trio.current_time())
+        return wishes.policy.why(paused=wishes.is_paused, hour=time.localtime().tm_hour, plugged=plugged, load=load)
 
     def _says(self, doing: str, why: str = "") -> None:
         self.told.doing, self.told.why = doing, why

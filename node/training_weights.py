@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from node.hosting import Hosting
 from node.training_choice import Choice
 from node.training_kept import STATE, states_in
 from node.training_plan import Plan
+from node.training_round import RoundTold
 
 STATES_BYTES_MAX = 256 << 20  # of those that are offered to who joins, if these are more than STATES_OFFERED[0]
 STATES_OFFERED = (2, 8)  # at least and at most
@@ -47,28 +48,6 @@ ROUNDS_TOLD = 200
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoundTold:
-    """A committed round, for people. held_out_loss: of the weights that it made, on this node's own text.
-
-    root: the name of those weights as this node has them (hex): equal at all members; '' where a run names them once in
-    some rounds (Plan.named_every).
-    """
-
-    round: int
-    revision: str
-    root: str
-    contributed: tuple[str, ...]
-    sat_out: tuple[str, ...]
-    missing: tuple[str, ...]
-    not_counted: dict[str, str]  # peer -> why its part has no weight
-    rule: str
-    why: str
-    moved: float
-    seconds: float
-    held_out_loss: float | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -108,6 +87,18 @@ class Weights:
         self._began_s = trio.current_time()
         self._newest: tuple[str, Mapping[str, object]] = ("", {})  # what the engine should go on under
         self._changed = trio.Event()
+
+    # ---- see node.training_merges.Rounds ----
+
+    @property
+    def run(self) -> str:
+        """Its id, hex."""
+        return self.plan.id.hex()
+
+    @property
+    def rounds(self) -> Iterable[RoundTold]:
+        """The newest, oldest first."""
+        return self.told.rounds
 
     # ---- see gossip.round_history.Owner ----
 
@@ -181,8 +172,9 @@ class Weights:
                     lines.append(Line(payload=payload, weight_parts=share.weight, clip_parts=share.clip))
             took_ours = any(share.peer == self._own and share.weight > 0 for share in manifest.shares)
             settled = await _in_thread(partial(self.participant.settle, lines, took_ours=took_ours))
+            held_out_before = self.told.held_out_loss
             await self._begin(manifest.round + 1, manifest.next_base)
-        self._tell(manifest, settled)
+        self._tell(manifest, settled, held_out_before)
 
     async def adopt(self, manifest: Manifest, state: Path, *, passed: Manifest | None) -> None:
         """Take over the weights before a committed round. Raises Unsound, CannotStore."""
@@ -357,8 +349,9 @@ class Weights:
         self.told.refused[str(header.sender)] = reason
         raise Unsound(reason)
 
-    def _tell(self, manifest: Manifest, settled: Settled) -> None:
-        why = {each.peer: each.sentence for each in self.choice.verdicts}
+    def _tell(self, manifest: Manifest, settled: Settled, held_out_before: float | None) -> None:
+        verdicts = {each.peer: each for each in self.choice.verdicts}
+        out = [share.peer for share in manifest.shares if share.blob is not None and not share.weight]
         there = {share.peer for share in manifest.shares}
         now = trio.current_time()
         self.told.rounds.append(
@@ -370,10 +363,10 @@ class Weights:
                 sat_out=tuple(share.peer for share in manifest.shares if share.blob is None),
                 missing=tuple(peer for peer in self.told.voters if peer not in there),
                 not_counted={
-                    share.peer: why.get(share.peer, "by the votes of the others")
-                    for share in manifest.shares
-                    if share.blob is not None and not share.weight
+                    peer: verdicts[peer].sentence if peer in verdicts else "by the votes of the others" for peer in out
                 },
+                reasons={peer: verdicts[peer].reason.value if peer in verdicts else "votes" for peer in out},
+                held_out_before=held_out_before,
                 rule=settled.rule,
                 why=settled.why,
                 moved=settled.moved,

@@ -73,6 +73,7 @@ class FakeRuntime:
     slots: int = 2
     queue_max: int = 4
     step_s: float = 0.1
+    read_s: float = 0.0  # a token of a prompt
     prefill_chunk: int = 10_000
     ends_at: int | None = None
     logprob: float = -0.5
@@ -98,6 +99,7 @@ class FakeRuntime:
     _waiting: deque[_Run] = field(default_factory=deque)
     _running: list[_Run] = field(default_factory=list)
     _steps: int = 0
+    _prefilled: int = 0
     _timings: Timings = field(default_factory=Timings)
 
     @property
@@ -183,6 +185,8 @@ class FakeRuntime:
                 taken = min(room, run.to_prefill - run.prefilled)
                 room -= taken
                 run.prefilled += taken
+                self._prefilled += taken
+                self.takes_s += taken * self.read_s
                 run.made = len(run.request.delivered)
                 run.chars = run.request.delivered_chars
                 if run.prefilled < run.to_prefill:
@@ -269,6 +273,7 @@ class FakeRuntime:
             steps=self._steps,
             decode_tok_s=10.0,
             prefill_tok_s=100.0,
+            prefilled_tokens=self._prefilled,
             timings=self._timings.read(),
             openness=self.openness,
         )

@@ -33,6 +33,7 @@ from gossip.round_service import RoundService, Work
 from gossip.round_state import Chain
 from gossip.round_store import RoundStore
 from gossip.rounds import round_topic
+from gossip.summaries import summary_topic
 from gossip.transfer import manifest_of
 from node.arenas import few_arenas
 from node.config import NodeConfig
@@ -47,6 +48,7 @@ from tests.round_world import Disk, Everybody, HashOwner
 from tests.tiny_models import save_causal
 
 NETWORK = "fuzz"
+TOPICS = frozenset({advert_topic(NETWORK), round_topic(NETWORK), summary_topic(NETWORK)})
 UNBINDABLE = "192.0.2.1"  # of no machine (RFC 5737): a socket that is bound to it fails
 WANTED_S = 2.0
 failed: list[str] = []
@@ -145,7 +147,7 @@ async def main(path: Path) -> None:
         ready_file=path / "ready.json",
     )  # fmt: skip
     async with (
-        node(identity, upgrade_s=10.0, topics=frozenset({advert_topic(NETWORK), round_topic(NETWORK)})) as transport,
+        node(identity, upgrade_s=10.0, topics=TOPICS) as transport,
         trio.open_nursery() as nursery,
     ):
         here = Node(config, identity, transport, (), outside=transport.relay)
@@ -162,7 +164,7 @@ async def main(path: Path) -> None:
         doors, wants = Doors(transport._host), Wants(transport, here.blobs, nursery)
         print(address, flush=True)
         await trio.to_thread.run_sync(sys.stdin.read)
-        host, gossip, calls = transport.statistics(), here._gossip.statistics(), here._infer.statistics()
+        host, gossip, calls = transport.statistics(), here._gossip.statistics(), here._network.calls.statistics()
         counted = {
             "failed": failed,
             "registered": doors.registered,

@@ -55,6 +55,11 @@ def seconds(decodes: int, prefilled: int) -> float:
     return 0.010 + 0.0002 * decodes + 0.0005 * prefilled if decodes or prefilled else 0.0
 
 
+def dear(decodes: int, prefilled: int) -> float:
+    """A step's time where each decode costs what a whole pass costs at the least."""
+    return 0.010 + 0.010 * decodes + 0.0005 * prefilled if decodes or prefilled else 0.0
+
+
 class World:
     """A scheduler, its KV memory, and all that was asked."""
 
@@ -69,6 +74,8 @@ class World:
         self.running: dict[str, Asked] = {}  # in the order of admission
         self.now = self.revision = 0
         self.preempted = 0
+        self.passed_over = 0  # steps in which those who decode waited for prompts
+        self.is_passed_over = False  # in the step before this
         self.times: list[float] = []
 
     # what happens
@@ -205,9 +212,20 @@ class World:
         assert sum(span.end - span.begin for span in spans) <= config.step_tokens
         assert len(self.running) <= config.slots
         assert all(span.end - span.begin == 1 and span.samples for span in step.decodes)
-        # whoever decodes gets a token in every step, whatever comes in beside
+        # whoever decodes gets a token in every step, whatever comes in beside; or in the next, after prompts that end
         decoding = {asked.name for asked in self.running.values() if asked.decoded_at is not None}
-        assert decoding <= {span.request_id for span in step.decodes}
+        if is_passed_over := bool(decoding) and not step.decodes:
+            assert not self.is_passed_over, "twice in a row"
+            assert not self.scheduler._waiting
+            assert self.scheduler._first is None
+            assert step.chunks
+            assert all(span.samples for span in step.chunks)
+            worst = max(self.asked[span.request_id].priority for span in step.chunks)
+            assert worst <= min(self.asked[name].priority for name in decoding)
+        else:
+            assert decoding <= {span.request_id for span in step.decodes}
+        self.is_passed_over = is_passed_over
+        self.passed_over += is_passed_over
         if self.running:
             assert spans, "requests run and nothing is done"
 

@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 import crypto.envelope
+import gossip.claims
 import gossip.directory
 from crypto.identity import Identity, PeerId
 from gossip.standing import Verdict
@@ -28,6 +29,7 @@ from tests.simulator_engine import text_at, token_at
 from tests.simulator_net import History, Link, Loop, Net, Weather
 from tests.simulator_node import MODEL, Peer, Process
 from tests.simulator_request import Ask
+from tests.simulator_summaries import SummaryBytes
 
 QUIET_S = 38.0  # after the last request, at most: longer than any deadline, and than the health check needs
 CALM_S = 10.0  # with nothing under way any more: longer than what is still on a wire, or a dial, can take
@@ -68,6 +70,7 @@ class Scenario:
     sybils: int = 0  # beside the others, in four networks; they claim much, answer nothing, and tell of each other only
     rare_models: int = 0  # each served by one peer only
     rare_requests: float = 0.0  # of the requests ask for one of them by name
+    summaries: float = 1.0  # of the peers tell of their own state
     weather: Weather = field(default_factory=Weather)
 
 
@@ -103,6 +106,8 @@ class Crowd:
     bytes_per_peer_s_max: float  # of the peer that sent most
     events_per_peer_s: float
     offers_known: float  # live ones of others, at the end, a mean
+    summary_bytes_per_peer_s: float = 0.0  # of bytes_per_peer_s
+    claims_known: float = 0.0  # at the end, a mean
 
 
 class Swarm:
@@ -136,7 +141,7 @@ class Swarm:
         self._each(scenario.peers * scenario.pauses_per_min / 60, self._pause, end)
         self._each(scenario.cuts_per_min / 60, self._cut, end)
         self.loop.run_until(WARM_UP_S + scenario.seconds / 2)
-        half = (self.net.bytes, self.net.sent.copy(), self.loop.done)
+        half = (self.net.bytes, self.net.sent.copy(), self.loop.done, self.net.gossiped[SummaryBytes.__name__])
         self.loop.run_until(end)
         self.crowd = self._settled(*half)
         self.net.heal()
@@ -168,7 +173,7 @@ class Swarm:
             or any(each.backlog is not None or each.leftovers() for each in self.alive.values())
         )
 
-    def _settled(self, size: int, sent: Counter[PeerId], events: int) -> Crowd:
+    def _settled(self, size: int, sent: Counter[PeerId], events: int, told: int) -> Crowd:
         seconds, count = self.scenario.seconds / 2, self.scenario.peers
         known = [len(each.directory.offers(self.loop.now)) for each in self.alive.values()]
         return Crowd(
@@ -176,6 +181,8 @@ class Swarm:
             bytes_per_peer_s_max=max((self.net.sent - sent).values()) / seconds,
             events_per_peer_s=(self.loop.done - events) / seconds / count,
             offers_known=sum(known) / len(known),
+            summary_bytes_per_peer_s=(self.net.gossiped[SummaryBytes.__name__] - told) / seconds / count,
+            claims_known=sum(len(each.self_talk.claims) for each in self.alive.values()) / len(self.alive),
         )
 
     def _make_peers(self) -> list[Peer]:
@@ -197,10 +204,12 @@ class Swarm:
             is_rare = serves and number >= serving - scenario.rare_models
             model = f"rare{number}" if is_rare else MODEL
             address = f"/ip4/{20 + number // 65536}.{number // 256 % 256}.{number % 256}.1/tcp/4001"
-            peers.append(Peer(_identity(number), serves, actor, address, skew_ms, model))
+            tells = number < scenario.peers * scenario.summaries
+            peers.append(Peer(_identity(number), serves, actor, address, skew_ms, model, tells))
         for number in range(scenario.peers, scenario.peers + scenario.sybils):
             address = f"/ip4/45.0.{number % SYBIL_NETWORKS}.{number % 250}/tcp/{4001 + number // 250}"
-            peers.append(Peer(_identity(number), serves=True, actor="sybil", address=address))
+            tells = scenario.summaries > 0.0
+            peers.append(Peer(_identity(number), serves=True, actor="sybil", address=address, tells=tells))
         return peers
 
     def _each(self, rate_per_s: float, act: Any, end: float) -> None:
@@ -414,6 +423,7 @@ def _each_statement_once() -> Iterator[None]:
     names = [
         (crypto.envelope, ("verify_key", "peer_id_of", "_parse")),
         (gossip.directory, ("advert_of", "open_envelope")),
+        (gossip.claims, ("summary_of",)),
     ]
     places = [(module, name, vars(module)[name]) for module, each in names for name in each]
     for module, name, genuine in places:

@@ -49,6 +49,7 @@ class Job:
     work: GenerateWork
     emit: Callable[[AnswerItem | RequestError], None]
     prompt: tuple[int, ...]
+    began: float = 0.0
     made: int = 0
     prefilled: bool = False
 
@@ -69,6 +70,7 @@ class Engine:
         self._steps = 0
         self._stepping = False
         self._told_at = 0.0
+        self.first_token_s: float | None = None  # a running mean
 
     def serves(self, model: str | None, revision: str | None, kind: str) -> bool:
         return model in (None, self.model) and revision in (None, REVISION) and kind == ModelKind.CAUSAL
@@ -84,7 +86,7 @@ class Engine:
         if len(self.waiting) >= self.queue_max:
             raise NoRoom(f"{self.queue_max} requests wait here")
         assert work.tokens is not None
-        job = Job(work, emit, work.tokens)
+        job = Job(work, emit, work.tokens, self._process.now)
         self.waiting.append(job)
         emit(
             Started(served_by=self._process.peer_id, model=self.model, revision=REVISION, prompt_tokens=len(job.prompt))
@@ -124,6 +126,10 @@ class Engine:
             return
         if job.made < job.work.sampling.max_tokens:
             token, text = token_at(job.prompt, job.made), text_at(job.prompt, job.made)
+            if job.made == len(job.work.delivered):
+                took_s = self._process.now - job.began
+                mean_s = took_s if self.first_token_s is None else self.first_token_s
+                self.first_token_s = mean_s + 0.2 * (took_s - mean_s)
             job.made += 1
             job.emit(Piece(tokens=(token,), text=text))
         if job.made >= job.work.sampling.max_tokens and job in self.running:

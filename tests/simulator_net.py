@@ -170,6 +170,7 @@ class Net:
         self.links: dict[Link, None] = {}
         self.bytes = 0
         self.sent: Counter[PeerId] = Counter()  # bytes by sender
+        self.gossiped: Counter[str] = Counter()  # bytes by kind of gossip
         self.asked_of_holes: Counter[tuple[PeerId, PeerId]] = Counter()  # (door, black hole) -> calls
         self.told_by_sybils: list[bytes] = []  # newest first
         self.on_drop: Callable[[Link], None] = lambda _link: None
@@ -235,6 +236,7 @@ class Net:
                     self.loop.post(when, receiver, link.deliver_gossip, receiver, raw, publisher)
         self.bytes += sent * size
         self.sent[here] += sent * size
+        self.gossiped[type(raw).__name__] += sent * size
 
     def dial(self, here: End, there: PeerId, done: Callable[[Link | None], None]) -> None:
         """A connection, the one that is there if there is one; None when it cannot be had within DIAL_S_MAX."""

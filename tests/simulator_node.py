@@ -42,6 +42,7 @@ from tests.simulator_engine import REVISION, Engine, Job
 from tests.simulator_finder import Finder
 from tests.simulator_net import Link, Loop, Net, Timer, Waiting
 from tests.simulator_request import Ask, RemoteAsk
+from tests.simulator_summaries import SelfTalk, SummaryBytes
 
 START_MS = 1_800_000_000_000
 MODEL, CONTEXT = "tale", 2_000
@@ -60,6 +61,7 @@ class Peer:
     address: str = ""  # a multiaddr, where others see it
     skew_ms: int = 0
     model: str = MODEL
+    tells: bool = True  # of its own state
     disk: SavedState = field(default_factory=SavedState)
     lives: int = 0
 
@@ -101,7 +103,7 @@ class Process:
         self.directory = Directory(
             own=Own(peer=self.peer_id, instance=self.instance, first_sequence=sequence),
             network="sim",
-            protected=lambda other: other in self.links or self.observations.is_proven(other),
+            protected=self.is_protected,
             preference=preference,
         )
         self.directory.restore({PeerId(each): floor for each, floor in peer.disk.floors.items()}, self.now)
@@ -112,6 +114,7 @@ class Process:
             on_duplicate=self.violations.append,
             preference=preference,
         )
+        self.self_talk = SelfTalk(self, preference)
         self.finder = Finder(self)
         self.loading = None
         self.hosting: Engine | None = Engine(self, peer.model) if peer.serves else None
@@ -141,9 +144,13 @@ class Process:
         return self.peer_id
 
     def rank(self, need: Need) -> tuple[Candidate, ...] | WhyNot:
-        return rank(need, self.directory.offers(self.now), self.observations, self.now, self.rng)
+        claims = self.self_talk.claims
+        return rank(need, self.directory.offers(self.now), self.observations, self.now, self.rng, claims.hint)
 
     loading: Loading | None = None
+
+    def is_protected(self, peer: PeerId) -> bool:
+        return peer in self.links or self.observations.is_proven(peer)
 
     def served_names(self) -> set[str]:
         return {model.name for model in self.directory.models(self.now)}
@@ -172,6 +179,7 @@ class Process:
         self.directory.tick(self.now)
         self.hearing.flow.tick(self.now)
         self.own_advert.pace.stretch = self.hearing.flow.stretch
+        self.self_talk.turn()
         if self.now >= self._saved_at + SAVE_S:
             self._save()
         for link in self._idle():
@@ -202,7 +210,7 @@ class Process:
         """gossip/service.py's state; what is believed between two saves is lost here, as when the power goes."""
         self._saved_at = self.now
         self.peer.disk = SavedState(
-            sequence=self.own_advert.sequence + RESERVED,
+            sequence=max(self.own_advert.sequence, self.self_talk.own.sequence) + RESERVED,
             floors=dict[str, int](self.directory.floors()),  # type: ignore[arg-type]  # a PeerId is a str
             bans=self.standing.saved_bans(self.now, self.now_ms),
         )
@@ -342,7 +350,13 @@ class Process:
         seen[raw] = None
         if len(seen) > SEEN_MAX:
             del seen[next(iter(seen))]
-        if publisher == self.peer_id or not self.hearing.heard(publisher, raw, self.now, self.now_ms):
+        if publisher == self.peer_id:
+            return
+        if isinstance(raw, SummaryBytes):
+            is_wanted = self.self_talk.heard(publisher, raw)
+        else:
+            is_wanted = self.hearing.heard(publisher, raw, self.now, self.now_ms)
+        if not is_wanted:
             return
         links = list(self.links.values())
         begin = int(self.rng.random() * len(links))

@@ -35,12 +35,13 @@ from node.commands.status import line, summary
 from node.commands.tables import spoken
 from node.config import KEY_FILE, NodeConfig
 from tests.fake_front import PEER, FakeFront, tale
+from tests.fake_self import FakeSelf
 from tests.test_train_commands import RUN, Screen, listening_to_ctrl_c
 from tests.test_web_serve import endless, served
 
 __all__ = ["listening_to_ctrl_c"]
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"run", "ask", "chat", "status", "peers", "train", "keys", "doctor", "demo"}
+COMMANDS = {"run", "ask", "chat", "status", "peers", "self", "train", "keys", "doctor", "demo"}
 
 
 def leaves(command: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -154,6 +155,7 @@ CALLS: dict[tuple[str, ...], list[str]] = {
     ("chat",): [],
     ("doctor",): ["--config", "CONFIG"],
     ("peers",): [],
+    ("self",): [],
     ("status",): [],
     ("keys", "identity", "show"): ["--data-dir", "DATA"],
     ("keys", "identity", "export"): ["DATA/copy.key", "--data-dir", "DATA"],
@@ -183,6 +185,7 @@ async def test_json_is_one_object_or_one_a_line(tmp_path: Path) -> None:
     places = {"DATA": str(tmp_path), "CONFIG": str(tmp_path / "config.json")}
     async with served() as node:
         node.front.trains.tells = RUN
+        node.front.itself = itself = FakeSelf(tmp_path / "memory")
         url = f"http://127.0.0.1:{node.port}"
         for words, more in CALLS.items():
             given = [re.sub("DATA|CONFIG", lambda found: places[found[0]], word) for word in more]
@@ -195,6 +198,7 @@ async def test_json_is_one_object_or_one_a_line(tmp_path: Path) -> None:
             for row in rows:
                 assert isinstance(json.loads(row), dict), words
             assert len(rows) == (2 if words == ("chat",) else 1)
+        itself.close()
 
 
 def test_a_node_that_is_ready_says_so_in_json_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,7 +62,8 @@ OF_PEERS: dict[str, set[str]] = {
     metric.name: set(metric.labels)
     for metric in METRICS
     if metric.name in ("openagi_peer_rtt_seconds", "openagi_peer_requests_total", "openagi_gossip_adverts_total",
-                       "openagi_clock_offset_seconds")
+                       "openagi_clock_offset_seconds", "openagi_gossip_summaries_total",
+                       "openagi_gossip_claims_judged_total")
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from gossip.routing import Need, WhyNot
 from gossip.saved import FILE_BYTES_MAX, SAVE_S, Keeper, SavedState
 from gossip.service import ADVERTS_PROTOCOL, GOODBYE_S, GossipService
 from gossip.standing import Fault, SavedBan, Verdict
+from gossip.summaries import SelfSummary, seal_summary, summary_topic
 from p2p.allowance import Buckets
 from p2p.errors import Unreachable
 from p2p.loopback import LoopbackNetwork, LoopbackTransport
@@ -619,18 +620,18 @@ def test_time_that_goes_back_takes_nothing_from_a_bucket() -> None:
 
 @pytest.mark.slow
 async def test_over_libp2p_on_localhost() -> None:
-    """Three hosts in a row: an advert passes the middle one, a newcomer is told at once, a goodbye arrives."""
+    """Three hosts in a row: adverts and summaries pass the middle one, a newcomer is told at once, a goodbye comes."""
     from p2p.host import open_host
     from p2p.host_config import HostConfig
 
-    host_config = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), topics=frozenset({TOPIC}))
+    host_config = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), topics=frozenset({TOPIC, summary_topic("main")}))
     with trio.fail_after(60):
         async with AsyncExitStack() as stack:
             nursery = await stack.enter_async_context(trio.open_nursery())
             services: list[GossipService] = []
             transports: list[Transport] = []
-            for _ in range(3):
-                identity = Identity.make()
+            identities = [Identity.make() for _ in range(3)]
+            for identity in identities:
                 transport = await stack.enter_async_context(open_host(identity, host_config))
                 service = GossipService(transport, identity, config(), random.Random(1))
                 await nursery.start(service.run)
@@ -648,6 +649,11 @@ async def test_over_libp2p_on_localhost() -> None:
             await until(lambda: len(services[1].directory.offers(trio.current_time())) == 1, 20)
             await transports[2].dial(transports[1].addresses()[0])
             await until(lambda: seen_by_last() == {transports[0].peer_id, transports[1].peer_id}, 20)
+            told = {"network": "main", "sequence": 1, "time_ms": wall_clock_ms()}
+            raw = seal_summary(identities[0], SelfSummary(busy=0.5), **told)  # type: ignore[arg-type]  # each its own
+            await transports[0].publish(summary_topic("main"), raw)
+            claims = last.self_topic.claims
+            await until(lambda: claims.claim_of(transports[0].peer_id, trio.current_time()) is not None, 20)
             await first.withdraw()
             await until(lambda: seen_by_last() == {transports[1].peer_id}, 20)
             assert {count for service in services for count in service.statistics().standing.faults.values()} == {0}

@@ -25,6 +25,7 @@ from model.linears import (
     Int8Linear,
     PackedLinear,
     kinds_here,
+    layer_of,
     linear_shapes,
     pack,
     quantized,
@@ -36,6 +37,8 @@ NEAR = {"fp32": 2e-6, "bf16": 6e-3, "int8": 2e-2, "int8-dynamic": 4e-2, "int4": 
 SHAPES = [(1, 64), (64, 1), (7, 5), (33, 65), (100, 3), (257, 511), (512, 128), (1376, 96), (4099, 33)]
 every_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in HERE])
 invariant_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in HERE and kind in INVARIANT])
+WAYS: dict[str, Any] = {"torch": lambda kind, *given: LAYERS[kind](*given), "ours": layer_of}
+every_way = pytest.mark.parametrize("way", list(WAYS))
 pytestmark = pytest.mark.skipif(not HERE, reason="this processor has no kind of packed layers")
 
 
@@ -74,27 +77,29 @@ def named_of(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.named_parameters()}
 
 
+@every_way
 @every_kind
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_are_near_the_plain_ones(kind: str, shape: tuple[int, int]) -> None:
+def test_products_are_near_the_plain_ones(way: str, kind: str, shape: tuple[int, int]) -> None:
     weight, bias, x = weights(*shape), rows(1, shape[1])[0], rows(6, shape[0]).view(2, 3, -1)
     for added in (None, bias):
         wanted = nn.functional.linear(x, weight, added)
-        made = LAYERS[kind](weight, added)(x)
+        made = WAYS[way](kind, weight, added)(x)
         assert made.shape == wanted.shape
         assert made.dtype == x.dtype
         assert (made - wanted).norm() <= NEAR[kind] * wanted.norm()
-    assert LAYERS[kind](weight, bias)(x.bfloat16()).dtype is torch.bfloat16
-    assert LAYERS[kind](weight, bias)(x[:0]).shape == (0, 3, shape[1])
+    assert WAYS[way](kind, weight, bias)(x.bfloat16()).dtype is torch.bfloat16
+    assert WAYS[way](kind, weight, bias)(x[:0]).shape == (0, 3, shape[1])
     turned = x[0].t().contiguous().t()
-    assert torch.equal(LAYERS[kind](weight, bias)(turned), LAYERS[kind](weight, bias)(x[0]))
+    assert torch.equal(WAYS[way](kind, weight, bias)(turned), WAYS[way](kind, weight, bias)(x[0]))
 
 
+@every_way
 @invariant_kind
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.slow
-def test_a_row_has_the_same_bits_in_every_batch(kind: str, shape: tuple[int, int]) -> None:
-    layer, x = LAYERS[kind](weights(*shape), rows(1, shape[1])[0]), rows(64, shape[0])
+def test_a_row_has_the_same_bits_in_every_batch(way: str, kind: str, shape: tuple[int, int]) -> None:
+    layer, x = WAYS[way](kind, weights(*shape), rows(1, shape[1])[0]), rows(64, shape[0])
     alone = torch.cat([layer(x[row : row + 1]) for row in range(64)])
     for count in range(1, 65):
         for begin in {0, (64 - count) // 2, 64 - count}:
@@ -134,10 +139,11 @@ def test_packing_leaves_torchs_engine_as_it_was() -> None:
     torch.backends.quantized.engine = before
 
 
+@every_way
 @invariant_kind
 @pytest.mark.slow
-def test_a_row_has_the_same_bits_with_two_threads(kind: str) -> None:
-    layers = [LAYERS[kind](weights(*shape), None) for shape in ((1376, 512), (512, 1376))]
+def test_a_row_has_the_same_bits_with_two_threads(way: str, kind: str) -> None:
+    layers = [WAYS[way](kind, weights(*shape), None) for shape in ((1376, 512), (512, 1376))]
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -150,14 +156,23 @@ def test_a_row_has_the_same_bits_with_two_threads(kind: str) -> None:
         torch.set_num_threads(before)
 
 
+@every_way
 @pytest.mark.skipif("int8" not in HERE, reason="no VNNI")
-def test_a_loud_row_leaves_the_others_their_scale() -> None:
-    layer, x = LAYERS["int8"](weights(64, 32), None), rows(8, 64)
+def test_a_loud_row_leaves_the_others_their_scale(way: str) -> None:
+    layer, x = WAYS[way]("int8", weights(64, 32), None), rows(8, 64)
     before = layer(x)
     x[3] *= 1e4
     after = layer(x)
     assert torch.equal(before[:3], after[:3])
     assert torch.equal(before[4:], after[4:])
+
+
+@pytest.mark.skipif("int8" not in HERE, reason="no VNNI")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_our_int8_has_the_bits_of_torchs(shape: tuple[int, int]) -> None:
+    weight, bias, x = weights(*shape), rows(1, shape[1])[0], rows(9, shape[0])
+    weight[0], x[4] = 0.0, 0.0
+    assert torch.equal(layer_of("int8", weight, bias)(x), Int8Linear(weight, bias)(x))
 
 
 @pytest.mark.skipif(not linears_x86.is_here(), reason="no FBGEMM")
@@ -177,25 +192,27 @@ def test_quantized_weights_are_within_half_a_scale() -> None:
     assert whole.abs().amax(1).tolist() == [0 if row == 5 else 127 for row in range(70)]
 
 
+@every_way
 @every_kind
-def test_numbers_that_are_not_finite_come_out_so(kind: str) -> None:
+def test_numbers_that_are_not_finite_come_out_so(way: str, kind: str) -> None:
     x = rows(4, 64)
     x[1, 3] = float("nan")
-    made = LAYERS[kind](weights(64, 32), None)(x)
+    made = WAYS[way](kind, weights(64, 32), None)(x)
     assert not made[1].isfinite().any()
     if kind in INVARIANT:
         assert made[[0, 2, 3]].isfinite().all()
     broken = weights(64, 32)
     broken[7, 7] = float("nan")
-    assert not LAYERS[kind](broken, None)(rows(4, 64))[:, 7].isfinite().any()
+    assert not WAYS[way](kind, broken, None)(rows(4, 64))[:, 7].isfinite().any()
 
 
+@every_way
 @every_kind
-def test_a_row_or_a_weight_of_zeros_gives_zeros(kind: str) -> None:
+def test_a_row_or_a_weight_of_zeros_gives_zeros(way: str, kind: str) -> None:
     x, bias = rows(3, 64), rows(1, 32)[0]
     x[1] = 0.0
-    assert torch.equal(LAYERS[kind](weights(64, 32), None)(x)[1], torch.zeros(32))
-    made = LAYERS[kind](torch.zeros(32, 64), bias)(x)
+    assert torch.equal(WAYS[way](kind, weights(64, 32), None)(x)[1], torch.zeros(32))
+    made = WAYS[way](kind, torch.zeros(32, 64), bias)(x)
     assert torch.allclose(made, bias.expand(3, -1), rtol=2**-8)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -14,7 +15,7 @@ from model.errors import BadInput, EngineFull
 from model.fair_share import ABSENT_MAX, Account, FairShare
 from model.scheduler import Scheduler
 from model.step import Outcome, Priority, SchedulerConfig, Step
-from tests.scheduler_world import Asked, World, seconds
+from tests.scheduler_world import Asked, World, dear, seconds
 
 OWN, PEER, STRANGER = Priority
 
@@ -73,9 +74,11 @@ def act(world: World, rng: random.Random) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=80, deadline=None)
-@given(config=configs, rng=rngs, events=st.integers(40, 120))
-def test_every_request_ends_once_and_right(config: SchedulerConfig, rng: random.Random, events: int) -> None:
-    world = World(config, seconds)
+@given(config=configs, rng=rngs, events=st.integers(40, 120), time=st.sampled_from([seconds, dear]))
+def test_every_request_ends_once_and_right(
+    config: SchedulerConfig, rng: random.Random, events: int, time: Callable[[int, int], float]
+) -> None:
+    world = World(config, time)
     for _ in range(events):
         act(world, rng)
     world.run(world.bound())
@@ -85,10 +88,12 @@ def test_every_request_ends_once_and_right(config: SchedulerConfig, rng: random.
 
 @pytest.mark.slow
 @settings(max_examples=30, deadline=None)
-@given(config=configs, rng=rngs)
-def test_nobody_starves_while_others_never_stop_asking(config: SchedulerConfig, rng: random.Random) -> None:
+@given(config=configs, rng=rngs, time=st.sampled_from([lambda decodes, prefilled: 0.0, dear]))
+def test_nobody_starves_while_others_never_stop_asking(
+    config: SchedulerConfig, rng: random.Random, time: Callable[[int, int], float]
+) -> None:
     """A stranger's request and, as fast as the queue takes them, those of others who go before it."""
-    world = World(config)
+    world = World(config, time)
     room = config.blocks * config.block_tokens
     for _ in range(rng.randint(0, 5)):
         act(world, rng)
@@ -283,6 +288,95 @@ def test_a_prompt_of_one_step_does_not_wait_until_decodes_have_caught_up() -> No
     assert short.said
 
 
+def decoding(world: World, count: int, priority: Priority = OWN) -> list[Asked]:
+    """So many who decode on, with their times known."""
+    asked = [world.ask([k] * 20, 400, requester=str(k), priority=priority) for k in range(count)]
+    for _ in range(30):
+        world.step()
+    return asked
+
+
+def crowded(slots: int = 8) -> World:
+    """One where a pass of one decode and one of four have been measured, and decodes are dear."""
+    world = World(SchedulerConfig(slots=slots, blocks=256, step_tokens=260), dear)
+    world.ask([9] * 20, 10)
+    world.run(20)
+    return world
+
+
+def test_a_prompt_has_a_step_of_its_own_where_many_decode() -> None:
+    world = crowded()
+    others = decoding(world, 4)
+    short = world.ask([5] * 40, 4, requester="short")
+    step = world.step()
+    assert step.decodes == ()
+    assert [span.request_id for span in step.chunks] == [short.name]
+    assert short.said
+    assert world.times[-1] == dear(0, 40)
+    assert {span.request_id for span in world.step().decodes} == {asked.name for asked in (*others, short)}
+
+
+def test_a_prompt_goes_beside_decodes_that_hardly_cost_more_than_one() -> None:
+    world = World(SchedulerConfig(slots=8, blocks=256, step_tokens=260), seconds)
+    world.ask([9] * 20, 10)
+    world.run(20)
+    decoding(world, 4)
+    world.ask([5] * 40, 4, requester="short")
+    step = world.step()
+    assert (len(step.decodes), len(step.chunks)) == (4, 1)
+
+
+def test_with_a_queue_a_prompt_goes_beside_the_decodes() -> None:
+    """What every pass costs is then paid once: tokens a second count for all who wait."""
+    world = crowded(slots=5)
+    decoding(world, 4)
+    for k in range(2):
+        world.ask([5 + k] * 40, 4, requester=f"short {k}")
+    step = world.step()
+    assert (len(step.decodes), len(step.chunks)) == (4, 1)
+
+
+def test_a_prompt_is_not_put_before_decodes_of_a_better_class() -> None:
+    for priority, is_before in ((PEER, True), (OWN, True), (STRANGER, False)):
+        world = crowded()
+        decoding(world, 4, PEER)
+        world.ask([5] * 40, 4, requester="short", priority=priority)
+        assert (world.step().decodes == ()) == is_before
+
+
+def test_an_overdue_request_is_not_passed_over() -> None:
+    world = World(SchedulerConfig(slots=8, blocks=256, step_tokens=260, age_steps=40), dear)
+    world.ask([9] * 20, 10)
+    world.run(20)
+    decoding(world, 4)
+    for _ in range(20):
+        world.step()
+    world.ask([5] * 40, 4, requester="short")
+    assert len(world.step().decodes) == 4
+
+
+def test_short_prompts_that_never_stop_at_most_double_the_time_between_tokens() -> None:
+    """And a prompt of 2,000 tokens that comes in between them gets on."""
+    world = crowded()
+    others = decoding(world, 4)
+    alone_s = world.times[-1]
+    long = world.ask([5] * 2_000, 4, requester="long")
+    gaps, gap_s = list[float](), 0.0
+    while not long.said:
+        if world.now % 4 == 0:
+            world.offer([world.now % 7, world.now % 5, 3] * 20, 1, requester=str(world.now), shared=0)
+        step = world.step()
+        gap_s += world.times[-1]
+        if step.decodes:
+            assert {asked.name for asked in others} <= {span.request_id for span in step.decodes}
+            gaps.append(gap_s)
+            gap_s = 0.0
+    assert world.passed_over >= 3
+    assert sum(gaps) <= 2.1 * alone_s * len(gaps)
+    assert max(gaps) <= 4.0 * alone_s
+    assert len(gaps) < 60, "and it gets on"
+
+
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     world = World(SchedulerConfig(slots=3, step_tokens=64), seconds)
     world.ask([1] * 2_000, 1, requester="long")
@@ -307,6 +401,7 @@ def test_a_chunk_is_bounded_whatever_was_measured(steps: list[tuple[int, int, fl
     assert all(16 <= chunk <= 256 or (decodes and chunk == 0) for chunk in chunks)
     assert max(chunks) > 0
     assert 0 <= pace.at_once(decodes) <= 256
+    assert 0 <= pace.alone(decodes) <= 256
 
 
 def test_a_crowd_that_comes_while_nothing_decodes_soon_decodes_together() -> None:
@@ -322,8 +417,55 @@ def test_a_crowd_that_comes_while_nothing_decodes_soon_decodes_together() -> Non
     assert taken == [256, 256, 256, 256, 256, 27, 0], "and then they are held back"
 
 
+def measured() -> ChunkPace:
+    """One decode takes 10 ms, eight take 20 and a prompt's token half a one."""
+    pace = ChunkPace(16, 256)
+    pace.note(0, 100, 0.050)
+    pace.note(1, 0, 0.010)
+    pace.note(8, 0, 0.020)
+    return pace
+
+
+def test_prompts_have_a_step_of_their_own_by_what_was_measured() -> None:
+    assert 99 <= measured().alone(8) <= 100, "with what a pass costs, three times what the decodes take"
+    assert measured().alone(1) == 0, "one decode costs no more than a pass"
+    assert measured().alone(0) == 0
+    assert ChunkPace(16, 256).alone(8) == 0
+
+
+def test_decodes_are_not_passed_over_twice_and_what_it_took_counts() -> None:
+    pace = measured()
+    assert pace.at_once(8) == 120
+    pace.note(0, 1, 0.001, passed_over=8)
+    assert pace.alone(8) == 0
+    pace = measured()
+    pace.note(0, 90, 0.045, passed_over=8)
+    assert pace.at_once(8) == 30, "of the 60 ms that they may wait, 45 are spent"
+    assert pace.chunk(8) == 0, "and they have waited more than twice their time"
+    pace.note(8, 0, 0.020)
+    assert pace.alone(8) == 0, "they are still behind"
+    pace.note(8, 0, 0.020)
+    assert pace.alone(8) > 0
+
+
+def test_a_crowd_that_comes_at_once_is_not_passed_over() -> None:
+    pace = measured()
+    pace.chunk(0)
+    assert pace.alone(8) == 0
+
+
+def test_a_step_without_a_prompt_is_measured_first() -> None:
+    """Who comes into a crowd that an engine begins with waits one step, and not for chunk after chunk_min."""
+    pace = ChunkPace(16, 256)
+    pace.note(0, 100, 0.100)
+    assert (pace.chunk(4), pace.at_once(4)) == (0, 0)
+    pace.note(4, 0, 0.020)
+    assert pace.chunk(4) == 60
+
+
 def test_an_engine_that_does_not_measure_is_taken_to_be_slow() -> None:
     pace = ChunkPace(16, 256)
+    assert [pace.chunk(4) for _ in range(4)] == [0, 16, 0, 16]
     pace.note(0, 100, 0.0)
     pace.note(4, 0, 0.010)
     pace.note(4, 0, 0.0)

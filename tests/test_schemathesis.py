@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache, partial
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -22,6 +24,7 @@ from node.web.app import build_app
 from node.web.door import Door
 from node.web.schema_openapi import document
 from tests.fake_front import FakeFront
+from tests.fake_self import FakeSelf
 
 schemathesis = pytest.importorskip(
     "schemathesis", reason="schemathesis is not installed: pip install -c constraints.txt -e '.[test]'"
@@ -37,6 +40,7 @@ class Target:
 
     def __init__(self) -> None:
         self.front = FakeFront()
+        self.front.itself = memory()
         self.app = build_app(self.front, Random(1))
 
     def send(self, **request: Any) -> httpx.Response:
@@ -47,6 +51,15 @@ class Target:
         with trio.fail_after(CASE_S_MAX):
             async with httpx.AsyncClient(transport=transport) as client:
                 return await client.request(**request)
+
+
+FOLDER = tempfile.TemporaryDirectory(prefix="schemathesis")
+
+
+@cache
+def memory() -> FakeSelf:
+    """One for all: nothing that is drawn may spoil it."""
+    return FakeSelf(Path(FOLDER.name)).live()
 
 
 @cache

@@ -213,6 +213,7 @@ def test_a_node_in_a_crowd_has_no_more_to_do() -> None:
     little, crowded = crowds(60, 60.0), crowds(180, 120.0)
     assert crowded.bytes_per_peer_s < little.bytes_per_peer_s
     assert crowded.events_per_peer_s < little.events_per_peer_s
+    assert crowded.summary_bytes_per_peer_s < little.summary_bytes_per_peer_s < 0.1 * little.bytes_per_peer_s
 
 
 @pytest.mark.soak
@@ -220,4 +221,5 @@ def test_nor_in_one_of_a_thousand() -> None:
     little, crowded = crowds(60, 60.0), crowds(1_000, 600.0)
     assert crowded.bytes_per_peer_s < little.bytes_per_peer_s
     assert crowded.events_per_peer_s < little.events_per_peer_s
+    assert crowded.summary_bytes_per_peer_s < little.summary_bytes_per_peer_s
     assert crowded.offers_known < 300  # one in three of a thousand serves

@@ -16,7 +16,7 @@ from node.errors import StoreLocked
 from node.events import HOUR_MS, Event, Forgotten, Hour, Lost, Note, Pruned
 from node.retention import DAY_MS, Retention, Term
 from node.store import Store
-from node.store_recall import DIMS_MAX
+from node.store_vectors import DIMS_MAX
 from tests.store_world import IDENTITY, T0_MS, World, inference, note, state
 
 

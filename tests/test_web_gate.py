@@ -143,7 +143,8 @@ def test_every_route_is_for_somebody_and_not_by_chance(tmp_path: Path) -> None:
         "/readyz",
         "/static/{name}",
     }
-    assert {path for (_, path), need in needs.items() if need is Need.ADMIN} == {f"/api/{name}" for name in OPERATORS}
+    operators = {f"/api/{name}" for name in OPERATORS} | {"/api/v1/memory", "/api/v1/memory/verify"}
+    assert {path for (_, path), need in needs.items() if need is Need.ADMIN} == operators
 
 
 async def test_each_fault_of_a_key_has_its_sentence_and_none_quotes_it(tmp_path: Path) -> None:

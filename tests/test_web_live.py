@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -16,6 +17,7 @@ from node.recent import SAMPLE_S, Totals
 from node.web.app import build_app
 from node.web.live import EVERY_S, KEEP_ALIVE_S, PEERS_TOLD_MAX, SLOW_S, WATCHERS_EACH_MAX, WATCHERS_MAX, Live
 from tests.fake_front import FakeFront
+from tests.fake_self import FakeSelf
 from tests.test_web_stream import Call
 
 ROUND = {
@@ -220,3 +222,16 @@ async def test_a_stream_leaves_nothing_behind(autojump_clock: MockClock, leave: 
         await trio.sleep(0.1)
     assert call.done
     assert trio.lowlevel.current_statistics().tasks_living == before
+
+
+async def test_the_panel_of_the_nodes_own_state_is_there_exactly_when_it_keeps_a_memory(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    front, with_memory = FakeFront(), FakeFront()
+    with_memory.itself = itself = FakeSelf(tmp_path)
+    for each, expected in ((front, False), (with_memory, True)):
+        call = watch()
+        async with watching(each, call):
+            await trio.sleep(2 * EVERY_S)
+        assert events(call)[0]["self"] is expected
+    itself.close()

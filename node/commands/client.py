@@ -97,8 +97,12 @@ class NodeClient:
     def get(self, path: str) -> Any:
         """The JSON at `path`. Raises CommandFailed."""
         with self._failures():
-            response = self._http.get(path)
-            return self._decoded(response)
+            return self._decoded(self._http.get(path))
+
+    def delete(self, path: str) -> Any:
+        """The JSON answer. Raises CommandFailed."""
+        with self._failures():
+            return self._decoded(self._http.delete(path))
 
     def post(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> tuple[Any, httpx.Headers]:
         """The JSON answer and its headers. Raises CommandFailed."""
@@ -140,7 +144,7 @@ class NodeClient:
             raise CommandFailed(
                 f"{self.url} answered {response.status_code} and no JSON object; is it a node of this project?"
             )
-        if response.status_code >= 400:
+        if response.status_code >= 400 or value.keys() == {"error"}:  # a long answer that failed after it had begun
             raise _failure(value, response.status_code)
         return value
 

@@ -53,9 +53,9 @@ for name, command in (("create", create), ("list", listed), ("revoke", revoke)):
 @identity.command(epilog=_IDENTITY_PAGE)
 def show(data_dir: DataDir = None, config: ConfigFile = None, as_json: AsJson = False) -> None:
     """Print the peer id, the public key and where the key is kept."""
-    with plainly(), _key_failures():
+    with plainly(), key_failures():
         path = identity_path(settings(data_dir, config))
-        own = _load(path)
+        own = load_identity(path)
         if as_json:
             return print_json({"peer_id": own.peer_id, "public_key": own.public_key.hex(), "path": str(path)})
         print(f"peer id     {own.peer_id}\npublic key  {own.public_key.hex()}\nkept in     {path}")
@@ -69,8 +69,8 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Copy the secret key to a new file, for its owner alone. Whoever has it is this node."""
-    with plainly(), _key_failures():
-        own = _load(identity_path(settings(data_dir, config)))
+    with plainly(), key_failures():
+        own = load_identity(identity_path(settings(data_dir, config)))
         own.save(file)
         if as_json:
             return print_json({"peer_id": own.peer_id, "path": str(file)})
@@ -88,10 +88,10 @@ def rotate(
     from crypto.identity import Identity  # PyNaCl: not for --help
     from node.start import locked  # trio: not for --help
 
-    with plainly(), _key_failures():
+    with plainly(), key_failures():
         path = identity_path(settings(data_dir, config))
         folder = path.parent
-        old = _load(path)
+        old = load_identity(path)
         question = f"Give up the identity {old.peer_id} and make a new one?"
         if not yes and not typer.confirm(question, err=as_json):
             raise CommandFailed("nothing was changed", EXIT_FAILED)
@@ -122,7 +122,8 @@ def identity_path(config: NodeConfig) -> Path:
     return config.data_dir / KEY_FILE
 
 
-def _load(path: Path) -> Any:
+def load_identity(path: Path) -> Any:
+    """The node's key. Raises CommandFailed, BadKey, UnsafePermissions."""
     from crypto.identity import Identity
 
     if not path.exists() and not path.is_symlink():
@@ -131,7 +132,8 @@ def _load(path: Path) -> Any:
 
 
 @contextmanager
-def _key_failures() -> Iterator[None]:
+def key_failures() -> Iterator[None]:
+    """What is wrong with a key or its folder, as CommandFailed."""
     from crypto.errors import BadKey, UnsafePermissions
     from node.errors import ConfigError, DataDirLocked
 

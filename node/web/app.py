@@ -36,6 +36,7 @@ from node.web.embeddings import Embeddings
 from node.web.errors import MethodNotAllowed, NotFound, error_answer
 from node.web.gate import Gate
 from node.web.generation import Generations
+from node.web.itself import Itself
 from node.web.meter import Meter
 from node.web.metered import MeteredFront
 from node.web.ollama import Ollama
@@ -43,6 +44,7 @@ from node.web.pages import page_routes
 from node.web.responses import Responses
 from node.web.schema_openapi import document
 from node.web.sealed import Sealed
+from node.web.self_tools import SelfTools
 from node.web.session import SessionRoutes
 from node.web.settings import WebConfig
 from node.web.training import Training
@@ -61,8 +63,10 @@ def build_app(front: Front, rng: Random, config: WebConfig | None = None, *, sto
     sign_ins = SignIns(gate.audience, gate.wallets)
     session = SessionRoutes(sign_ins)
     embeddings = Embeddings(front)
-    generations = Generations(front, rng, embeddings, config.defaults)
+    own = SelfTools(front, is_on=config.self_report)
+    generations = Generations(front, rng, embeddings, config.defaults, self_tools=own)
     facts = Facts(front)
+    itself = Itself(front)
     training = Training(front)
     sealed = Sealed(front)
     routes = [
@@ -78,6 +82,12 @@ def build_app(front: Front, rng: Random, config: WebConfig | None = None, *, sto
         get("/api/v1/metrics/model", facts.metrics_model),
         get("/api/v1/status", facts.status),
         get("/api/v1/peers", facts.peers),
+        get("/api/v1/self", itself.told),
+        get("/api/v1/self/history", itself.history),
+        get("/api/v1/memory", itself.recall),
+        post("/api/v1/memory", itself.note),
+        Route("/api/v1/memory", itself.forget, methods=["DELETE"]),
+        get("/api/v1/memory/verify", itself.verify),
         post("/api/v1/session/challenge", session.challenge),
         post("/api/v1/session", session.session),
         get("/api/v1/training", training.status),

@@ -17,6 +17,7 @@ from node.requester import LOCAL, STRANGER_PREFIX, account_of
 PUBLIC_PATHS = frozenset({"/", "/chat", "/healthz", "/readyz", "/favicon.ico", "/openapi.json", "/robots.txt"})
 PUBLIC_PREFIX = "/static/"
 SESSION_PREFIX = "/api/v1/session"
+MEMORY_PREFIX = "/api/v1/memory"  # what a node remembers is its operator's, to read as well
 # the clients' own APIs: OpenAI's and Anthropic's, this node's, Ollama's
 INFER_PREFIXES = ("/v1/", "/api/v1/model/")
 INFER_PATHS = frozenset({"/api/v1/sealed"}) | frozenset(
@@ -44,6 +45,8 @@ def need_of(method: str, path: str) -> Need:
         return Need.SESSION
     if path.startswith(INFER_PREFIXES) or path in INFER_PATHS or path.endswith("/sealing-key"):
         return Need.INFER
+    if path == MEMORY_PREFIX or path.startswith(f"{MEMORY_PREFIX}/"):
+        return Need.ADMIN
     if path == "/metrics" or (reads and path.startswith("/api/v1/")):
         return Need.METRICS
     if path.startswith("/api/v1/training/"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from starlette.requests import Request
@@ -33,12 +33,12 @@ from node.web.schema import (
     Generation,
     InferenceRequest,
     Prompt,
-    Streamed,
     messages_of,
     parse,
     prompts_of,
 )
-from node.web.shapes import Answer, ChatShape, CompletionShape, Head, Shape, usage_of
+from node.web.self_tools import SelfTools
+from node.web.shapes import Answer, ChatShape, CompletionShape, Head, usage_of
 from node.web.sse import EventStream, StreamRequest, served_headers
 from node.web.writer import AnswerWriter, ChunkWriter
 from node.work import TEXTS_MAX, GenerateWork
@@ -47,8 +47,18 @@ from node.work import TEXTS_MAX, GenerateWork
 class Generations:
     """See the module."""
 
-    def __init__(self, front: Front, rng: Random, embeddings: Embeddings, defaults: Defaults | None = None) -> None:
+    def __init__(
+        self,
+        front: Front,
+        rng: Random,
+        embeddings: Embeddings,
+        defaults: Defaults | None = None,
+        *,
+        self_tools: SelfTools | None = None,
+    ) -> None:
+        """self_tools: who looks for the node's own functions in chats; None: they are any function."""
         self._front = front
+        self._self_tools = self_tools
         self._defaults = defaults or Defaults()
         self._rng = rng
         self._embeddings = embeddings
@@ -56,9 +66,13 @@ class Generations:
     async def chat(self, request: Request) -> ASGIApp:
         asked = parse(await read_body(request.scope, request.receive), ChatRequest)
         logprobs = asked.logprobs_asked()
-        prompts = [{"messages": messages_of(asked.messages), "tools": asked.tooling()}]
+        tooling = asked.tooling()
+        own = None if self._self_tools is None else self._self_tools.of(request, tooling)
+        prompts = [{"messages": messages_of(asked.messages), "tools": tooling if own is None else None}]
         works = self.works(request, asked, prompts, tokens_default=CHAT_TOKENS_DEFAULT, logprobs=logprobs)
-        return await self._answer(request, asked, works, ChatShape(logprobs=asked.logprobs, n=asked.n))
+        writer = ChunkWriter(shape=ChatShape(logprobs=asked.logprobs, n=asked.n), include_usage=asked.usage_in_stream())
+        front = None if own is None else cast(Front, own)
+        return await self.answer(request, works, writer, stream=asked.stream, front=front)
 
     async def completions(self, request: Request) -> ASGIApp:
         asked = parse(await read_body(request.scope, request.receive), CompletionRequest)
@@ -66,7 +80,8 @@ class Generations:
         prompts = [_prompt_field(text) for text in texts]
         works = self.works(request, asked, prompts, tokens_default=COMPLETION_TOKENS_DEFAULT, logprobs=asked.logprobs)
         shape = CompletionShape(logprobs=asked.logprobs is not None, n=asked.n)
-        return await self._answer(request, asked, works, shape)
+        writer = ChunkWriter(shape=shape, include_usage=asked.usage_in_stream())
+        return await self.answer(request, works, writer, stream=asked.stream)
 
     async def inference(self, request: Request) -> Response:
         """Text or embeddings, by the kind of the model."""
@@ -89,7 +104,7 @@ class Generations:
         works = self.works(
             request, asked, [_prompt_field(text) for text in texts], tokens_default=CHAT_TOKENS_DEFAULT, logprobs=None
         )
-        answers = await self._gather(request, works)
+        answers = await self._gather(request, works, self._front)
         made = ["".join(answer.text) for answer in answers]
         reasons = [answer.finished.reason if answer.finished else None for answer in answers]
         told = {
@@ -104,33 +119,35 @@ class Generations:
         }
         return told, served_headers(answers)
 
-    async def _answer(self, request: Request, asked: Streamed, works: Sequence[GenerateWork], shape: Shape) -> ASGIApp:
-        writer = ChunkWriter(shape=shape, include_usage=asked.usage_in_stream())
-        return await self.answer(request, works, writer, stream=asked.stream)
-
     async def answer(
-        self, request: Request, works: Sequence[GenerateWork], writer: AnswerWriter, *, stream: bool
+        self,
+        request: Request,
+        works: Sequence[GenerateWork],
+        writer: AnswerWriter,
+        *,
+        stream: bool,
+        front: Front | None = None,
     ) -> ASGIApp:
-        """The response to a request: as it comes, or whole. Raises RequestError, ClientGone."""
-        request_id = request.scope[REQUEST_ID_KEY]
+        """The response to a request: as it comes, or whole. front: who answers, if not all requests' front.
+
+        Raises RequestError, ClientGone."""
+        request_id, front = request.scope[REQUEST_ID_KEY], front or self._front
         if stream:
             asker = asker_of(request.scope)
             wanted = StreamRequest(
                 request_id=request_id, works=works, hint=asker.hint, writer=writer, deadline_s=asker.deadline_s
             )
-            return EventStream(self._front, wanted)
-        answers = await self._gather(request, works)
+            return EventStream(front, wanted)
+        answers = await self._gather(request, works, front)
         started = answers[0].started
         assert started is not None, "the node told of an answer before Started"
         head = Head(request_id=request_id, created_s=int(time.time()), model=started.model, revision=started.revision)
         headers = {**served_headers(answers), **writer.headers(head)}
         return Response(writer.whole(head, answers), 200, headers, media_type="application/json")
 
-    async def _gather(self, request: Request, works: Sequence[GenerateWork]) -> list[Answer]:
+    async def _gather(self, request: Request, works: Sequence[GenerateWork], front: Front) -> list[Answer]:
         asker = asker_of(request.scope)
-        return await unless_gone(
-            request.receive, lambda: gather(self._front, works, asker.hint), deadline_s=asker.deadline_s
-        )
+        return await unless_gone(request.receive, lambda: gather(front, works, asker.hint), deadline_s=asker.deadline_s)
 
     def works(
         self,

@@ -94,7 +94,7 @@ class Live:
             "training": training,
             "rounds": rounds,
             "sample": asdict(samples[-1]) if samples else None,
-            "self": "/api/v1/self" in self._routes,
+            "self": "/api/v1/self" in self._routes and self._front.itself is not None,
         }
 
     def _status(self, now: float) -> dict[str, Any]:

@@ -236,6 +236,11 @@ def parse(body: bytes, kind: type[Asked]) -> Asked:
             standing = f"the field {key!r} is not supported by this node: leave it out"
             raise BadRequest(kind.refusals.get(key, standing), param=key)
         del given[key]
+    return fitted(given, kind)
+
+
+def fitted(given: Mapping[str, object], kind: type[Asked]) -> Asked:
+    """The same as a model of this kind. Raises BadRequest, naming the field."""
     try:
         return kind.model_validate(given)
     except ValidationError as exc:

@@ -20,6 +20,7 @@ from starlette.routing import Route
 from node.front import Route as Where
 from node.training_wish import Begin, Join
 from node.web import schema_answers as answers
+from node.web import schema_itself as itself
 from node.web.asker import DEADLINE_S_MAX
 from node.web.errors import CODES, TABLE
 from node.web.schema import (
@@ -56,7 +57,8 @@ EVENT: Final[Json] = {"description": "events; the data of each is a chunk in Ope
 class Described:
     """One route. asks: its body; gives: its answer's JSON; media: another kind of answer, or one beside JSON.
 
-    is_asking: x-route and its kin say how it is answered. ill: its JSON with a 503, if that is not an error's alone.
+    query: what may stand behind the question mark. is_asking: x-route and its kin say how it is answered.
+    ill: its JSON with a 503, if that is not an error's alone.
     fails: every failure's JSON.
     """
 
@@ -64,6 +66,7 @@ class Described:
     asks: type[BaseModel] | type[msgspec.Struct] | None = None
     gives: type[BaseModel] | None = None
     media: str = ""
+    query: type[BaseModel] | None = None
     is_asking: bool = False
     ill: type[BaseModel] | None = None
     fails: type[BaseModel] = answers.ErrorBody
@@ -106,6 +109,22 @@ ROUTES: Final[dict[tuple[str, str], Described]] = {
     ("GET", "/openapi.json"): Described(summary="This document", gives=answers.Opened),
     ("GET", "/api/v1/status"): Described(summary="What the node says of itself", gives=answers.Opened),
     ("GET", "/api/v1/peers"): Described(summary="What is known of its peers", gives=answers.PeerList),
+    ("GET", "/api/v1/self"): Described(summary="What it measured of itself, with formulas", gives=itself.SelfTold),
+    ("GET", "/api/v1/self/history"): Described(
+        summary="The newest snapshots of it", gives=itself.HistoryTold, query=itself.HistoryAsked
+    ),
+    ("GET", "/api/v1/memory"): Described(
+        summary="Recall, for the operator", gives=itself.Recalled, query=itself.RecallAsked
+    ),
+    ("POST", "/api/v1/memory"): Described(
+        summary="Remember a text, for the operator", asks=itself.NoteRequest, gives=itself.Noted
+    ),
+    ("DELETE", "/api/v1/memory"): Described(
+        summary="Erase all of a subject, for the operator", gives=itself.ForgottenTold, query=itself.ForgetAsked
+    ),
+    ("GET", "/api/v1/memory/verify"): Described(
+        summary="Walk the whole chain, for the operator; takes as long as it takes", gives=itself.Verified
+    ),
     ("GET", "/api/v1/events"): Described(summary="What changed, once a second, as long as it is read", media=EVENTS),
     ("GET", "/api/v1/metrics/model"): Described(summary="Counts and percentiles by model", gives=answers.Opened),
     ("POST", "/api/v1/sealed"): Described(
@@ -185,6 +204,8 @@ def _operation(path: str, described: Described) -> Json:
         for name in path.split("/")
         if name.startswith("{")
     ]
+    if described.query is not None:
+        parameters += _questions(described.query)
     if described.is_asking:
         parameters += [
             {"name": name, "in": "header", "description": told, "schema": schema}
@@ -195,6 +216,21 @@ def _operation(path: str, described: Described) -> Json:
     if described.asks is not None:
         operation["requestBody"] = {"required": True, "content": {JSON: {"schema": _ref(described.asks)}}}
     return operation
+
+
+def _questions(kind: type[BaseModel]) -> list[Json]:
+    """The names behind the question mark; one that is a list is repeated."""
+    told = kind.model_json_schema()
+    return [
+        {"name": name, "in": "query", "required": name in told.get("required", ()), "schema": _plain(schema)}
+        for name, schema in told["properties"].items()
+    ]
+
+
+def _plain(schema: Json) -> Json:
+    """Without null, which no question's value is."""
+    kinds = [each for each in schema.get("anyOf", ()) if each != {"type": "null"}]
+    return kinds[0] if len(kinds) == 1 else {name: value for name, value in schema.items() if name != "title"}
 
 
 def _responses(described: Described) -> Json:

@@ -34,6 +34,7 @@ class WebConfig:
     door: DoorConfig = field(default_factory=DoorConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     defaults: Defaults = field(default_factory=Defaults)
+    self_report: bool = False  # chats may call the node's own functions (node/web/self_tools.py)
 
 
 def web_config(config: NodeConfig, peer: str) -> WebConfig:
@@ -42,6 +43,7 @@ def web_config(config: NodeConfig, peer: str) -> WebConfig:
         door=door_config(config),
         gate=gate_config(config, peer),
         defaults=Defaults(max_tokens=config.max_tokens, temperature=config.temperature),
+        self_report=config.self_report,
     )
 
 

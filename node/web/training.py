@@ -1,15 +1,13 @@
 """The routes of training: what there is to tell, and the operator's words.
 
-Rules: only who sits at this machine, or has a key for it, may begin, join, pause or leave: a run reads files of this
-machine. A proxy on this machine comes from loopback too, whoever stands behind it, so what says that it was handed on
-is refused without such a key. Bodies are JSON objects as node/training_wish.py has them; what does not fit is
-refused with the field's name.
+Rules: only who sits at this machine, or has a key for it, may begin, join, pause or leave (node/web/operator.py): a run
+reads files of this machine. Bodies are JSON objects as node/training_wish.py has them; what does not fit is refused
+with the field's name.
 Source: INTERFACES.md (`train`, GET /api/v1/training).
 """
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,10 +17,9 @@ from starlette.responses import Response
 from node.errors import BadRequest
 from node.front import Front
 from node.training_wish import Begin, Join
-from node.web.asker import proxy_header
-from node.web.caller import Caller, Need
-from node.web.door import CALLER_KEY, COUNTS_KEY, headers_of, read_body
-from node.web.errors import Forbidden
+from node.web.caller import Need
+from node.web.door import read_body
+from node.web.operator import check_is_operator
 
 _T = TypeVar("_T")
 
@@ -57,27 +54,7 @@ class Training:
 
 def _check_is_operator(request: Request) -> None:
     """Raises Forbidden."""
-    caller: Caller | None = request.scope.get(CALLER_KEY)
-    if caller is not None and caller.is_named and caller.may(Need.TRAIN):
-        return
-    host = request.client.host if request.client is not None else ""
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        address = ipaddress.ip_address("0.0.0.0")  # nobody's
-    mapped = getattr(address, "ipv4_mapped", None)  # as a socket for both families has it
-    drops = request.scope[COUNTS_KEY].drops
-    if not (mapped or address).is_loopback:
-        drops["training_from_elsewhere"] += 1
-        raise Forbidden("training is begun and ended from this machine only: ask on 127.0.0.1")
-    name = proxy_header(headers_of(request.scope))
-    if name is not None:
-        drops["training_by_proxy"] += 1
-        raise Forbidden(
-            f"training is begun and ended from this machine only, and the header {name[:40]} says that a proxy "
-            "hands this on: ask the node itself, on 127.0.0.1",
-            param=name[:40],
-        )
+    check_is_operator(request, Need.TRAIN, "training", "training is begun and ended")
 
 
 async def _asked(request: Request, kind: type[_T]) -> _T:

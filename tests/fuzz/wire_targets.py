@@ -15,6 +15,7 @@ from crypto.errors import BadEncoding, BadKey, BadSignature, Expired, WrongNetwo
 from crypto.identity import Identity, PeerId, peer_id_of, public_key_of
 from gossip.errors import RemoteProtocolError as BadGossip
 from gossip.messages import ADVERT_DOMAIN, Advert, Capacity, ModelKind, ModelOffer, advert_of, checked_capacity
+from gossip.summaries import SUMMARY_DOMAIN, SelfSummary, checked_summary, summary_of
 from gossip.transfer import decode_manifest, manifest_of
 from node.judge import Judge
 from node.work import (
@@ -64,6 +65,11 @@ CAPACITY: Final = Capacity(
     decode_tok_s=120.5,
     accepting=True,
 )
+SUMMARY: Final = SelfSummary(
+    revision="r1", uptime_s=5.5, boot_count=2, loop_lag_ms=1.5, busy=0.5, queued=0.0, first_token_s=0.2,
+    entropy_nats=2.5, margin=0.25, calibration_error=0.1, latency_skill=-0.5, load_skill=0.5, success_mean=1.0,
+    success_least=0.5, head_id=9, head_hash=bytes(32),
+)  # fmt: skip
 ADVERT: Final = Advert(instance="00ff" * 4, started_ms=5, agent="a/1", addresses=(ADDRESS,), capacity=CAPACITY)
 
 
@@ -246,6 +252,30 @@ def advert() -> Target:
     return Target(read=read, errors=(BadGossip,), values=(canonical.decode(canonical.encode_struct(ADVERT)),))
 
 
+def summary() -> Target:
+    def read(raw: bytes) -> None:
+        statement = Envelope(
+            v=1,
+            domain=SUMMARY_DOMAIN,
+            network="main",
+            sender=IDENTITY.peer_id,
+            sequence=1,
+            time_ms=NOW_MS,
+            expires_ms=NOW_MS + 1,
+            body=raw,
+        )
+        found = checked_summary(summary_of(statement))
+        body = canonical.encode_struct(found)
+        assert canonical.decode_struct(body, SelfSummary) == found
+
+    empty = SelfSummary()
+    return Target(
+        read=read,
+        errors=(BadGossip,),
+        values=tuple(canonical.decode(canonical.encode_struct(each)) for each in (SUMMARY, empty)),
+    )
+
+
 def direct_agreement() -> Target:
     """The three messages of an agreement, and the keys that follow from a peer's."""
     own = X25519PrivateKey.from_private_bytes(b"\x01" * 32)
@@ -394,9 +424,9 @@ TARGETS: Final[Mapping[str, Callable[[], Target]]] = {
     "frames": frames,
     "rpc_frame": rpc_frame,
     "rpc_stream": rpc_stream,
-    "hello": hellos,
-    "address": address,
     "advert": advert,
+    "summary": summary,
+    "address": address,
     "direct_agreement": direct_agreement,
     "direct_sealed": direct_sealed,
     "manifest": manifest,

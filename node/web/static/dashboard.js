@@ -1,16 +1,15 @@
 // The dashboard: follows the node's events and gives each panel what has changed.
 
 import { Chart } from "./chart.js";
-import { byId, copiesIds, draw, make, say, show } from "./dom.js";
+import { byId, copiesIds, draw, make, say } from "./dom.js";
 import { number } from "./format.js";
-import { headers } from "./key.js";
 import { follow } from "./live.js";
 import { Network } from "./network.js";
 import * as panels from "./panels.js";
+import { SelfPanel } from "./self.js";
 import { TrainingPanel } from "./training.js";
 
 const WINDOW_S = 300;
-const SELF_MS = 10000;
 const FOOT_MS = 5000;
 
 const speed = new Chart(byId("speed"), {
@@ -33,6 +32,7 @@ const speed = new Chart(byId("speed"), {
 });
 const network = new Network(byId("network"), byId("network-legend"));
 const training = new TrainingPanel();
+const own = new SelfPanel();
 
 // Samples with the seconds before now at which they ended.
 function timed(history) {
@@ -68,34 +68,16 @@ function told(state, changed) {
   for (const [sections, paint] of PARTS) {
     if (sections.some((name) => changed.has(name))) paint(state);
   }
-  if (changed.has("self") && state.self) ownState();
+  if (changed.has("self")) {
+    if (state.self) own.follow();
+    else byId("self-card").hidden = true;
+  }
 }
 
 function said(kind, text) {
   const pill = byId("live");
   pill.className = `pill ${kind}`;
   say(pill, text);
-}
-
-// What /api/v1/self tells, for as long as the page is open: names and values, two deep.
-async function ownState() {
-  byId("self-card").hidden = false;
-  for (;;) {
-    try {
-      const response = await fetch("/api/v1/self", { headers: headers() });
-      if (response.ok) show(byId("self"), listed(await response.json(), 2));
-    } catch {
-      // the connection's own state says that the node is away
-    }
-    await new Promise((resume) => { setTimeout(resume, SELF_MS); });
-  }
-}
-
-function listed(value, deep) {
-  if (value === null || typeof value !== "object") return make("span", {}, String(value));
-  if (!deep) return make("span", { class: "muted" }, Array.isArray(value) ? `${value.length} entries` : `${Object.keys(value).length} values`);
-  return make("dl", { class: "figures" }, ...Object.entries(value).map(([name, each]) =>
-    make("div", {}, make("dt", {}, name.replaceAll("_", " ")), make("dd", {}, listed(each, deep - 1)))));
 }
 
 function legend() {
