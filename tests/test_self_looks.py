@@ -188,6 +188,8 @@ async def test_no_look_while_a_request_is_here(tmp_path: Path, autojump_clock: M
                 pass
         await trio.sleep(LOOK_EVERY_S * 2)
         assert len(at.of(HeldOut)) == 1
+        await until(lambda: at.looks.statistics().probes_stored == 1)
+        await trio.sleep(1)
         steps = len(PROMPTS) * ANSWER_TOKENS
         assert 0.0 < at.looks.statistics().probe_cpu_s <= 1.5 * steps, "waiting for a request costs nothing"
 
