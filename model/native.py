@@ -112,7 +112,7 @@ def _let_go() -> None:
     """LLVM is in memory and not needed any more, until something else is compiled: 70 MB that the system may have."""
     if sys.platform != "linux":
         return
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     for line in _mapped("libllvmlite"):
         begin, end = (int(each, 16) for each in line.split(maxsplit=1)[0].split("-"))

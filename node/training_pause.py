@@ -50,8 +50,8 @@ class PausePolicy:
 class LoadRoom:
     """Whether the load that the node expects leaves room to train. `now` is monotonic seconds."""
 
-    def __init__(self) -> None:
-        self._is_busy = False
+    def __init__(self, stay_s: float = STAY_S) -> None:
+        self._stay_s, self._is_busy = stay_s, False
         self._since = self._granted_at = float("-inf")
 
     def why(self, expected: Expected | None, now: float) -> str:
@@ -60,7 +60,7 @@ class LoadRoom:
         if expected is None:
             self._turn(False, now)
             return ""
-        if now >= self._since + STAY_S:
+        if now >= self._since + self._stay_s:
             self._turn(expected.value >= (QUIET_REQUESTS if self._is_busy else BUSY_REQUESTS), now)
         if not self._is_busy or self._is_granted(now):
             return ""
