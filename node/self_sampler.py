@@ -61,6 +61,7 @@ class Sampler:
         self._started_s = trio.current_time()
         self._wake = trio.Event()
         self._lag: Distribution | None = None
+        self._lag_ms_last: float | None = None
         self._process = psutil.Process()
         self._warned = False
 
@@ -138,13 +139,13 @@ class Sampler:
         )
 
     def _lag_ms(self) -> float | None:
-        """The mean lateness of the loop since the last sample."""
+        """The mean lateness of the loop in the looks since the last sample that had any."""
         before, now = self._lag, self._sources.process.lag_s.read()
-        self._lag = now
         count = now.count - (before.count if before else 0)
-        if count <= 0:
-            return None
-        return 1000 * max(0.0, now.sum - (before.sum if before else 0.0)) / count
+        if count > 0:
+            self._lag_ms_last = 1000 * max(0.0, now.sum - (before.sum if before else 0.0)) / count
+            self._lag = now
+        return self._lag_ms_last
 
     def _body(self, disk_free_bytes: int | None) -> Body:
         hosting = self._sources.inference.hosting

@@ -20,7 +20,7 @@ from node import self_period, self_sampler
 from node.consciousness_fields import FIELDS
 from node.errors import BadRequest, NotReady, UnknownModel
 from node.events import Event, Inference, Kept, Outcome, Peer, Start, State, Stop
-from node.facts import Merged
+from node.facts import Generated, Merged
 from node.memory_events import replayed
 from node.self_face import Question
 from node.self_state import PEER_EVENTS_MAX
@@ -321,6 +321,7 @@ async def test_the_log_replays_to_the_very_state_at_each_prediction(tmp_path: Pa
         await foretell(here)
         await learn(here)
         await here.ask()
+        here.itself.take(Generated(tokens=7, entropy_sum_nats=3.0, margin_sum=2.0))  # no event of its own
         await foretell(here)
         live = here.itself.state
         assert here.itself.prediction is not None

@@ -69,7 +69,7 @@ def serves(node: NodeProcess) -> None:
 
 def test_a_full_and_a_read_only_disk_cost_no_request_and_are_said(cluster: Cluster, disk: Path) -> None:
     data = disk / "data"
-    node = cluster.start("n", "--data-dir", str(data)).wait_ready()
+    node = cluster.start("n", "--no-memory", "--data-dir", str(data)).wait_ready()
     assert degraded(node) == {}
     ballast = fill(disk)
     eventually("the full disk is told", lambda: degraded(node) == {"gossip state": "no_space"})
@@ -102,12 +102,12 @@ def test_a_full_and_a_read_only_disk_cost_no_request_and_are_said(cluster: Clust
 
 def test_a_node_starts_and_stops_on_a_full_disk(cluster: Cluster, disk: Path) -> None:
     data = disk / "data"
-    node = cluster.start("n", "--model", "none", "--data-dir", str(data)).wait_ready()
+    node = cluster.start("n", "--no-memory", "--model", "none", "--data-dir", str(data)).wait_ready()
     peer = node.peer_id
     assert node.stop() == 0
     (data / "lock").unlink()
     ballast = fill(disk)
-    node = cluster.start("n", "--model", "none", "--data-dir", str(data)).wait_ready()
+    node = cluster.start("n", "--no-memory", "--model", "none", "--data-dir", str(data)).wait_ready()
     assert node.peer_id == peer
     assert degraded(node)["gossip state"] == "no_space"
     assert node.stop() == 0, node.log
