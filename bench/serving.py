@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Final
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as a node does, before torch
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 

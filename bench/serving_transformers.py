@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as ours, before torch
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 import transformers

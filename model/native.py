@@ -4,7 +4,7 @@ Rules: llvmlite alone, which carries LLVM and needs no compiler. What is compile
 Several threads share a kernel's work through the OpenMP that torch itself uses, so that no second pool of threads
 competes with it; where that is not found, kernels are used only while torch computes in one thread. Whoever uses a
 kernel tries it first against torch (`model/native_*.py`), and does without it where it is off.
-Source: llvmlite, "Execution engine"; GNU libgomp manual, "Implementing PARALLEL construct".
+Source: llvmlite, "Execution engine"; madvise(2); GNU libgomp manual, "Implementing PARALLEL construct".
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ except ImportError:  # a platform that it has no wheel for
     llvm = ir = None
 
 OPENMP: Final = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+PAGE_OUT: Final = 21  # Linux' MADV_PAGEOUT: it keeps what is in them
 WORK_MIN: Final = 1 << 18  # multiplications from which on a second thread is worth waking
 _log = logging.getLogger(__name__)
 _lock: Final = threading.Lock()
@@ -85,6 +86,7 @@ def compiled(build: Callable[[Any], dict[str, tuple[int, int]]]) -> dict[str, Fu
         engine = llvm.create_mcjit_compiler(parsed, machine)
         engine.finalize_object()
         _kept.append((engine, machine))
+        _let_go()
     made: dict[str, Function] = {}
     for name, (pointers, numbers) in takes.items():
         kinds = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * (numbers + 2)
@@ -106,17 +108,31 @@ def tried(what: str, trial: Callable[[], bool]) -> bool:
     return False
 
 
+def _let_go() -> None:
+    """LLVM is in memory and not needed any more, until something else is compiled: 70 MB that the system may have."""
+    if sys.platform != "linux":
+        return
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for line in _mapped("libllvmlite"):
+        begin, end = (int(each, 16) for each in line.split(maxsplit=1)[0].split("-"))
+        madvise(begin, end - begin, PAGE_OUT)  # where the kernel does not, they stay as they are
+
+
+def _mapped(name: str) -> list[str]:
+    """Lines of this process's memory map for a library."""
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if name in line]
+
+
 @cache
 def _openmp() -> bool:
     """Make torch's OpenMP known to what is compiled; False where it has none of GNU's."""
     if sys.platform == "linux":
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            path = line.partition("/")[2]
-            if "libgomp" in path:
-                library = ctypes.CDLL(f"/{path}")
-                for name in OPENMP:
-                    llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
-                return True
+        for line in _mapped("libgomp")[:1]:
+            library = ctypes.CDLL("/" + line.partition("/")[2])
+            for name in OPENMP:
+                llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+            return True
     for name in OPENMP:  # never called: there is one thread only
         llvm.add_symbol(name, 1)
     return False

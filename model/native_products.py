@@ -20,6 +20,7 @@ from model.native_linears import BLOCKS
 from model.quantized import LARGEST, SCALE_MIN
 
 TILES: Final = {16: (6, 4, 2, 1), 8: (2, 1)}  # rows at once, by lanes: as many sums as there are registers for
+LINE: Final = 16  # words in a line of the cache
 ZERO: Final = 128  # of the unsigned activations
 
 
@@ -63,16 +64,18 @@ def _linear(module: Any, kind: str, lanes: int) -> tuple[int, int]:
 def _interleave(code: Code, args: tuple[Value, ...]) -> None:
     """int32 (rows, Q) -> (blocks, Q, lanes), zeros for rows that there are not. total: blocks."""
     source, to, rows, words, begin, end, _ = args
+    builder = code.builder
     with code.loop(begin, end) as block:
-        there = code.builder.sub(rows, code.times(block, code.lanes))
-        with code.loop(0, words) as word:
-            at = code.times(code.add(code.times(block, words), word), code.lanes)
+        there = builder.sub(rows, code.times(block, code.lanes))
+        with code.loop(0, words, LINE) as first:  # a line of each row, read once: rows may share their place in a cache
+            last = code.least(code.add(first, LINE), words)
             with code.loop(0, code.lanes) as lane:
-                row = code.add(code.times(block, code.lanes), lane)
-                has = code.builder.icmp_signed("<", lane, there)
-                row = code.builder.select(has, row, whole(0))
-                value = code.load(source, code.add(code.times(row, words), word), I32)
-                code.store(code.builder.select(has, value, I32(0)), to, code.add(at, lane), I32)
+                has = builder.icmp_signed("<", lane, there)
+                row = builder.select(has, code.add(code.times(block, code.lanes), lane), whole(0))
+                with code.loop(first, last) as word:
+                    value = code.load(source, code.add(code.times(row, words), word), I32)
+                    place = code.add(code.times(code.add(code.times(block, words), word), code.lanes), lane)
+                    code.store(builder.select(has, value, I32(0)), to, place, I32)
 
 
 def _bf16_rows(code: Code, args: tuple[Value, ...]) -> None:

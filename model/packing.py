@@ -17,9 +17,10 @@ from typing import Any, Final
 
 import torch
 
+from model import native_linears
 from model.config import LinearFacts
 from model.errors import FOREIGN, BadInput, ModelError, first_line
-from model.linears import EXACT, PackedModel, linear_shapes, pack
+from model.linears import EXACT, KINDS, PackedModel, linear_shapes, pack
 from model.linears_choice import PLAIN, Choice, choose
 from model.linears_joined import join
 from model.load import Loaded, kv_dtype, kv_token_bytes, load
@@ -102,7 +103,15 @@ def _tried(loaded: Loaded, kind: str) -> tuple[PackedModel | None, str]:
 
 
 def _told(choice: Choice) -> LinearFacts:
-    return LinearFacts(kind=choice.kind, told=str(choice), problem=choice.problem)
+    """told: also whose code computes them, since a node without ours is several times as slow for one user."""
+    by = (
+        ""
+        if choice.kind not in KINDS
+        else "; our own code"
+        if native_linears.is_here(choice.kind)
+        else "; torch's code"
+    )
+    return LinearFacts(kind=choice.kind, told=f"{choice}{by}", problem=choice.problem)
 
 
 def _distance(before: torch.Tensor, after: torch.Tensor) -> float:

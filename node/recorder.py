@@ -43,12 +43,12 @@ Hop = Callable[[Callable[[], Any]], Awaitable[Any]]  # runs an act where it may 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecorderStatistics:
     """queued: events that wait for the thread; dropped: kind -> events that were never written, since start; cpu_s: of
-    the thread; store: None before the file was first opened."""
+    the thread; store: as after the last act of the thread."""
 
     queued: int
     dropped: dict[str, int]
     cpu_s: float
-    store: StoreStatistics | None
+    store: StoreStatistics
 
 
 class Recorder:
@@ -78,6 +78,10 @@ class Recorder:
     def note(self, event: Event, on_id: Callable[[int], None] | None = None) -> None:
         """Remember it soon. on_id: called on the loop with its id, 0 when it could not be written."""
         self._enqueue(Waiting(event, on_id))
+
+    def hurry(self) -> None:
+        """Do not wait for more: what was noted is written at once."""
+        self._urgent.set()
 
     def note_lost(self, kind: str, count: int) -> None:
         """So many events of a kind were not even noted, by a bound of whoever saw them: the chain says so by and by."""
@@ -128,14 +132,16 @@ class Recorder:
     def statistics(self) -> RecorderStatistics:
         """A snapshot; the store's is of the last act of the thread."""
         return RecorderStatistics(
-            queued=len(self._queue), dropped=dict(self._dropped), cpu_s=self._thread.cpu_s, store=self._thread.told
+            queued=len(self._queue),
+            dropped=dict(self._dropped),
+            cpu_s=self._thread.cpu_s,
+            store=self._thread.told or self._thread.untold,
         )
 
     def file_status(self) -> FileStatus:
         """How the file fares, as the node's other files are told."""
         told = self._thread.told
         lost = sum(self._dropped.values()) + (0 if told is None else sum(told.lost.values()))
-        since_s = None if self._thread.trouble is None else self._thread.trouble[1]
         return FileStatus(
             what="memory",
             path=str(self._thread.path),
@@ -144,7 +150,7 @@ class Recorder:
             failures={"not_written": lost} if lost else {},
             reason=self._thread.reason,
             problem=self.problem,
-            since_s=since_s,
+            since_s=self._thread.since_s,
             set_aside="" if told is None else told.set_aside,
         )
 
@@ -163,7 +169,7 @@ class Recorder:
                         await self._urgent.wait()
                     self._urgent = trio.Event()
                     await self._flush()
-                    if self._thread.trouble is not None:  # what waits waits on: the file's owner may go
+                    if self._thread.trouble:  # what waits waits on: the file's owner may go
                         with trio.move_on_after(RETRY_S):
                             await self._urgent.wait()
                         self._wake.set()
@@ -183,7 +189,7 @@ class Recorder:
     async def _flush(self) -> None:
         """All that waits, unless the file cannot be opened."""
         await self._do(_nothing)
-        while self._queue and self._thread.trouble is None:
+        while self._queue and not self._thread.trouble:
             await self._do(_nothing)
 
     async def _retain_hourly(self) -> None:

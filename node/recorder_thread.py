@@ -76,23 +76,30 @@ class RecorderThread:
     ) -> None:
         self.path, self._identity, self._retention, self._clock_ms = path, identity, retention, clock_ms
         self.told: StoreStatistics | None = None
-        self.trouble: tuple[str, float] | None = None  # why the file is not open, and since when (Unix seconds)
+        self.trouble = ""  # why the file is not open: one sentence
+        self.since_s: float | None = None  # since when nothing can be written (Unix seconds)
         self.cpu_s = 0.0
         self.is_closed = False
         self._store: Store | None = None
         self._told_at = self._tried_at = float("-inf")
 
     @property
+    def untold(self) -> StoreStatistics:
+        """What is known of the store before it was first opened: nothing."""
+        return StoreStatistics(
+            path=str(self.path), entries=0, bytes=0, last_write_ms=None, head_id=0, head_hash="", index="", vectors=0,
+            degraded="", lost={}, set_aside="",
+        )  # fmt: skip
+
+    @property
     def problem(self) -> str:
         """One sentence while nothing can be written; '' otherwise."""
-        if self.trouble is not None:
-            return self.trouble[0]
-        return "" if self.told is None else self.told.degraded
+        return self.trouble or ("" if self.told is None else self.told.degraded)
 
     @property
     def reason(self) -> str:
         """The same in a word."""
-        return "" if not self.problem else "not_written" if self.trouble is None else "locked"
+        return "" if not self.problem else "locked" if self.trouble else "not_written"
 
     def work(self, visit: Visit, queue: deque[Waiting]) -> None:
         """Append what waits, up to BATCH_MAX, and do the act. Raises what that raises."""
@@ -108,10 +115,11 @@ class RecorderThread:
         except StoreLocked as exc:
             self._say(str(exc))
         finally:
-            if self.trouble is not None:  # who waits for it is told; what nobody waits for stays
+            if self.trouble:  # who waits for it is told; what nobody waits for stays
                 left = [queue.popleft() for _ in range(len(queue))]
                 visit.settled += [each for each in left if each.done is not None]
                 queue.extendleft(reversed([each for each in left if each.done is None]))
+            self.since_s = (self.since_s or time.time()) if self.problem else None
             self.cpu_s += time.thread_time() - began_s
 
     def _opened(self) -> Store | None:
@@ -127,13 +135,13 @@ class RecorderThread:
             except StoreLocked as exc:
                 self._say(str(exc))
             else:
-                self.trouble = None
+                self.trouble = ""
         return self._store
 
     def _say(self, sentence: str) -> None:
-        if self.trouble is None or self.trouble[0] != sentence:
+        if self.trouble != sentence:
             _log.warning("%s; the node goes on without remembering", sentence)
-            self.trouble = (sentence, time.time())
+        self.trouble = sentence
 
     def _append(self, store: Store, queue: deque[Waiting], visit: Visit) -> None:
         """Raises StoreLocked, and then all of it waits on."""
@@ -152,7 +160,7 @@ class RecorderThread:
             ids = store.append(events) or (0,) * len(events)
         except BadEncoding:
             ids = tuple(self._append_one(store, event, visit) for event in events)
-        self.trouble = None
+        self.trouble = ""
         visit.is_said = is_due and bool(ids[0])
         for waiting, event_id in zip(batch, ids[len(ids) - len(batch) :], strict=True):
             waiting.id = event_id

@@ -24,7 +24,7 @@ from model.errors import ModelError
 from model.look import held_out_slices
 from model.requests import Looked, Openness
 from node.averages import binned
-from node.consciousness import ConsciousnessState
+from node.consciousness import NATS_MAX, ConsciousnessState
 from node.errors import RequestError
 from node.facts import Fact, Generated, HeldOut
 from node.hosting import Hosting
@@ -229,7 +229,8 @@ class _Reading:
                 return None
             nats += looked.nats
             judged += looked.judged
-        return HeldOut(nll_nats=nats / len(judged), bins=binned(judged))
+        nll_nats = min(nats / len(judged), NATS_MAX)  # weights that are broken are told as that, and end no node
+        return HeldOut(nll_nats=nll_nats, bins=binned(judged))
 
     async def _read(self, text: str) -> Looked | None:
         work = _Work(self._hosting.runtime.looking(text, self.piece), self._clock_s)

@@ -34,7 +34,7 @@ from node.self_probes import (
     decode,
     tokenizer_of,
 )
-from node.work import EmbedWork, GenerateWork, Piece, Sampling, Started
+from node.work import EmbedWork, GenerateWork, Piece, Sampling
 
 FILE: Final = "self_probes.state"
 REMAINING_MS: Final = 600_000  # no deadline: it gives way by itself
@@ -92,7 +92,7 @@ class Probing:
         if hosting.facts("causal") is not None:
             for prompt in PROMPTS:
                 if prompt not in self._under.answers:
-                    self._under.answers[prompt] = await self._answer(prompt, revision)
+                    self._under.answers[prompt] = await self._answer(prompt)
         vectors = await self._vectors()
         if hosting.revision != revision:
             raise GaveWay(f"the weights went on from {revision} to {hosting.revision}")
@@ -129,7 +129,7 @@ class Probing:
             tokenizer=tokenizer_of([runtime.encode(text) for text in (*PROMPTS, *TEXTS)]),
         )
 
-    async def _answer(self, prompt: str, revision: str) -> tuple[int, ...]:
+    async def _answer(self, prompt: str) -> tuple[int, ...]:
         work = GenerateWork(
             request_id="probe",
             text=prompt,
@@ -138,26 +138,18 @@ class Probing:
             remaining_ms=REMAINING_MS,
         )
         tokens = list[int]()
-        self._give_way(others=0)
         async with self._hosting.generate(work, SELF) as items:
             async for item in items:
                 if isinstance(item, RequestError):
                     raise item
-                if isinstance(item, Started) and item.revision != revision:
-                    raise GaveWay(f"the weights went on from {revision} to {item.revision}")
                 if isinstance(item, Piece):
                     tokens += item.tokens
-                self._give_way(others=1)
+                if self._hosting.requests_running > 1 or self._hosting.draining:
+                    raise GaveWay("somebody else came, or the node stops")
         return tuple(tokens)
 
     async def _vectors(self) -> tuple[bytes, ...]:
         if self._hosting.facts("encoder") is None:
             return ()
-        self._give_way(others=0)
         work = EmbedWork(request_id="probe", texts=TEXTS, private=True, remaining_ms=REMAINING_MS)
         return (await self._hosting.embed(work, SELF)).vectors
-
-    def _give_way(self, *, others: int) -> None:
-        """others: requests that may be here. Raises GaveWay."""
-        if self._hosting.requests_running > others or self._hosting.draining:
-            raise GaveWay("somebody else came, or the node stops")

@@ -45,9 +45,20 @@ def last_events(store: Store) -> list[Kept]:
     prediction, wherever it stands."""
     snapshots = store.recent("state", 1)
     after_id = snapshots[0].id if snapshots else 0
-    found = [event for kind in OF_THE_STATE for event in store.recent(kind, SEEN_MAX) if event.id > after_id]
+    found = [event for kind in OF_THE_STATE for event in _after(store, kind, after_id)]
     older = [event for event in store.recent("prediction", 1) if event.id < after_id]
     return sorted([*older, *snapshots, *found], key=lambda event: event.id)
+
+
+def _after(store: Store, kind: str, after_id: int) -> list[Kept]:
+    """All of a kind after an event; few, so that few are read."""
+    n, found = 4, list[Kept]()
+    while n < SEEN_MAX:
+        n *= 4
+        found = store.recent(kind, n)
+        if len(found) < n or found[-1].id <= after_id:
+            break
+    return [event for event in found if event.id > after_id]
 
 
 class Recall:
@@ -138,9 +149,14 @@ class Recall:
 
     async def verify(self) -> dict[str, Any]:
         """See node.self_face.SelfFace. Other work goes between its steps."""
-        walk = await self._recorder.ask(lambda store: store.verification())
+        walk = await self._recorder.ask(Store.verification)
+
+        def on(_: Store) -> None:
+            walk.step()
+            walk.step()  # at the tail: else what is noted meanwhile would keep it from ending for ever
+
         while not walk.done:
-            await self._recorder.ask(lambda _: walk.step())
+            await self._recorder.ask(on)
         told = await self._recorder.ask(lambda store: store.statistics())
         fault = walk.fault
         return {

@@ -21,6 +21,7 @@ import trio
 from gossip.observations import Observations
 from model.histogram import Distribution
 from node.consciousness import Body, Load, Social, social_of
+from node.errors import BadFigure
 from node.facts import Fact, Sampled
 from node.inference import Inference
 from node.process import Process
@@ -68,7 +69,7 @@ class Sampler:
         itself = self._itself
         await itself.begin()
         await self._sources.begun()
-        itself.foretell(round(1000 * PERIOD_S))
+        itself.foretell(round(1000 * PERIOD_S), is_first=True)
         period_ends = trio.current_time() + PERIOD_S
         while True:
             disk_free_bytes = await self._disk_free()
@@ -76,7 +77,7 @@ class Sampler:
                 itself.stored()
                 for fact in self._sources.facts():
                     itself.take(fact)
-                itself.take(self._sampled(disk_free_bytes))
+                self._take(disk_free_bytes)
                 self._sources.sampled()
                 now = trio.current_time()
                 if now >= period_ends:
@@ -102,6 +103,13 @@ class Sampler:
         return trio.current_time() - self._started_s
 
     # --- one sample ---
+
+    def _take(self, disk_free_bytes: int | None) -> None:
+        """A figure that is none, as another server's may be, costs its sample and not the node."""
+        try:
+            self._itself.take(self._sampled(disk_free_bytes))
+        except BadFigure as exc:
+            _log.warning("a sample of the node's state is left out: %s", exc)
 
     def _sampled(self, disk_free_bytes: int | None) -> Sampled:
         sources = self._sources

@@ -82,6 +82,7 @@ class SelfState:
         self.take(memory_events.unread(begun) if problem else begun)
         for fact in early:
             self.take(fact)
+        self._recorder.hurry()
 
     def _resume(self, log: list[Kept]) -> None:
         """Go on foretelling from the last prediction."""
@@ -133,11 +134,9 @@ class SelfState:
         if recorded is not None and recorded != self._state.memory:
             self.take(Stored(memory=recorded))
 
-    def foretell(self, period_ms: int) -> None:
-        """A period is over: say what came of its prediction, and foretell the next."""
-        if self._early is not None:
-            return
-        measured, self.period = self.period.figures(), Period()
+    def foretell(self, period_ms: int, *, is_first: bool = False) -> None:
+        """A period is over: say what came of its prediction, and foretell the next. is_first: none was before it."""
+        measured, self.period = {} if is_first else self.period.figures(), Period()
         if self._foretold is not None:
             prediction, id_of = self._foretold
             outcome = score(prediction, measured, id_of[0] if id_of else 0)
@@ -180,6 +179,10 @@ class SelfState:
         finally:
             self.spent(part, time.thread_time() - began_s)
 
+    def has_spent(self, part: str, cpu_s: float) -> None:
+        """A part that counts by itself has taken so much CPU time since the start."""
+        self._costs[part] = cpu_s
+
     def spent(self, part: str, cpu_s: float) -> None:
         """A part of the self-state took so much CPU time, wherever it ran."""
         self._costs[part] += cpu_s
@@ -217,7 +220,7 @@ class SelfState:
             ],
             "prediction": None if self.prediction is None else asdict(self.prediction),
             "memory": {
-                **({} if statistics.store is None else asdict(statistics.store)),
+                **asdict(statistics.store),
                 "degraded": self._recorder.problem,
                 "queued": statistics.queued,
                 "dropped": statistics.dropped,

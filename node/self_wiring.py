@@ -152,6 +152,9 @@ class Keeping:
         generated = None if self.looks is None else self.looks.generated()
         if generated is not None:
             yield generated
+        if self.looks is not None:
+            figures = self.looks.statistics()
+            self.itself.has_spent("looks", figures.look_cpu_s + figures.probe_cpu_s)
 
     def _tell_peers(self) -> None:
         """The state is new: what of it peers may hear."""
@@ -185,13 +188,18 @@ class Keeping:
     def peer_failed(self, peer: PeerId, reason: str) -> None:
         """A request to a peer failed there. One that was full, or that was not at fault, is not noted."""
         if reason not in FULL_REASONS and reason not in NEUTRAL_REASONS:
-            self.itself.peer(peer, "failed", rtt_ms=self._network.peering.rtt_ms(peer), text=reason)
+            self.itself.peer(peer, "failed", rtt_ms=self._rtt_ms(peer), text=reason)
 
     # --- parts ---
 
     def _peer_changed(self, change: PeerChange) -> None:
-        rtt_ms = self._network.peering.rtt_ms(change.peer)
-        self.itself.peer(change.peer, "joined" if change.connected else "left", rtt_ms=rtt_ms, text=change.breach)
+        happened = "joined" if change.connected else "left"
+        self.itself.peer(change.peer, happened, rtt_ms=self._rtt_ms(change.peer), text=change.breach)
+
+    def _rtt_ms(self, peer: PeerId) -> float | None:
+        """As it was measured last, which may be before it left."""
+        _, rtt_s = self._network.gossip.observations.measured(peer, trio.current_time())
+        return None if rtt_s is None else 1000 * rtt_s
 
     def _merges(self, *, is_last: bool = False) -> Iterable[Fact]:
         return () if self.training is None else self.training.merged(is_last=is_last)

@@ -93,6 +93,7 @@ class FakeRuntime:
     look_s: float = 0.01  # a pass
     look_passes: int = 2
     look_error: ModelError | None = None
+    look_nats: float | None = None  # of a slice; None: as many as it has characters
     looks: list[tuple[str, int]] = field(default_factory=list)  # texts looked at, and the piece of each
     openness: Openness = field(default_factory=Openness)
     _waiting: deque[_Run] = field(default_factory=deque)
@@ -248,7 +249,7 @@ class FakeRuntime:
         )
 
     def looking(self, text: str, piece: int) -> Generator[None, None, Looked | None]:
-        """A look costs as many nats as the text has characters; half of it is right, at a confidence of 0.75."""
+        """Two tokens are judged, of which one is right, at a confidence of 0.75."""
         self.looks.append((text, piece))
         before = self.facts
         for _ in range(self.look_passes):
@@ -258,7 +259,8 @@ class FakeRuntime:
             yield
             if self.facts is not before:
                 return None
-        return Looked(revision=before.revision, nats=float(len(text)), judged=((0.75, True), (0.75, False)))
+        nats = float(len(text)) if self.look_nats is None else self.look_nats
+        return Looked(revision=before.revision, nats=nats, judged=((0.75, True), (0.75, False)))
 
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(

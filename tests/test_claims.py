@@ -98,6 +98,7 @@ def test_size_is_looked_at_before_anything_else() -> None:
     assert Table().receive(seal(IDENTITY, body=b"\xc0", **fields)) is Heard.MALFORMED  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=SUMMARY_BYTES_MAX + 50))
 def test_any_bytes_are_taken_or_refused(raw: bytes) -> None:
     assert Table().receive(raw) in (Heard.MALFORMED, Heard.TOO_LARGE)
@@ -381,6 +382,7 @@ observations = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(summaries, observations)
 def test_a_hint_is_small_and_needs_agreement(claim: SelfSummary, seen: Observed) -> None:
     assert -1.0 <= hint(claim, seen) <= 1.0
@@ -414,6 +416,7 @@ def served(seen: Observations, number: int, first_token_s: float, times: int = A
         seen.ended(peer(number), 0.0)
 
 
+@settings(deadline=None)
 @given(st.integers(), st.lists(summaries, min_size=6, max_size=6), st.integers(0, ANSWERS_MIN - 1))
 def test_a_claim_alone_changes_nothing(seed: int, told: list[SelfSummary], times: int) -> None:
     """Of peers that we have too little of our own on, none is asked sooner or later for what it says."""
@@ -424,7 +427,7 @@ def test_a_claim_alone_changes_nothing(seed: int, told: list[SelfSummary], times
     assert order(seed, seen, dict(enumerate(told)), 6) == plain
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(), st.lists(summaries, min_size=5, max_size=5), st.permutations(range(5)))
 def test_a_claim_never_lifts_a_peer_above_one_that_observation_rates_better(
     seed: int, told: list[SelfSummary], places: list[int]

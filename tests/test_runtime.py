@@ -131,6 +131,12 @@ def test_the_face_needs_no_torch() -> None:
     assert done.stdout.strip() == "False", done.stderr
 
 
+def takes_huge_pages() -> bool:
+    """Whether the kernel gives them to who asks."""
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return switch.exists() and "[never]" not in switch.read_text()
+
+
 @pytest.mark.slow
 def test_openmp_waits_passively(causal: Path) -> None:
     """Its spinning at barriers took two thirds of the speed where another process was busy."""
@@ -139,6 +145,18 @@ def test_openmp_waits_passively(causal: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "PASSIVE", done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not takes_huge_pages(), reason="this kernel gives huge pages to nobody who asks")
+def test_large_tensors_stand_on_huge_pages() -> None:
+    """New weights are packed into fresh memory: page by page of 4 KiB that took as long as the packing."""
+    code = (
+        "import os; os.environ.pop('THP_MEM_ALLOC_ENABLE', None); import model.runtime, torch; x = torch.ones(1 << 24);"
+        "print(next(l for l in open('/proc/self/smaps_rollup') if l.startswith('AnonHugePages')).split()[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert int(done.stdout.strip() or 0) >= 32 << 10, done.stderr
 
 
 @needs_default

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,10 +20,10 @@ from model.config import ModelFacts, RuntimeConfig
 from model.errors import ComputeFailed
 from model.load import Found, load
 from model.look import held_out_slices
-from model.requests import Openness
+from model.requests import Looked, Openness
 from model.runtime import Runtime
 from node.averages import binned
-from node.consciousness import ConsciousnessState
+from node.consciousness import NATS_MAX, ConsciousnessState
 from node.facts import Fact, Generated, HeldOut, Probed
 from node.hosting import Hosting
 from node.self_looks import (
@@ -71,9 +71,9 @@ async def here(turn: Callable[[], Any]) -> Any:
 @asynccontextmanager
 async def world(folder: Path, runtime: Any = None, *, looks: int = 0, **changes: object) -> AsyncIterator[World]:
     """Everything runs within; at its end all is cancelled. changes: of the fake runtime, if no other one is given."""
-    is_fake = runtime is None
     if runtime is None:
         runtime = FakeRuntime(**{**QUICK, **changes})  # type: ignore[arg-type]  # a test's own fields
+    is_fake = isinstance(runtime, FakeRuntime)
     hosting = Hosting(runtime, peer="me", on_change=lambda: None, hop=Turns(runtime) if is_fake else here)
     made: list[World] = []
 
@@ -186,6 +186,7 @@ async def test_no_look_while_a_request_is_here(tmp_path: Path, autojump_clock: M
             assert len(at.runtime.added) == 1, "no probe either"
             async for _ in items:
                 pass
+        assert at.looks.statistics().probe_cpu_s == 0.0, "waiting costs nothing"
         await trio.sleep(LOOK_EVERY_S * 2)
         assert len(at.of(HeldOut)) == 1
 
@@ -214,6 +215,21 @@ async def test_weights_that_change_meanwhile_are_not_mixed(tmp_path: Path, autoj
         assert at.of(HeldOut)
 
 
+async def test_weights_that_change_between_two_slices_are_not_mixed(tmp_path: Path, autojump_clock: MockClock) -> None:
+    class GoesOn(FakeRuntime):
+        def looking(self, text: str, piece: int) -> Generator[None, None, Looked | None]:
+            if len(self.looks) == LOOK_SLICES - 1:
+                self.facts = self.facts.at("r2")
+            return super().looking(text, piece)
+
+    async with world(tmp_path, GoesOn(**QUICK)) as at:
+        await trio.sleep(FIRST_S + 5)
+        assert at.looks.statistics().looks_left == 1
+        assert not at.of(HeldOut)
+        await trio.sleep(LOOK_EVERY_S + 5)
+        assert len(at.of(HeldOut)) == 1
+
+
 async def test_a_failure_is_counted_said_once_and_the_next_slices_come(
     tmp_path: Path, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -228,6 +244,12 @@ async def test_a_failure_is_counted_said_once_and_the_next_slices_come(
         at.runtime.look_error = None
         await trio.sleep(LOOK_EVERY_S + 1)
         assert len(at.of(HeldOut)) == 1
+
+
+async def test_weights_that_are_broken_end_no_node(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with world(tmp_path, look_nats=1e9) as at:
+        await trio.sleep(FIRST_S + 1)
+        assert at.of(HeldOut)[0].nll_nats == NATS_MAX
 
 
 async def test_cancelled_it_leaves_nothing_in_the_engine(tmp_path: Path, autojump_clock: MockClock) -> None:
@@ -336,9 +358,11 @@ async def test_a_probe_gives_way_to_a_client_and_goes_on_later(tmp_path: Path, a
         assert at.of(Probed) == [Probed(rounds=0, answers=1.0, embeddings=1.0)]
 
 
-async def test_answers_of_two_revisions_are_not_mixed(tmp_path: Path, autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize("answers", range(1, len(PROMPTS) + 1))
+async def test_answers_of_two_revisions_are_not_mixed(answers: int, tmp_path: Path, autojump_clock: MockClock) -> None:
+    """Nor are vectors of one with answers of another."""
     async with world(tmp_path, step_s=0.5) as at:
-        await until(lambda: len(at.runtime.added) >= 2)
+        await until(lambda: len(at.runtime.added) >= answers)
         await at.hosting.switch({}, "r2")
         await trio.sleep(20_000)
         assert at.looks.statistics().probes_stored == 1

@@ -99,6 +99,13 @@ def test_a_share_is_of_all_places(one: list[list[int]], other: list[list[int]]) 
     assert agreement(first, now).answers == (equal / places if places else None)
 
 
+@given(st.lists(st.floats(-1.0, 1.0, width=32), min_size=1, max_size=50))
+def test_the_same_vectors_agree_exactly(numbers: list[float]) -> None:
+    """Whatever their cosine rounds to."""
+    same = round_of(vectors=(vector(*numbers),) * 3)
+    assert agreement(same, same).embeddings == 1.0
+
+
 def test_it_comes_back_as_it_was_written() -> None:
     kept = Kept()
     for name in ("one", "two"):

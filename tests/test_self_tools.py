@@ -175,7 +175,7 @@ async def test_the_forced_report_says_who_and_streams(bench: Bench) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_model_that_calls_it_goes_on_with_the_report(bench: Bench, stream: bool) -> None:
     bench.front.script = in_turn(f"I look. {call(REPORT)}", result_of)
-    response = await bench.chat({**REPORTING, "stream": stream, "max_tokens": 9_000})
+    response = await bench.chat({**REPORTING, "stream": stream, "max_tokens": 9_000, "temperature": 0})
     if stream:
         chunks = [each["choices"][0] for each in events(response.text)]
         text = "".join(each["delta"].get("content") or "" for each in chunks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ from p2p.loopback import LoopbackNetwork
 from tests.fake_runtime import FakeRuntime
 from tests.gossip_swarm import CAPACITY, START_MS, Node, node, swarm, until, wall_clock_ms
 from tests.node_swarm import Swarm, ask, eventually, work
+from tests.test_run import running
 
 TOPIC = summary_topic("main")
 SUMMARY = SelfSummary(uptime_s=5.0, busy=0.5, head_id=7, head_hash=bytes(32))
@@ -236,3 +238,22 @@ def test_the_mean_first_token_is_that_of_queue_and_prefill() -> None:
     assert statistics.timings is not None
     waits_only = replace(statistics, timings=replace(statistics.timings, prefill_s=empty))
     assert self_summary(STATE, waits_only).first_token_s is None
+
+
+# --- wired ---
+
+
+@pytest.mark.slow
+async def test_a_running_node_tells_of_its_state(tmp_path: Path) -> None:
+    async with running(tmp_path) as here:
+        await here.ready()
+        own = here.node._gossip.self_topic.own
+        assert here.node._keeping is not None
+        with trio.fail_after(60):
+            while own._summary is None or own._summary.head_id is None:
+                here.node._keeping._sampler.sample_now()
+                await trio.sleep(0.2)
+        assert own._summary.boot_count == 1
+        assert own._summary.uptime_s is not None
+        assert own._summary.first_token_s is None, "nothing was answered yet"
+        assert own.deadline() <= trio.current_time() + SUMMARY_EVERY_S

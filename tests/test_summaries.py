@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import to_builtins
 from msgspec.structs import fields, replace
@@ -164,6 +164,7 @@ def test_nothing_is_said_before_there_is_something() -> None:
     assert own.deadline() == math.inf
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0.0, 60.0), st.floats(0.0, 1.0)), min_size=1, max_size=60),
     st.integers(),

@@ -18,7 +18,7 @@ import trio
 from crypto.digest import Digest
 from crypto.identity import Identity, PeerId
 from gossip.blobs import Blobs, BlobsConfig
-from gossip.directory import Offer
+from gossip.offer import Offer
 from gossip.round_door import RoundDoor
 from model.config import RuntimeConfig
 from model.runtime import Runtime

@@ -8,6 +8,7 @@ folder is there.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ VISIT_S_MAX = 400.0
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, NodeProcess]]:
     with Cluster(tmp_path_factory.mktemp("pages")) as cluster:
         server = cluster.start("server").wait_ready()
-        door = cluster.start("door", "--model", "none", join=[server]).wait_ready()
+        door = cluster.start("door", "--model", "none", "--no-memory", join=[server]).wait_ready()
         yield {"server": server, "door": door}
 
 
@@ -127,6 +128,23 @@ def test_everything_is_reached_by_the_keyboard_and_shows_it(nodes: dict[str, Nod
     assert chat[:6] == ["To the message field", "Node", "Dashboard", "Chat", "fresh", "settings"]
     assert {"prompt", "send", "model"} <= set(chat)
     assert [stop["name"] for stops in seen.values() for stop in stops if not stop["shown"]] == []
+
+
+def test_the_panel_of_the_nodes_own_state(nodes: dict[str, NodeProcess]) -> None:
+    seen = visit("itself", nodes)
+    told = httpx.get(f"{nodes['server'].url}/api/v1/self", timeout=60).json()
+    formulas = {row["path"]: row["formula"] for row in told["fields"]}
+    assert seen["without"], "a node without memory has no such panel"
+    assert formulas["load.queue_length"] in seen["formula"]
+    assert seen["described"] == "formula-load-queue_length"
+    assert (seen["again"], seen["quiet"]) == (True, 0)
+    assert seen["now"].startswith("run 1; default; running")
+    assert seen["before"] == "nothing is recorded of this node yet"
+    assert re.search(r"loop lag ms\s+[\d.]+ ms", seen["load"])
+    assert "events in " in seen["memory"]
+    assert re.fullmatch(r"Whole: \d+ events, each is what was written\.", seen["verified"])
+    assert seen["plots"] >= 4
+    assert not re.search(r"\b(mood|feel\w*|happy|sad|conscious\w*|level|phi)\b", seen["card"], re.IGNORECASE)
 
 
 def test_what_a_model_says_stays_text_and_motion_can_be_off(nodes: dict[str, NodeProcess]) -> None:

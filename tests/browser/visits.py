@@ -232,6 +232,62 @@ _FOCUS = """(() => {
 })()"""
 
 
+def itself(visitor: Visitor) -> dict[str, Any]:
+    """The panel of the node's own state: a formula by the keyboard, the walk, and how often the node is asked."""
+    with visitor.page("/", node="door") as page:
+        live(page)
+        page.wait_for_selector("#peers tbody tr")
+        without = page.is_hidden("#self-card")
+    with visitor.page("/", node="server") as page:
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url) if request.url.endswith("/api/v1/self") else None)
+        live(page)
+        group = page.locator("#self-fields details").filter(has=page.locator("summary", has_text=re.compile("^Load")))
+        group.locator("summary").focus()
+        page.keyboard.press("Enter")
+        page.keyboard.press("Tab")
+        name = group.locator(".member-name").first
+        formula = group.locator(".formula").first
+        expect(name).to_be_focused()
+        expect(formula).to_be_visible()
+        shown = {"formula": formula.inner_text(), "described": name.get_attribute("aria-describedby")}
+        before = len(asked)
+        with page.expect_request(lambda request: request.url.endswith("/api/v1/self")):
+            pass
+        expect(name).to_be_focused()
+        page.keyboard.press("Escape")
+        expect(formula).to_be_hidden()
+        page.click("#self-verify")
+        expect(page.locator("#self-verified")).to_contain_text("hole")
+        page.evaluate(_SEEN, "hidden")
+        page.wait_for_timeout(500)
+        unseen = len(asked)
+        page.wait_for_timeout(11_000)
+        quiet = len(asked) - unseen
+        with page.expect_request(lambda request: request.url.endswith("/api/v1/self")):
+            page.evaluate(_SEEN, "visible")
+        visitor.picture(page, "dashboard-self")
+        return {
+            **shown,
+            "without": without,
+            "again": len(asked) > before,
+            "quiet": quiet,
+            "now": page.inner_text("#self-now"),
+            "before": page.inner_text("#self-before"),
+            "load": group.inner_text(),
+            "memory": page.inner_text("#self-memory"),
+            "verified": page.inner_text("#self-verified"),
+            "plots": page.locator("#self-plots svg").count(),
+            "card": page.inner_text("#self-card"),
+        }
+
+
+_SEEN = """(state) => {
+  Object.defineProperty(document, 'visibilityState', {value: state, configurable: true});
+  document.dispatchEvent(new Event('visibilitychange'));
+}"""
+
+
 def text(visitor: Visitor) -> dict[str, Any]:
     """A hostile answer, as the page shows it; and what stands still for who wants no motion."""
     with visitor.page("/chat", reduced_motion="reduce") as page:
@@ -269,6 +325,8 @@ def access(visitor: Visitor) -> dict[str, Any]:
             with visitor.page("/", node="server", **context) as page:
                 live(page)
                 page.click("#join")
+                page.locator("#self-fields summary").first.click()
+                page.locator("#self-fields .member-name").first.focus()
                 seen[f"dashboard {scheme} {size}"] = _faults(axe, page)
                 visitor.picture(page, f"dashboard-{scheme}-{size}")
             with visitor.page("/chat", node="server", **context) as page:
@@ -302,7 +360,7 @@ def ending(visitor: Visitor) -> dict[str, Any]:
 
 
 VISITS: dict[str, Callable[[Visitor], dict[str, Any]]] = {
-    each.__name__: each for each in (dashboard, chat, stop, failing, keyboard, text, access, ending)
+    each.__name__: each for each in (dashboard, chat, stop, failing, keyboard, itself, text, access, ending)
 }
 
 

@@ -202,6 +202,7 @@ export class SelfPanel {
     for (const [path, { chart, last, text, newest }] of this.charts) {
       const values = history.figures[path] || [];
       const rows = history.ts_ms.map((at, n) => ({ at, value: isNumber(values[n]) ? values[n] : null }));
+      chart.holder.hidden = newest(rows) === undefined;
       chart.show(rows);
       say(last, text(newest(rows)));
     }
