@@ -66,7 +66,7 @@ def training(quick: bool) -> Iterator[Row]:
     """Real engines and rounds, in real time."""
     from bench import selfstate_training
 
-    return selfstate_training.rows(24.0 if quick else 96.0, 1 if quick else 2)
+    return selfstate_training.rows(2 * selfstate_training.WAVE_S if quick else 96.0, 1 if quick else 2)
 
 
 if __name__ == "__main__":

@@ -201,9 +201,9 @@ class Scores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForesightStatistics:
-    """outcomes: of foretellings, all classes; error_s: mean |measured - foretold| of the newest; inside: share of
-    outcomes between the bounds of those that had any; sooner, later: the bounds of own clients' as parts of what is
-    foretold. None: not known yet."""
+    """outcomes: of foretellings, all classes; error_s: mean |measured - foretold| of the newest, of the worst class;
+    inside: share of outcomes between the bounds of those that had any; sooner, later: the bounds of own clients'
+    as parts of what is foretold. None: not known yet."""
 
     outcomes: int
     error_s: float | None

@@ -251,13 +251,9 @@ class Hosting:
         send, receive = trio.open_memory_channel[AnswerItem | RequestError](math.inf)  # max_tokens items, and progress
         job = Job(work=work, requester=requester, size=held_bytes(work), send=send, key=self._waiting.next_key())
         if not self._answer_again(job):
-            figures = self._statistics
-            self.admission.check(job, self._jobs.values(), figures, trio.current_time())
-            self._waiting.room.enter(
-                requester, job.size, slots=max(1, figures.slots_total), queue_max=figures.queue_max
-            )
+            check = partial(self.admission.check, job, self._jobs.values(), self._statistics, trio.current_time())
+            self._waiting.enter(job, self._statistics, check)
             self._jobs[job.key] = job
-            self._waiting.starts.append(job)
             self._wake.set()
         with self._admitted():
             try:

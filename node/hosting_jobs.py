@@ -14,8 +14,9 @@ import trio
 
 from model.config import ModelFacts
 from model.errors import ModelError
+from model.requests import EngineStatistics
 from model.requests import Progress as Place
-from node.errors import RequestError
+from node.errors import NoRoom, RequestError
 from node.foresight import Foreseen
 from node.kept_answers import Recording
 from node.requester import Requester
@@ -139,6 +140,16 @@ class Waiting:
         while self.besides and self.besides[0].is_left:
             self.besides.popleft().work.close()
         return self.besides[0] if self.besides else None
+
+    def enter(self, job: Job, figures: EngineStatistics, check: Callable[[], None]) -> None:
+        """One more waits, if there is room and `check` does not raise. Raises NoRoom, TooMany, and then it does not."""
+        self.room.enter(job.requester, job.size, slots=max(1, figures.slots_total), queue_max=figures.queue_max)
+        try:
+            check()
+        except NoRoom:
+            self.room.leave(job.requester, job.size)
+            raise
+        self.starts.append(job)
 
     def end(self, job: Job) -> None:
         """The owner of a request has left."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import trio
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
@@ -108,6 +108,7 @@ def test_lengths_of_answers_that_were_cut_short_are_longer() -> None:
     assert lengths.at(0.1, 0, 5) == 5
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 200), st.booleans()), max_size=200),
     st.floats(0.0, 1.0),
@@ -233,6 +234,7 @@ def test_a_crowd_that_the_node_expects_makes_turns_longer() -> None:
     assert busy.low_s == pytest.approx(20 * 0.4)
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 30), st.integers(1, 60), st.sampled_from((OWN, PEER, STRANGER)), st.booleans()),
@@ -300,6 +302,7 @@ async def test_who_would_surely_miss_its_deadline_is_told_at_once(autojump_clock
             await answered(hosting, work("hello", 20, remaining_ms=3_000))
         assert trio.current_time() == began
         assert len(runtime.added) == added
+        assert len(hosting._waiting.room) == 6
         assert caught.value.retryable
         assert 1.0 <= (caught.value.retry_after_s or 0.0) <= RETRY_S_MAX
         assert hosting.admission.declined == 1
