@@ -89,7 +89,8 @@ class Keeping:
             observations=network.gossip.observations,
         )
         self._sampler = Sampler(self.itself, sources)
-        state.itself, state.memory_file = self.itself, self._recorder.file_status
+        state.itself = self.itself
+        state.own_files.append(self._recorder.file_status)
         state.on_phase = self._sampler.sample_now
         inference.watcher, inference.remembers_text = self, config.remember_text
         network.transport.watch(self._peer_changed)
@@ -121,6 +122,7 @@ class Keeping:
                 from node.self_looks import Looks  # torch
 
             self.looks = Looks(hosting, self.itself.take, self._folder, state=lambda: self.itself.state)
+            self._state.own_files.append(self.looks.file)
             nursery.start_soon(self.looks.run)
 
     def told_to_stop(self, signal: str) -> None:

@@ -99,7 +99,7 @@ class NodeState:
         self.trains: Trains | None = None  # once the model is there
         self.backend: Backend | None = None  # as soon as there is one, ready or not
         self.itself: SelfFace | None = None  # where the node has a memory
-        self.memory_file: Callable[[], FileStatus] | None = None  # likewise
+        self.own_files: list[Callable[[], FileStatus]] = []  # likewise: of the memory, of the first probes
 
     @property
     def phase(self) -> str:
@@ -198,8 +198,8 @@ class NodeState:
         return clock_problem(heard.clock_offset_ms, heard.clock_peers)
 
     def _files(self) -> list[FileStatus]:
-        network, memory = self._parts.network, self.memory_file
-        files = (network.peering.file_status(), network.gossip.file_status(), None if memory is None else memory())
+        network = self._parts.network
+        files = (network.peering.file_status(), network.gossip.file_status(), *(told() for told in self.own_files))
         return [file for file in files if file is not None]
 
     def models(self) -> list[ModelRow]:
