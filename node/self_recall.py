@@ -130,7 +130,7 @@ class Recall:
         kinds = {row.path: row.kind for row in FIELDS}
         if unknown := [path for path in paths if path not in kinds]:
             raise BadRequest(
-                f"{unknown[0][:80]!r} is no member of the state: GET /api/v1/self has them all", param="paths"
+                f"{unknown[0][:80]!r} is no member of the state: GET /api/v1/self has them all", param="path"
             )
         events: list[Kept] = await self._recorder.ask(lambda store: store.recent("state", n))
         events.reverse()
