@@ -38,6 +38,20 @@ class Rows(NamedTuple):
     tables: torch.Tensor
     longest: int
     work: int
+    tokens: int
+    at: tuple[int, int, int, int]  # where these four begin in memory
+
+
+class Held(NamedTuple):
+    """A layer's blocks, (n, J, S, D) and (n, J, S, E), and the kernels for them. at: where both begin in memory."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    heads: int
+    value_width: int
+    at: tuple[int, int]
+    write: native.Function
+    attend: native.Function
 
 
 class Shape(NamedTuple):
@@ -82,42 +96,54 @@ def rows_of(parts: Sequence[Part], block_tokens: int, *, shared: int, window: in
                 groups.append((len(spans), min(together, part.end - position), start))
             spans.append((0 if window is None else max(0, position + 1 - window), position + 1))
     longest = max(end for _, end in spans)
+    slots_T, spans_T2, groups_n3, tables_ = (
+        torch.tensor(each, dtype=torch.long) for each in (slots, spans, groups, tables)
+    )
     return Rows(
-        slots=torch.tensor(slots, dtype=torch.long),
-        spans=torch.tensor(spans, dtype=torch.long),
-        groups=torch.tensor(groups, dtype=torch.long),
-        tables=torch.tensor(tables, dtype=torch.long),
+        slots=slots_T,
+        spans=spans_T2,
+        groups=groups_n3,
+        tables=tables_,
         longest=-(-longest // block_tokens) * block_tokens,
         work=sum(end - first for first, end in spans),
+        tokens=len(slots),
+        at=(slots_T.data_ptr(), spans_T2.data_ptr(), groups_n3.data_ptr(), tables_.data_ptr()),
     )
 
 
-def write(keys: torch.Tensor, values: torch.Tensor, key_TJD: torch.Tensor, value_TJE: torch.Tensor, rows: Rows) -> None:
-    """Put the pass's keys and values in their blocks (blocks, J, S, D) and (blocks, J, S, E)."""
-    code, heads = _code(shape_of(keys, values))["write"], keys.shape[1]
+def held(keys: torch.Tensor, values: torch.Tensor) -> Held:
+    """Blocks for which there are kernels (`is_here`)."""
+    code, at = _code(shape_of(keys, values)), (keys.data_ptr(), values.data_ptr())
+    return Held(keys, values, keys.shape[1], values.shape[-1], at, code["write"], code["attend"])
+
+
+def write(held: Held, key_TJD: torch.Tensor, value_TJE: torch.Tensor, rows: Rows) -> None:
+    """Put the pass's keys and values in their blocks."""
     key_TJD, value_TJE = _along(key_TJD), _along(value_TJE)
-    code(
-        key_TJD.data_ptr(), value_TJE.data_ptr(), keys.data_ptr(), values.data_ptr(), rows.slots.data_ptr(), heads,
-        *key_TJD.stride()[:2], *value_TJE.stride()[:2], len(rows.slots), 1,
+    (key_token, key_head, _), (value_token, value_head, _) = key_TJD.stride(), value_TJE.stride()
+    held.write(
+        key_TJD.data_ptr(), value_TJE.data_ptr(), *held.at, rows.at[0], held.heads, key_token, key_head, value_token,
+        value_head, rows.tokens, 1,
     )  # fmt: skip
 
 
-def attend(query_THD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: Rows, scale: float) -> torch.Tensor:
+def attend(held: Held, query_THD: torch.Tensor, rows: Rows, scale: float) -> torch.Tensor:
     """fp32 (T, H, E): what each token gets; zeros for tokens of the query that are not of the pass."""
     query_THD = _along(query_THD)
     tokens, heads, width = query_THD.shape
-    key_heads, value_width = keys.shape[1], values.shape[-1]
-    made = query_THD.new_empty(tokens, heads, value_width)
-    if tokens > len(rows.slots):
-        made[len(rows.slots) :] = 0.0
-    threads = native.threads_for(rows.work * heads * (width + value_width))
-    most = max(ROWS, heads // key_heads) * rows.longest
-    room = torch.empty(max(1, threads), most)
-    _code(shape_of(keys, values))["attend"](
-        query_THD.data_ptr(), keys.data_ptr(), values.data_ptr(), rows.tables.data_ptr(), rows.spans.data_ptr(),
-        rows.groups.data_ptr(), made.data_ptr(), room.data_ptr(), _scale(scale).data_ptr(),
-        *query_THD.stride()[:2], heads // key_heads, key_heads, len(rows.groups), rows.longest, most,
-        len(rows.groups) * key_heads, threads,
+    token, head, _ = query_THD.stride()
+    made = torch.empty(tokens, heads, held.value_width)
+    if tokens > rows.tokens:
+        made[rows.tokens :] = 0.0
+    threads = native.threads_for(rows.work * heads * (width + held.value_width))
+    shared, groups = heads // held.heads, len(rows.groups)
+    most = max(ROWS, shared) * rows.longest
+    room = torch.empty(threads * most)
+    _, spans, grouped, tables = rows.at
+    held.attend(
+        query_THD.data_ptr(), *held.at, tables, spans, grouped, made.data_ptr(), room.data_ptr(),
+        _scale(scale).data_ptr(), token, head, shared, held.heads, groups, rows.longest, most, groups * held.heads,
+        threads,
     )  # fmt: skip
     return made
 
@@ -145,6 +171,7 @@ def _trial(shape: Shape) -> bool:
     tokens, heads, shared = size + 3, 2, 3
     parts = [Part(table=(3, 0), begin=2, end=tokens, prompt=0), Part(table=(2,), begin=0, end=1, prompt=0)]
     keys, values = (torch.full((4, heads, size, each), float("nan"), dtype=dtype) for each in (width, value_width))
+    blocks = held(keys, values)
     before = [Part(table=(3, 0), begin=0, end=2, prompt=0)]
     count = tokens - 2 + 1
     query = torch.randn(count, heads * shared, width, generator=draw)
@@ -153,9 +180,9 @@ def _trial(shape: Shape) -> bool:
         each = sum(part.end - part.begin for part in some)
         key, value = (torch.randn(each, heads, wide, generator=draw) for wide in (width, value_width))
         rows = rows_of(some, size, shared=shared, window=None)
-        write(keys, values, key, value, rows)
+        write(blocks, key, value, rows)
         made.append((key, value))
-    got = attend(query, keys, values, rows, width**-0.5)
+    got = attend(blocks, query, rows, width**-0.5)
     (key_a, value_a), (key_b, value_b) = made
     for begin, end, key, value in (
         (0, count - 1, torch.cat([key_a, key_b[:-1]]), torch.cat([value_a, value_b[:-1]])),

@@ -27,12 +27,14 @@ NEEDS: Final[dict[str, tuple[set[str], ...]]] = {  # instructions, by kind: any 
     "bf16": ({"avx512bf16", "avx512vl"},),
 }
 OFF_MAX: Final = {"fp32": 1e-5, "bf16": 0.01, "int8": 0.03}  # of a trial's products
+LINEAR: Final = {"bf16": "bf16_linear", "int8": "int8_linear"}  # kernels that take rows in fp32
 INPUTS_A_WORD: Final = {"fp32": 1, "int8": 4, "bf16": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Laid:
-    """A layer's weights, laid out. words: int32 (U, BLOCKS, Q, lanes). scales, starts: of each output of int8."""
+    """A layer's weights, laid out. words: int32 (U, BLOCKS, Q, lanes). scales, starts: of each output of int8. at:
+    where these three begin in memory."""
 
     kind: str
     inputs: int
@@ -40,6 +42,9 @@ class Laid:
     words: torch.Tensor
     scales: torch.Tensor
     starts: torch.Tensor
+    at: tuple[int, int, int]
+    units: int
+    width: int  # Q
 
     @property
     def bytes(self) -> int:
@@ -84,28 +89,32 @@ def lay(kind: str, weight_OK: torch.Tensor) -> Laid:
             room_SQ = part_SK.float().contiguous().view(torch.int32)
         to = laid.view(-1, words, lanes)[begin // lanes :]
         code["interleave"](room_SQ.data_ptr(), to.data_ptr(), count, words, blocks, 1)
-    return Laid(kind=kind, inputs=inputs, outputs=outputs, words=laid, scales=scale_O, starts=start_O)
+    at = laid.data_ptr(), scale_O.data_ptr(), start_O.data_ptr()
+    return Laid(
+        kind=kind, inputs=inputs, outputs=outputs, words=laid, scales=scale_O, starts=start_O, at=at, units=units,
+        width=words,
+    )  # fmt: skip
 
 
 def products(x_MK: torch.Tensor, laid: Laid, bias_O: torch.Tensor | None) -> torch.Tensor:
     """fp32 (M, O) of fp32 or bf16 rows; bias: fp32."""
-    code, rows, (units, _, words, _) = code_here(), x_MK.shape[0], laid.words.shape
+    rows, kind, words, outputs = x_MK.shape[0], laid.kind, laid.width, laid.outputs
     x_MK = (x_MK if x_MK.dtype is torch.float32 else x_MK.float()).contiguous()
-    threads = native.threads_for(rows * laid.inputs * laid.outputs)
-    made = torch.empty(rows, laid.outputs)
+    threads = native.threads_for(rows * laid.inputs * outputs)
+    made = torch.empty(rows, outputs)
     bias = 0 if bias_O is None else bias_O.data_ptr()
-    if laid.kind == "fp32":
-        code["fp32_sums"](
-            x_MK.data_ptr(), laid.words.data_ptr(), bias, made.data_ptr(), rows, words, laid.outputs, units, threads
+    weights, scales, starts = laid.at
+    if kind == "fp32":
+        code_here()["fp32_sums"](
+            x_MK.data_ptr(), weights, bias, made.data_ptr(), rows, words, outputs, laid.units, threads
         )  # fmt: skip
         return made
-    room = torch.empty(rows, words + 1, dtype=torch.int32)  # the rows, then of int8 their scales
-    at = (x_MK.data_ptr(), room.data_ptr(), laid.words.data_ptr(), bias, made.data_ptr())
-    sizes = (rows, laid.inputs, words, laid.outputs, units, threads)
-    if laid.kind == "int8":
-        code["int8_linear"](*at, laid.scales.data_ptr(), laid.starts.data_ptr(), *sizes)
-    else:
-        code["bf16_linear"](*at, *sizes)
+    room = torch.empty(rows * (words + 1), dtype=torch.int32)  # the rows, then of int8 their scales
+    more = (scales, starts) if kind == "int8" else ()
+    code_here()[LINEAR[kind]](
+        x_MK.data_ptr(), room.data_ptr(), weights, bias, made.data_ptr(), *more, rows, laid.inputs, words, outputs,
+        laid.units, threads,
+    )  # fmt: skip
     return made
 
 

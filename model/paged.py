@@ -36,7 +36,8 @@ class _Layer:
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, *, is_native: bool) -> None:
         """is_native: attention over them is computed by our own kernels."""
-        self.keys, self.values, self.is_native = keys, values, is_native
+        self.keys, self.values = keys, values
+        self.native = native_attention.held(keys, values) if is_native else None
         self.heads, self.size = keys.shape[1:3]
         self.keys_turned = keys.view(-1, *keys.shape[2:]).transpose(1, 2)  # (blocks * J, D, S)
         self.values_flat = values.view(-1, *values.shape[2:])  # (blocks * J, S, E)
@@ -83,7 +84,9 @@ class Pool:
         pool = Pool(blocks, block_tokens, self._device, is_rounded=self.is_rounded)
         pool.rows_fewest = self.rows_fewest
         for index, layer in self._layers.items():
-            pool.layer(index, layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1), is_plain=layer.is_native)
+            pool.layer(
+                index, layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1), is_plain=layer.native is not None
+            )
         return pool
 
     def lines(self, work: Pass, shared: int, window: int | None) -> native_attention.Rows:
@@ -139,11 +142,11 @@ def attention(
     is_plain = wish.softcap is None and wish.sinks is None
     layer = pool.layer(module.layer_idx, key_TJD, value_TJE, is_plain=is_plain)
     scale = asked.get("scaling") or query.shape[-1] ** -0.5
-    if layer.is_native:
+    if layer.native is not None:
         assert is_plain, "a layer that asked for nothing special does so now"
         lines = pool.lines(work, shared, wish.window)
-        native_attention.write(layer.keys, layer.values, key_TJD, value_TJE, lines)
-        made_THE = native_attention.attend(query_THD, layer.keys, layer.values, lines, scale)
+        native_attention.write(layer.native, key_TJD, value_TJE, lines)
+        made_THE = native_attention.attend(layer.native, query_THD, lines, scale)
         return (made_THE if made_THE.dtype is query.dtype else made_THE.to(query.dtype))[None], None
     pool.rows_fewest = min(pool.rows_fewest, shared)
     layer.write(key_TJD, value_TJE, work)

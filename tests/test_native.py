@@ -11,7 +11,7 @@ import torch
 
 from model import linears_int4, native, native_attention, native_linears, native_products
 from model.linears import NativeLinear, PackedLinear, layer_of
-from model.native_attention import Shape, attend, rows_of, write
+from model.native_attention import Shape, attend, held, rows_of, write
 from model.paged_plan import Part
 
 pytestmark = pytest.mark.skipif(not native.is_able(), reason="no kernels for this processor")
@@ -180,8 +180,9 @@ class Blocks:
         self, parts: Sequence[Part], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
     ) -> torch.Tensor:
         rows = rows_of(parts, SIZE, shared=query.shape[1] // key.shape[1], window=window)
-        write(self.keys, self.values, key, value, rows)
-        return attend(query, self.keys, self.values, rows, 0.3)
+        blocks = held(self.keys, self.values)
+        write(blocks, key, value, rows)
+        return attend(blocks, query, rows, 0.3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -201,10 +202,10 @@ def test_attention_is_that_of_fp64(
             Part(table=tables[n], begin=done[n], end=done[n] + step, prompt=0) for n, step in enumerate(steps) if step
         ]
         spans = [(n, done[n], done[n] + step) for n, step in enumerate(steps) if step]
-        asked, new, held = (
+        asked, new, kept = (
             torch.cat([each[n][begin:end] for n, begin, end in spans]) for each in (query, key, value)
         )  # fmt: skip
-        got = blocks.take(parts, asked, new, held, window)
+        got = blocks.take(parts, asked, new, kept, window)
         for n, begin, end in spans:
             made[n].append(got[: end - begin])
             got, done[n] = got[end - begin :], end
@@ -227,10 +228,10 @@ def test_a_token_gets_the_same_bits_alone_in_a_chunk_and_in_a_crowd(lanes: int, 
             crowd = [Part(table=(31 + n,), begin=0, end=3, prompt=0) for n in range(others)]
             parts = [*crowd, Part(table=table, begin=at, end=at + step, prompt=0)]
             junk = 3 * others
-            asked, new, held = (
+            asked, new, kept = (
                 torch.cat([torch.randn(junk, *each.shape[1:]), each[at : at + step]]) for each in (query, key, value)
             )
-            made.append(blocks.take(parts, asked, new, held, None)[junk:])
+            made.append(blocks.take(parts, asked, new, kept, None)[junk:])
             at += step
         got = torch.cat(made)
         whole = got if whole is None else whole
