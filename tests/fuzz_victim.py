@@ -108,7 +108,12 @@ async def take_part(here: Node, identity: Identity, path: Path, services: list[R
     electors = Electors.of_founders([identity.peer_id], Terms())
     chain = Chain(run=RUN, round=0, base=RUN_BASE, electors=electors)
     place = RunPlace(
-        identity=identity, transport=here._network.transport, network=NETWORK, door=here._door, genesis=chain, plan=b"the plan"
+        identity=identity,
+        transport=here._network.transport,
+        network=NETWORK,
+        door=here._door,
+        genesis=chain,
+        plan=b"the plan",
     )
     payloads, owner = Payloads(here.blobs, path, 3, place.admits), HashOwner(path / "weights", Disk())
     service = RoundService(place, RoundHistory(place, owner, RoundStore(path, NETWORK), payloads), Everybody())
