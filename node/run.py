@@ -81,13 +81,18 @@ async def run_node(config: NodeConfig, log_left_out: Mapping[str, int]) -> None:
 
     identity = Identity.load_or_make(config.data_dir / KEY_FILE)
     bootstrap = _bootstrap(config)
-    topics = frozenset(topic(config.network) for topic in (advert_topic, round_topic, summary_topic))
+    topics = topics_of(config.network)
     relay = RelayLimits() if config.relay else None
     host_config = HostConfig(listen=config.listen, psk=config.psk(), topics=topics, relay=relay)
     async with open_host(identity, host_config) as transport:
         node = Node(config, identity, transport, bootstrap, outside=transport.relay)
         node.state.log_left_out = log_left_out
         await node.run()
+
+
+def topics_of(network: str) -> frozenset[str]:
+    """What a node subscribes to: its host lets in no other topic."""
+    return frozenset(topic(network) for topic in (advert_topic, round_topic, summary_topic))
 
 
 class Node:

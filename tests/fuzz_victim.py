@@ -26,18 +26,15 @@ from crypto.identity import Identity, PeerId
 from gossip.blobs import Blobs
 from gossip.electors import Electors, Terms
 from gossip.errors import Unavailable
-from gossip.messages import advert_topic
 from gossip.round_history import RoundHistory, RunPlace
 from gossip.round_payloads import Payloads
 from gossip.round_service import RoundService, Work
 from gossip.round_state import Chain
 from gossip.round_store import RoundStore
-from gossip.rounds import round_topic
-from gossip.summaries import summary_topic
 from gossip.transfer import manifest_of
 from node.arenas import few_arenas
 from node.config import NodeConfig
-from node.run import Node
+from node.run import Node, topics_of
 from p2p.errors import P2PError
 from p2p.host import Libp2pTransport
 from p2p.transport import PeerChange
@@ -48,7 +45,6 @@ from tests.round_world import Disk, Everybody, HashOwner
 from tests.tiny_models import save_causal
 
 NETWORK = "fuzz"
-TOPICS = frozenset({advert_topic(NETWORK), round_topic(NETWORK), summary_topic(NETWORK)})
 UNBINDABLE = "192.0.2.1"  # of no machine (RFC 5737): a socket that is bound to it fails
 WANTED_S = 2.0
 failed: list[str] = []
@@ -152,7 +148,7 @@ async def main(path: Path) -> None:
         ready_file=path / "ready.json",
     )  # fmt: skip
     async with (
-        node(identity, upgrade_s=10.0, topics=TOPICS) as transport,
+        node(identity, upgrade_s=10.0, topics=topics_of(NETWORK)) as transport,
         trio.open_nursery() as nursery,
     ):
         here = Node(config, identity, transport, (), outside=transport.relay)

@@ -17,9 +17,8 @@ from crypto.digest import Digest
 from crypto.identity import Identity, PeerId
 from gossip.blob_fetching import Progress
 from gossip.errors import CannotStore, Unavailable
-from gossip.messages import advert_topic
 from node.config import KEY_FILE, NodeConfig
-from node.run import Node
+from node.run import Node, topics_of
 from p2p.host import open_host
 from p2p.host_config import HostConfig
 
@@ -51,7 +50,7 @@ async def main(data_dir: Path, upload_mb_s: int) -> None:
         data_dir=data_dir, http="off", mdns=False, model="none", upload_mb_s=upload_mb_s, ready_file=data_dir / "ready"
     )
     identity = Identity.load_or_make(data_dir / KEY_FILE)
-    host = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), topics=frozenset({advert_topic("main")}))
+    host = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), topics=topics_of("main"))
     async with open_host(identity, host) as transport:
         node = Node(config, identity, transport, ())
         async with trio.open_nursery() as nursery:
