@@ -195,7 +195,7 @@ async def test_ready_means_ready(tmp_path: Path) -> None:
             await stream.send_all(b"GET /readyz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
             assert b" 200 " in await stream.receive_some()
         with trio.fail_after(30):  # what is written just now is there for a moment
-            while [name for name in os.listdir(tmp_path) if "tmp" in name and not name.startswith("memory")]:
+            while [name for name in os.listdir(tmp_path) if "tmp" in name and not name.startswith("memory")]:  # noqa: ASYNC110  # files
                 await trio.sleep(0.05)
         assert here.node.state.readiness().ready
         assert json.dumps(here.node.state.status())
