@@ -34,7 +34,7 @@ from tests.training_world import Trainee, World, world
 PERIOD_S, LOOK_S, STAY_S = 2.0, 0.1, 4.0
 WAVE_S = 24.0  # as long again without a request
 TOKENS = 40
-USERS = 2
+USERS = 4
 SHAPE: dict[str, Any] = {"steps": 6, "rows": 16, "context": 64}
 
 
