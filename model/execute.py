@@ -19,8 +19,7 @@ import torch
 from model import lengths
 from model.errors import FOREIGN
 from model.forward import KV, Forward
-from model.linears import EXACT, PackedLinear
-from model.load import Loaded
+from model.load import Loaded, is_rounded
 from model.paged import KNOWN, NAME, Pool
 from model.paged_plan import ROWS_MIN, Part, Pass
 
@@ -192,12 +191,6 @@ class Blockwise:
         finally:
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation_internal = name
-
-
-def is_rounded(loaded: Loaded) -> bool:
-    """Whether a model computes in no more than bf16, somewhere on the way."""
-    kinds = {module.kind for module in loaded.model.modules() if isinstance(module, PackedLinear)}
-    return loaded.facts.dtype == "bfloat16" or bool(kinds - {EXACT[torch.float32]})
 
 
 class Single:

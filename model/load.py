@@ -32,7 +32,7 @@ from model import native
 from model.checkpoint import Checkpoint, read_checkpoint, revision_of
 from model.config import UNPACKED, LinearFacts, ModelFacts
 from model.errors import FOREIGN, BadModel, NotFound, OutOfMemory, first_line
-from model.linears import PackedModel
+from model.linears import EXACT, PackedLinear, PackedModel
 from model.load_progress import OnProgress, watched
 from model.tokens import Tokens
 
@@ -263,6 +263,12 @@ def context_of(config: Any, tokens: Tokens) -> int:
             offset = text.pad_token_id + 1 if text.model_type in ("roberta", "xlm-roberta", "camembert") else 0
             return length - offset
     return tokens.length_max or CONTEXT_TOKENS_DEFAULT
+
+
+def is_rounded(loaded: Loaded) -> bool:
+    """Whether a model computes in no more than bf16, somewhere on the way."""
+    kinds = {module.kind for module in loaded.model.modules() if isinstance(module, PackedLinear)}
+    return loaded.facts.dtype == "bfloat16" or bool(kinds - {EXACT[torch.float32]})
 
 
 def kv_dtype(device: torch.device, dtype: torch.dtype, *, is_rounded: bool = False) -> torch.dtype:

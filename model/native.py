@@ -96,8 +96,6 @@ def compiled(build: Callable[[Any], dict[str, tuple[int, int]]]) -> dict[str, Fu
 
 def tried(what: str, trial: Callable[[], bool]) -> bool:
     """Whether a kernel works here: what its trial says; a failure of any kind is a no, said once in the log."""
-    if not is_able():
-        return False
     try:
         if trial():
             return True
@@ -128,7 +126,8 @@ def _mapped(name: str) -> list[str]:
 def _openmp() -> bool:
     """Make torch's OpenMP known to what is compiled; False where it has none of GNU's."""
     if sys.platform == "linux":
-        for line in _mapped("libgomp")[:1]:
+        found = sorted(_mapped("libgomp"), key=lambda line: "torch" not in line)  # others bring one of their own
+        for line in found[:1]:
             library = ctypes.CDLL("/" + line.partition("/")[2])
             for name in OPENMP:
                 llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)

@@ -39,17 +39,15 @@ class Rows(NamedTuple):
     longest: int
     work: int
     tokens: int
-    at: tuple[int, int, int, int]  # where these four begin in memory
 
 
 class Held(NamedTuple):
-    """A layer's blocks, (n, J, S, D) and (n, J, S, E), and the kernels for them. at: where both begin in memory."""
+    """A layer's blocks, (n, J, S, D) and (n, J, S, E), and the kernels for them."""
 
     keys: torch.Tensor
     values: torch.Tensor
     heads: int
     value_width: int
-    at: tuple[int, int]
     write: native.Function
     attend: native.Function
 
@@ -107,14 +105,13 @@ def rows_of(parts: Sequence[Part], block_tokens: int, *, shared: int, window: in
         longest=-(-longest // block_tokens) * block_tokens,
         work=sum(end - first for first, end in spans),
         tokens=len(slots),
-        at=(slots_T.data_ptr(), spans_T2.data_ptr(), groups_n3.data_ptr(), tables_.data_ptr()),
     )
 
 
 def held(keys: torch.Tensor, values: torch.Tensor) -> Held:
     """Blocks for which there are kernels (`is_here`)."""
-    code, at = _code(shape_of(keys, values)), (keys.data_ptr(), values.data_ptr())
-    return Held(keys, values, keys.shape[1], values.shape[-1], at, code["write"], code["attend"])
+    code = _code(shape_of(keys, values))
+    return Held(keys, values, keys.shape[1], values.shape[-1], code["write"], code["attend"])
 
 
 def write(held: Held, key_TJD: torch.Tensor, value_TJE: torch.Tensor, rows: Rows) -> None:
@@ -122,8 +119,8 @@ def write(held: Held, key_TJD: torch.Tensor, value_TJE: torch.Tensor, rows: Rows
     key_TJD, value_TJE = _along(key_TJD), _along(value_TJE)
     (key_token, key_head, _), (value_token, value_head, _) = key_TJD.stride(), value_TJE.stride()
     held.write(
-        key_TJD.data_ptr(), value_TJE.data_ptr(), *held.at, rows.at[0], held.heads, key_token, key_head, value_token,
-        value_head, rows.tokens, 1,
+        key_TJD.data_ptr(), value_TJE.data_ptr(), held.keys.data_ptr(), held.values.data_ptr(), rows.slots.data_ptr(),
+        held.heads, key_token, key_head, value_token, value_head, rows.tokens, 1,
     )  # fmt: skip
 
 
@@ -139,9 +136,9 @@ def attend(held: Held, query_THD: torch.Tensor, rows: Rows, scale: float) -> tor
     shared, groups = heads // held.heads, len(rows.groups)
     most = max(ROWS, shared) * rows.longest
     room = torch.empty(threads * most)
-    _, spans, grouped, tables = rows.at
     held.attend(
-        query_THD.data_ptr(), *held.at, tables, spans, grouped, made.data_ptr(), room.data_ptr(),
+        query_THD.data_ptr(), held.keys.data_ptr(), held.values.data_ptr(), rows.tables.data_ptr(),
+        rows.spans.data_ptr(), rows.groups.data_ptr(), made.data_ptr(), room.data_ptr(),
         _scale(scale).data_ptr(), token, head, shared, held.heads, groups, rows.longest, most, groups * held.heads,
         threads,
     )  # fmt: skip

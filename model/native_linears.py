@@ -33,8 +33,7 @@ INPUTS_A_WORD: Final = {"fp32": 1, "int8": 4, "bf16": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Laid:
-    """A layer's weights, laid out. words: int32 (U, BLOCKS, Q, lanes). scales, starts: of each output of int8. at:
-    where these three begin in memory."""
+    """A layer's weights, laid out. words: int32 (U, BLOCKS, Q, lanes). scales, starts: of each output of int8."""
 
     kind: str
     inputs: int
@@ -42,14 +41,8 @@ class Laid:
     words: torch.Tensor
     scales: torch.Tensor
     starts: torch.Tensor
-    at: tuple[int, int, int]
     units: int
     width: int  # Q
-
-    @property
-    def bytes(self) -> int:
-        """What it takes."""
-        return sum(each.numel() * each.element_size() for each in (self.words, self.scales, self.starts))
 
 
 @cache
@@ -74,25 +67,21 @@ def lay(kind: str, weight_OK: torch.Tensor) -> Laid:
     room_SQ = torch.zeros(min(step, rows), words, dtype=torch.int32)
     code = code_here()
     for begin in range(0, rows, step):
-        part_SK = weight_OK[begin : begin + step]
+        part_SK = weight_OK[begin : begin + step].float().contiguous()
         count, blocks = len(part_SK), min(step, rows - begin) // lanes
         if kind == "int8":
-            part_SK = part_SK.float().contiguous()
             scale_S, start_S = scale_O[begin:], start_O[begin:]
             code["int8_weights"](
                 part_SK.data_ptr(), room_SQ.data_ptr(), scale_S.data_ptr(), start_S.data_ptr(), inputs, words, count, 1
             )  # fmt: skip
         elif kind == "bf16":
-            part_SK = part_SK.float().contiguous()
             code["bf16_rows"](part_SK.data_ptr(), room_SQ.data_ptr(), inputs, words, count, 1)
         else:
-            room_SQ = part_SK.float().contiguous().view(torch.int32)
+            room_SQ = part_SK.view(torch.int32)
         to = laid.view(-1, words, lanes)[begin // lanes :]
         code["interleave"](room_SQ.data_ptr(), to.data_ptr(), count, words, blocks, 1)
-    at = laid.data_ptr(), scale_O.data_ptr(), start_O.data_ptr()
     return Laid(
-        kind=kind, inputs=inputs, outputs=outputs, words=laid, scales=scale_O, starts=start_O, at=at, units=units,
-        width=words,
+        kind=kind, inputs=inputs, outputs=outputs, words=laid, scales=scale_O, starts=start_O, units=units, width=words
     )  # fmt: skip
 
 
@@ -103,14 +92,14 @@ def products(x_MK: torch.Tensor, laid: Laid, bias_O: torch.Tensor | None) -> tor
     threads = native.threads_for(rows * laid.inputs * outputs)
     made = torch.empty(rows, outputs)
     bias = 0 if bias_O is None else bias_O.data_ptr()
-    weights, scales, starts = laid.at
+    weights = laid.words.data_ptr()
     if kind == "fp32":
         code_here()["fp32_sums"](
             x_MK.data_ptr(), weights, bias, made.data_ptr(), rows, words, outputs, laid.units, threads
         )  # fmt: skip
         return made
     room = torch.empty(rows * (words + 1), dtype=torch.int32)  # the rows, then of int8 their scales
-    more = (scales, starts) if kind == "int8" else ()
+    more = (laid.scales.data_ptr(), laid.starts.data_ptr()) if kind == "int8" else ()
     code_here()[LINEAR[kind]](
         x_MK.data_ptr(), room.data_ptr(), weights, bias, made.data_ptr(), *more, rows, laid.inputs, words, outputs,
         laid.units, threads,

@@ -32,14 +32,15 @@ class RmsNorm(nn.Module):
         self.weight = weight
         self.shape, self.epsilon = tuple(weight.shape), epsilon
         self._held = torch.tensor([epsilon])
-        self._is_native = weight.dtype is torch.float32 and weight.device.type == "cpu" and self._fits()
+        is_plain = weight.dtype is torch.float32 and weight.device.type == "cpu"
+        self._is_native = is_plain and native_linears.is_here("fp32") and not self.shape[0] % native.lanes()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) to (..., K)."""
         if self._is_native and x.dtype is torch.float32:
             x = x.contiguous()
             made, inputs = torch.empty_like(x), self.shape[0]
-            self._norm(
+            native_linears.code_here()["rms_norm"](
                 x.data_ptr(), self.weight.data_ptr(), self._held.data_ptr(), made.data_ptr(), inputs,
                 x.numel() // inputs, native.threads_for(x.numel()),
             )  # fmt: skip
@@ -47,13 +48,6 @@ class RmsNorm(nn.Module):
         return functional.rms_norm(x, self.shape, self.weight, self.epsilon)
 
     __call__ = forward  # without torch's search for hooks
-
-    def _fits(self) -> bool:
-        """Whether our kernel computes rows of this length."""
-        if not native_linears.is_here("fp32") or self.shape[0] % native.lanes():
-            return False
-        self._norm = native_linears.code_here()["rms_norm"]
-        return True
 
 
 def quicken(model: Any) -> int:

@@ -23,7 +23,7 @@ from model.errors import FOREIGN, BadInput, ModelError, first_line
 from model.linears import EXACT, KINDS, PackedModel, linear_shapes, pack
 from model.linears_choice import PLAIN, Choice, choose
 from model.linears_joined import join
-from model.load import Loaded, kv_dtype, kv_token_bytes, load
+from model.load import Loaded, is_rounded, kv_dtype, kv_token_bytes, load
 from model.norms import quicken
 
 WISH: Final = {"none": "exact", "int8": "int8", "int4": "int4"}  # of RuntimeConfig.quantize
@@ -57,7 +57,7 @@ def packed(loaded: Loaded, quantize: str, *, choosing: Callable[..., Choice] = c
         )
     facts = loaded.facts if choice.kind in EXACT.values() else loaded.facts.quantized(choice.kind)
     if facts.kind == "causal":
-        held = kv_dtype(loaded.device, getattr(torch, facts.dtype), is_rounded=choice.kind != EXACT[torch.float32])
+        held = kv_dtype(loaded.device, getattr(torch, facts.dtype), is_rounded=is_rounded(loaded))
         facts = replace(facts, kv_token_bytes=kv_token_bytes(loaded.model.config, held))
     return replace(loaded, facts=facts, packed=made, linears=_told(choice))
 
@@ -104,14 +104,10 @@ def _tried(loaded: Loaded, kind: str) -> tuple[PackedModel | None, str]:
 
 def _told(choice: Choice) -> LinearFacts:
     """told: also whose code computes them, since a node without ours is several times as slow for one user."""
-    by = (
-        ""
-        if choice.kind not in KINDS
-        else "; our own code"
-        if native_linears.is_here(choice.kind)
-        else "; torch's code"
-    )
-    return LinearFacts(kind=choice.kind, told=f"{choice}{by}", problem=choice.problem)
+    if choice.kind not in KINDS:
+        return LinearFacts(kind=choice.kind, told=str(choice), problem=choice.problem)
+    by = "our own code" if native_linears.is_here(choice.kind) else "torch's code"
+    return LinearFacts(kind=choice.kind, told=f"{choice}; {by}", problem=choice.problem)
 
 
 def _distance(before: torch.Tensor, after: torch.Tensor) -> float:
