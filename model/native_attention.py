@@ -13,32 +13,17 @@ memory" (arXiv 2112.05682).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Final, NamedTuple
 
 import torch
 
 from model import native
-from model.paged_plan import Part
+from model.paged_plan import LINES, Part, Pass, Rows
 
-ROWS: Final = 8  # tokens of a prompt, times G, that go over a block together: their scores stay in the cache
 LANES: Final = (16, 8, 4)
 OFF_MAX: Final = {torch.float32: 1e-4, torch.bfloat16: 0.03}  # of a trial, by what blocks hold
-
-
-class Rows(NamedTuple):
-    """A pass, as the kernel has it: int64. slots (T): where a token's key goes, counted in tokens of all blocks. spans
-    (T, 2): first token that it sees, and the end. groups (n, 3): first row, rows, and where their table begins in
-    `tables`. longest: of the ends, up to a whole number of vectors. work: keys met, by all heads of one key head."""
-
-    slots: torch.Tensor
-    spans: torch.Tensor
-    groups: torch.Tensor
-    tables: torch.Tensor
-    longest: int
-    work: int
-    tokens: int
 
 
 class Held(NamedTuple):
@@ -81,33 +66,6 @@ def is_here(shape: Shape) -> bool:
     return shape.dtype in OFF_MAX and native.is_able() and shape.lanes > 0 and _tried(shape)
 
 
-def rows_of(parts: Sequence[Part], block_tokens: int, *, shared: int, window: int | None) -> Rows:
-    """A pass for a layer of G = `shared`, which sees `window` tokens at most."""
-    slots, spans, groups, tables = list[int](), list[tuple[int, int]](), list[tuple[int, int, int]](), list[int]()
-    together = max(1, ROWS // shared)
-    for part in parts:
-        start = len(tables)
-        tables += part.table[: -(-part.end // block_tokens)]
-        for position in range(part.begin, part.end):
-            slots.append(part.table[position // block_tokens] * block_tokens + position % block_tokens)
-            if (position - part.begin) % together == 0:
-                groups.append((len(spans), min(together, part.end - position), start))
-            spans.append((0 if window is None else max(0, position + 1 - window), position + 1))
-    longest = max(end for _, end in spans)
-    slots_T, spans_T2, groups_n3, tables_ = (
-        torch.tensor(each, dtype=torch.long) for each in (slots, spans, groups, tables)
-    )
-    return Rows(
-        slots=slots_T,
-        spans=spans_T2,
-        groups=groups_n3,
-        tables=tables_,
-        longest=-(-longest // block_tokens) * block_tokens,
-        work=sum(end - first for first, end in spans),
-        tokens=len(slots),
-    )
-
-
 def held(keys: torch.Tensor, values: torch.Tensor) -> Held:
     """Blocks for which there are kernels (`is_here`)."""
     code = _code(shape_of(keys, values))
@@ -134,7 +92,7 @@ def attend(held: Held, query_THD: torch.Tensor, rows: Rows, scale: float) -> tor
         made[rows.tokens :] = 0.0
     threads = native.threads_for(rows.work * heads * (width + held.value_width))
     shared, groups = heads // held.heads, len(rows.groups)
-    most = max(ROWS, shared) * rows.longest
+    most = max(LINES, shared) * rows.longest
     room = torch.empty(threads * most)
     held.attend(
         query_THD.data_ptr(), held.keys.data_ptr(), held.values.data_ptr(), rows.tables.data_ptr(),
@@ -176,7 +134,7 @@ def _trial(shape: Shape) -> bool:
     for some in (before, parts):
         each = sum(part.end - part.begin for part in some)
         key, value = (torch.randn(each, heads, wide, generator=draw) for wide in (width, value_width))
-        rows = rows_of(some, size, shared=shared, window=None)
+        rows = Pass(some, size, keys.device).rows(shared, None)
         write(blocks, key, value, rows)
         made.append((key, value))
     got = attend(blocks, query, rows, width**-0.5)

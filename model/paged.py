@@ -68,8 +68,6 @@ class Pool:
         self._device = device
         self._layers: dict[int, _Layer] = {}
         self.rows_fewest = 1 << 30  # query heads to a key head, over all layers that torch computes
-        self._work: Pass | None = None
-        self._lines: dict[tuple[int, int | None], native_attention.Rows] = {}
         self.seen: dict[int, dict[str, Any]] = {}  # by layer, what its module asked for: for who checks a model
 
     @property
@@ -88,17 +86,6 @@ class Pool:
                 index, layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1), is_plain=layer.native is not None
             )
         return pool
-
-    def lines(self, work: Pass, shared: int, window: int | None) -> native_attention.Rows:
-        """The pass, for kernels of our own, and for a layer of so many query heads to a key head."""
-        key = shared, window
-        if self._work is not work:
-            self._work = work
-            self._lines.clear()
-        if (lines := self._lines.get(key)) is None:
-            lines = native_attention.rows_of(work.parts, self.block_tokens, shared=shared, window=window)
-            self._lines[key] = lines
-        return lines
 
     @contextmanager
     def serving(self, work: Pass) -> Iterator[None]:
@@ -144,9 +131,9 @@ def attention(
     scale = asked.get("scaling") or query.shape[-1] ** -0.5
     if layer.native is not None:
         assert is_plain, "a layer that asked for nothing special does so now"
-        lines = pool.lines(work, shared, wish.window)
-        native_attention.write(layer.native, key_TJD, value_TJE, lines)
-        made_THE = native_attention.attend(layer.native, query_THD, lines, scale)
+        rows = work.rows(shared, wish.window)
+        native_attention.write(layer.native, key_TJD, value_TJE, rows)
+        made_THE = native_attention.attend(layer.native, query_THD, rows, scale)
         return (made_THE if made_THE.dtype is query.dtype else made_THE.to(query.dtype))[None], None
     pool.rows_fewest = min(pool.rows_fewest, shared)
     layer.write(key_TJD, value_TJE, work)

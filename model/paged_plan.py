@@ -20,6 +20,9 @@ import torch
 ROWS_MIN: Final = 4  # rows of queries to a product, so that it does not matter how many more there are
 WHOLE_MIN: Final = 64  # rows for which a sequence's keys are worth being put in one piece
 SCORES_MAX: Final = 1 << 20  # numbers in a tile: 4 MB in fp32
+LINES: Final = (
+    8  # of our own kernels: queries of a prompt that go over a block together; their scores stay in the cache
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +87,27 @@ class Group:
         return bias
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """A pass, as our own kernels have it (model/native_attention.py): int64. slots (T): where a token's key goes,
+    counted in tokens of all blocks. spans (T, 2): first token that it sees, and the end. groups (n, 3): first row,
+    rows, and where their table begins in `tables`. longest: of the ends, in whole blocks. work: keys met, by all
+    queries of one head."""
+
+    slots: torch.Tensor
+    spans: torch.Tensor
+    groups: torch.Tensor
+    tables: torch.Tensor
+    longest: int
+    work: int
+    tokens: int
+
+
 class Pass:
     """What one forward pass does. tokens: T, without those that fill up. first: block and place of the first."""
 
     def __init__(self, parts: Sequence[Part], block_tokens: int, device: torch.device) -> None:
-        self.parts, self._size, self._device = parts, block_tokens, device
+        self._parts, self._size, self._device = parts, block_tokens, device
         self._offsets: list[int] = []
         slots, fresh = list[int](), list[int]()
         self.positions: list[int] = []
@@ -106,6 +125,7 @@ class Pass:
         self._slots = self._tensor(slots)
         self._places: dict[int, torch.Tensor] = {}
         self._groups: dict[tuple[int, int], list[Group]] = {}
+        self._rows: dict[tuple[int, int | None], Rows] = {}
 
     def places(self, heads: int) -> torch.Tensor:
         """(T * J): rows of a layer's blocks, seen as rows of one head and token."""
@@ -114,6 +134,31 @@ class Pass:
             head = torch.arange(heads, device=self._device)[:, None]
             places = self._places[heads] = ((block * heads + head) * self._size + at).T.reshape(-1)
         return places
+
+    def rows(self, shared: int, window: int | None) -> Rows:
+        """The pass for a layer with `shared` query heads to a key head, which sees `window` tokens at most."""
+        if (rows := self._rows.get((shared, window))) is None:
+            rows = self._rows[shared, window] = self._made_rows(max(1, LINES // shared), window)
+        return rows
+
+    def _made_rows(self, together: int, window: int | None) -> Rows:
+        spans, groups, tables = list[tuple[int, int]](), list[tuple[int, int, int]](), list[int]()
+        for part in self._parts:
+            start = len(tables)
+            tables += part.table[: self._blocks(part.end)]
+            for position in range(part.begin, part.end):
+                if (position - part.begin) % together == 0:
+                    groups.append((len(spans), min(together, part.end - position), start))
+                spans.append((0 if window is None else max(0, position + 1 - window), position + 1))
+        return Rows(
+            slots=self._slots,
+            spans=torch.tensor(spans, dtype=torch.long, device=self._device),
+            groups=torch.tensor(groups, dtype=torch.long, device=self._device),
+            tables=self._tensor(tables),
+            longest=self._blocks(max(end for _, end in spans)) * self._size,
+            work=sum(end - first for first, end in spans),
+            tokens=self.tokens,
+        )
 
     def groups(self, shared: int, heads: int) -> list[Group]:
         """The pass's groups for a layer with `heads` query heads, `shared` to a key head."""
@@ -124,7 +169,7 @@ class Pass:
     def _made(self, shared: int, heads: int) -> Iterator[Group]:
         padded = -(-ROWS_MIN // shared)
         single: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # by rows to pad to, and size of the table
-        for number, part in enumerate(self.parts):
+        for number, part in enumerate(self._parts):
             middle = part.end if padded == 1 else min(part.end, max(part.begin, part.prompt))
             begin, ones = part.begin, [(position, 1) for position in range(middle, part.end)]
             if middle - begin == 1:
@@ -153,7 +198,7 @@ class Pass:
         padded = max(each, padded)
         rows, read, positions = list[int](), list[int](), list[list[int]]()
         for number, begin, end in spans:
-            first = self._offsets[number] + begin - self.parts[number].begin
+            first = self._offsets[number] + begin - self._parts[number].begin
             own = list(range(first, first + each))
             rows += own
             read += own + own[-1:] * (padded - each)
@@ -162,7 +207,7 @@ class Pass:
         wanted = list[tuple[int, int, int, int]]()  # (which of its users, block, sequence, its place)
         users: Counter[int] = Counter()
         for owner, (number, _, end) in enumerate(spans):
-            for at, block in enumerate(self.parts[number].table[: self._blocks(end)]):
+            for at, block in enumerate(self._parts[number].table[: self._blocks(end)]):
                 wanted.append((users[block], block, owner, owner * longest + at))
                 users[block] += 1
         if len(spans) > 1:

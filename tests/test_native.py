@@ -11,8 +11,8 @@ import torch
 
 from model import linears_int4, native, native_attention, native_linears, native_products
 from model.linears import NativeLinear, PackedLinear, layer_of
-from model.native_attention import Shape, attend, held, rows_of, write
-from model.paged_plan import Part
+from model.native_attention import Shape, attend, held, write
+from model.paged_plan import Part, Pass
 
 pytestmark = pytest.mark.skipif(not native.is_able(), reason="no kernels for this processor")
 KINDS = [kind for kind in ("fp32", "bf16", "int8") if native_linears.is_here(kind)]
@@ -179,7 +179,7 @@ class Blocks:
     def take(
         self, parts: Sequence[Part], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
     ) -> torch.Tensor:
-        rows = rows_of(parts, SIZE, shared=query.shape[1] // key.shape[1], window=window)
+        rows = Pass(parts, SIZE, query.device).rows(query.shape[1] // key.shape[1], window)
         blocks = held(self.keys, self.values)
         write(blocks, key, value, rows)
         return attend(blocks, query, rows, 0.3)
